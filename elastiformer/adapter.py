@@ -1,0 +1,452 @@
+"""An adapter: what was trained and calibrated for one base model, in memory and on disk.
+
+    adapter.json          format, base model, units and their shapes, gates, training record
+    routers.safetensors   the routers, and which neurons belong to which expert
+    lora/                 low-rank repair in PEFT's own format; lora/prompt and lora/output if split
+    calibration.json      capacity -> plan, with what that plan cost and lost
+    README.md             a model card with the measured table
+
+Only JSON and safetensors are read: no pickle, no remote code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from elastiformer.accounting import KVPolicy, LayerShape, LoraShape, ModelShape
+from elastiformer.calibration import Calibration
+from elastiformer.capacity import Phase, Unit
+from elastiformer.card import model_card
+from elastiformer.errors import AdapterError
+from elastiformer.families import Layout
+from elastiformer.lora import Lora, LoraPhases
+from elastiformer.lora_files import read_lora, write_lora
+from elastiformer.routers import (
+    PART_GATES,
+    TOKEN_GATES,
+    TOKEN_UNITS,
+    PartGate,
+    Router,
+    Routers,
+    TokenGate,
+)
+from elastiformer.weights import EMBEDDED, BaseIdentity
+
+FORMAT = 1
+TASK = "text-generation"
+ExpertSplit = Literal["coactivation", "contiguous"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """The choices that shape an adapter; none of them can change after training."""
+
+    units: tuple[Unit, ...]
+    experts: int = 0  # 0: the MLPs are not divided
+    expert_split: ExpertSplit = "coactivation"
+    token_gate: TokenGate = "hard"
+    part_gate: PartGate = "hard"
+    kv: KVPolicy = "complete"
+    lora_rank: int = 0  # 0: no repair
+    lora_parts: tuple[str, ...] = ()
+    lora_phases: LoraPhases = "shared"
+
+    def problems(self) -> list[str]:
+        found = []
+        if Unit.EXPERTS in self.units and self.experts < 2:
+            found.append(f"experts: at least 2 to route among; got {self.experts}")
+        if self.token_gate not in TOKEN_GATES:
+            found.append(f"token gate: one of {', '.join(TOKEN_GATES)}; got {self.token_gate!r}")
+        if self.part_gate not in PART_GATES:
+            found.append(f"part gate: one of {', '.join(PART_GATES)}; got {self.part_gate!r}")
+        if self.kv not in ("complete", "kept"):
+            found.append(f"kv: 'complete' or 'kept'; got {self.kv!r}")
+        if self.lora_rank < 0:
+            found.append(f"lora rank: at least 0; got {self.lora_rank}")
+        return found
+
+
+@dataclass(eq=False)
+class Adapter:
+    """Routers, repair, experts and calibration of one base model."""
+
+    spec: AdapterSpec
+    base: BaseIdentity
+    routers: Routers
+    lora: Lora | None
+    neuron_order: list[Tensor] | None  # per layer: neurons by expert, int64 [mlp width]
+    calibration: Calibration | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return self.spec.units
+
+    @property
+    def kv(self) -> KVPolicy:
+        return self.spec.kv
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that decides what this adapter does."""
+        digest = hashlib.sha256(json.dumps(self._header(), sort_keys=True).encode())
+        digest.update(save_tensors(self._tensors()))
+        if self.lora is not None:
+            digest.update(save_tensors(dict(self.lora.state_dict())))
+        if self.calibration is not None:
+            digest.update(json.dumps(self.calibration.as_json(), sort_keys=True).encode())
+        return digest.hexdigest()[:16]
+
+    def router(self, layer: int, unit: Unit) -> Router | None:
+        return self.routers.of(layer, unit)
+
+    def threshold(self, unit: Unit, layer: int, phase: Phase, share: float) -> float:
+        """The router score above which a token is kept; even odds before calibration."""
+        known = self.calibration.thresholds if self.calibration is not None else {}
+        if self.calibration is None or layer not in known.get(phase, {}).get(unit, {}):
+            return 0.0
+        return self.calibration.threshold(unit, layer, phase, share)
+
+    def expert_of_neuron(self, layer: int) -> Tensor:
+        """The expert that each neuron belongs to, int64 [mlp width]."""
+        assert self.neuron_order is not None, "an adapter without experts"
+        order_I = self.neuron_order[layer]
+        expert_I = torch.empty_like(order_I)
+        size = len(order_I) // self.spec.experts
+        expert_I[order_I] = torch.arange(len(order_I), device=order_I.device) // size
+        return expert_I
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What can be trained, by name."""
+        named = {f"routers.{name}": p for name, p in self.routers.named_parameters()}
+        if self.lora is not None:
+            named |= {f"lora.{name}": p for name, p in self.lora.named_parameters()}
+        return named
+
+    def to(self, device: torch.device) -> Adapter:
+        self.routers.to(device)
+        if self.lora is not None:
+            self.lora.to(device)
+        if self.neuron_order is not None:
+            self.neuron_order = [order_I.to(device) for order_I in self.neuron_order]
+        return self
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the adapter, each file beside its place and then renamed; adapter.json last."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {"routers.safetensors": save_tensors(self._tensors())}
+        if self.lora is not None:
+            files |= write_lora(self.lora, self.base.id)
+        header = self._header() | {
+            "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        }
+        if self.calibration is not None:
+            files["calibration.json"] = _json(self.calibration.as_json())
+        files["README.md"] = model_card(header, self.calibration).encode()
+        files["adapter.json"] = _json(header)
+        for name, content in files.items():
+            write_beside(folder / name, content)
+        self.path = folder
+        return folder
+
+    def push(self, repository: str) -> None:
+        """Upload the saved folder to the Hub, as a model repository."""
+        from huggingface_hub import HfApi
+
+        if self.path is None:
+            raise AdapterError("this adapter was never saved: save it to a folder, then push it")
+        hub = HfApi()
+        hub.create_repo(repository, exist_ok=True)
+        names = ["*.json", "*.safetensors", "README.md"]
+        hub.upload_folder(repo_id=repository, folder_path=self.path, allow_patterns=names)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {name: p.detach().float() for name, p in self.routers.state_dict().items()}
+        for layer, order_I in enumerate(self.neuron_order or []):
+            tensors[f"layers.{layer}.neuron_order"] = order_I.to(torch.int32)
+        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+    def _header(self) -> dict[str, Any]:
+        spec = self.spec
+        return {
+            "format": FORMAT,
+            "base": asdict(self.base),
+            "task": TASK,
+            "units": [unit.value for unit in spec.units],
+            "experts": {"count": spec.experts, "split": spec.expert_split},
+            "gates": {"tokens": spec.token_gate, "parts": spec.part_gate},
+            "kv": spec.kv,
+            "lora": (
+                {
+                    "rank": spec.lora_rank,
+                    "parts": list(spec.lora_parts),
+                    "phases": spec.lora_phases,
+                }
+                if spec.lora_rank
+                else None
+            ),
+            "shapes": {name: list(tensor.shape) for name, tensor in self._tensors().items()},
+            "training": self.training,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SavedAdapter:
+    """An adapter's files, read and checked in themselves, not yet fitted to a base model."""
+
+    path: Path
+    spec: AdapterSpec
+    base: BaseIdentity
+    tensors: Mapping[str, Tensor]
+    lora: Mapping[str, Mapping[str, Tensor]]  # by set, then by Lora's own names
+    calibration: Calibration | None
+    training: dict[str, Any]
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str]) -> SavedAdapter:
+        """Read a folder, or a Hub repository when there is no such folder.
+
+        Raises:
+            AdapterError: a file is missing, cut short, altered, or not what it should be.
+        """
+        folder = Path(source)
+        if not folder.is_dir():
+            folder = _from_hub(str(source))
+        header = _read_json(folder / "adapter.json")
+        if header.get("format") != FORMAT:
+            raise AdapterError(
+                f"{folder / 'adapter.json'}: format {header.get('format')!r}; "
+                f"this version reads {FORMAT}"
+            )
+        try:
+            spec = _spec(header)
+            base = BaseIdentity(**header["base"])
+            files = dict(header["files"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise AdapterError(f"{folder / 'adapter.json'}: cannot be read: {error!r}") from error
+        if problems := spec.problems():
+            raise AdapterError(f"{folder / 'adapter.json'}:\n  " + "\n  ".join(problems))
+        contents = {name: _read_file(folder, name, digest) for name, digest in files.items()}
+        calibration = None
+        if (folder / "calibration.json").exists():
+            calibration = Calibration.from_json(_read_json(folder / "calibration.json"))
+        return cls(
+            path=folder,
+            spec=spec,
+            base=base,
+            tensors=_parse_tensors(
+                folder / "routers.safetensors", contents.get("routers.safetensors")
+            ),
+            lora=read_lora(folder, contents) if spec.lora_rank else {},
+            calibration=calibration,
+            training=dict(header.get("training") or {}),
+        )
+
+    def fit(self, layout: Layout, base: BaseIdentity) -> Adapter:
+        """This adapter on a base model.
+
+        Raises:
+            AdapterError: listing every misfit at once.
+        """
+        misfits = _base_misfits(self.base, base)
+        spec = self.spec
+        widths = {layer.shape.mlp_width for layer in layout.layers}
+        if spec.experts and any(width % spec.experts for width in widths):
+            misfits.append(
+                f"experts: saved {spec.experts}, which do not divide {sorted(widths)} neurons"
+            )
+            raise AdapterError(_misfit_message(misfits))
+        adapter = blank(spec, layout, base)
+        expected = {name: tuple(tensor.shape) for name, tensor in adapter._tensors().items()}
+        misfits += _shape_misfits(self.tensors, expected)
+        for name, tensors in self.lora.items():
+            of_set = adapter.lora.sets[name].state_dict() if adapter.lora is not None else {}
+            expected = {key: tuple(tensor.shape) for key, tensor in of_set.items()}
+            misfits += [f"lora {name}: {text}" for text in _shape_misfits(tensors, expected)]
+        if adapter.lora is not None:
+            misfits += [f"lora {name}: missing" for name in adapter.lora.sets.keys() - self.lora]
+        if self.calibration is not None:
+            misfits += self.calibration.misfits(len(layout.layers), spec.units)
+        if not misfits and spec.experts:
+            misfits += _order_misfits(self.tensors)
+        if misfits:
+            raise AdapterError(_misfit_message(misfits))
+        routers = {name: t for name, t in self.tensors.items() if "neuron_order" not in name}
+        adapter.routers.load_state_dict(routers)
+        if adapter.neuron_order is not None:
+            adapter.neuron_order = [
+                self.tensors[f"layers.{layer}.neuron_order"].long()
+                for layer in range(len(layout.layers))
+            ]
+        if adapter.lora is not None:
+            for name, tensors in self.lora.items():
+                adapter.lora.sets[name].load_state_dict(tensors)
+        adapter.calibration, adapter.training = self.calibration, self.training
+        adapter.path = self.path
+        return adapter
+
+
+def blank(spec: AdapterSpec, layout: Layout, base: BaseIdentity) -> Adapter:
+    """An untrained adapter: routers of small noise, a repair of zero, contiguous experts."""
+    shapes = [replace(layer.shape, experts=spec.experts) for layer in layout.layers]
+    lora = None
+    if spec.lora_rank:
+        lora = Lora(layout, spec.lora_rank, spec.lora_parts, spec.lora_phases)
+    order = [torch.arange(shape.mlp_width) for shape in shapes] if spec.experts else None
+    return Adapter(spec, base, Routers(shapes, spec.units), lora, order)
+
+
+def elastic_shape(layout: Layout, adapter: Adapter | None) -> ModelShape:
+    """The shape that accounting works on: the base's matrices, and what the adapter adds."""
+    layers: list[LayerShape] = []
+    for layer in layout.layers:
+        shape = layer.shape
+        if adapter is not None:
+            pairs = []
+            for path, held in layer.modules.items():
+                if adapter.lora is not None and adapter.lora.pair(layer.index, path, Phase.OUTPUT):
+                    pairs.append(LoraShape(tuple(p.part for p in held), adapter.lora.rank))
+            routed = tuple(unit.value for unit in TOKEN_UNITS if unit in adapter.routers.units)
+            shape = replace(
+                shape, experts=adapter.spec.experts, token_routers=routed, lora=tuple(pairs)
+            )
+        layers.append(shape)
+    kv: KVPolicy = adapter.spec.kv if adapter is not None else "complete"
+    return ModelShape(tuple(layers), layout.width, layout.vocabulary, kv)
+
+
+def write_beside(path: Path, content: bytes) -> None:
+    """Write a file beside its place, and then rename: whoever reads sees the old or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=False) + "\n").encode()
+
+
+def _spec(header: Mapping[str, Any]) -> AdapterSpec:
+    lora = header["lora"] or {"rank": 0, "parts": [], "phases": "shared"}
+    return AdapterSpec(
+        units=tuple(Unit(unit) for unit in header["units"]),
+        experts=int(header["experts"]["count"]),
+        expert_split=header["experts"]["split"],
+        token_gate=header["gates"]["tokens"],
+        part_gate=header["gates"]["parts"],
+        kv=header["kv"],
+        lora_rank=int(lora["rank"]),
+        lora_parts=tuple(lora["parts"]),
+        lora_phases=lora["phases"],
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path}: an object is expected; got {type(value).__name__}")
+    return value
+
+
+def _read_file(folder: Path, name: str, digest: str) -> bytes:
+    path = folder / name
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise AdapterError(f"{folder / 'adapter.json'}: names a file outside its folder: {name}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise AdapterError(f"{path}: cut short or altered: its hash is not the one in adapter.json")
+    return content
+
+
+def _parse_tensors(path: Path, content: bytes | None) -> dict[str, Tensor]:
+    if content is None:
+        raise AdapterError(f"{path}: adapter.json does not list it")
+    try:
+        return load_tensors(content)
+    except SafetensorError as error:
+        raise AdapterError(f"{path}: not a safetensors file: {error}") from error
+
+
+def _from_hub(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                repository, allow_patterns=["*.json", "*.safetensors", "README.md"]
+            )
+        )
+    except Exception as error:  # the Hub client raises many kinds; all mean the same here
+        raise AdapterError(
+            f"adapter {repository!r}: no such folder, and not to be had from the Hub ({error})"
+        ) from error
+
+
+def _base_misfits(saved: BaseIdentity, base: BaseIdentity) -> list[str]:
+    misfits = []
+    # A folder's name is its owner's whim: there, equal weights are enough.
+    both_folders = not any("/" in each.id or each.id in EMBEDDED for each in (saved, base))
+    if saved.id != base.id and not (both_folders and saved.revision == base.revision):
+        misfits.append(f"base model: saved for {saved.id}, this is {base.id}")
+    if saved.revision != base.revision:
+        misfits.append(f"revision: saved {saved.revision}, this model has {base.revision}")
+    if saved.config_hash != base.config_hash:
+        misfits.append(f"config hash: saved {saved.config_hash}, this model has {base.config_hash}")
+    return misfits
+
+
+def _shape_misfits(
+    saved: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    misfits = []
+    for name, shape in expected.items():
+        if name not in saved:
+            misfits.append(f"{name}: missing")
+        elif tuple(saved[name].shape) != shape:
+            misfits.append(f"{name}: saved {tuple(saved[name].shape)}, this model has {shape}")
+        elif not bool(torch.isfinite(saved[name].float()).all()):
+            misfits.append(f"{name}: holds a number that is not finite")
+    misfits += [f"{name}: not a tensor of this model" for name in saved if name not in expected]
+    return misfits
+
+
+def _order_misfits(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [
+        f"{name}: not an order of the neurons, each once"
+        for name, order_I in tensors.items()
+        if name.endswith("neuron_order")
+        and not torch.equal(order_I.long().sort().values, torch.arange(len(order_I)))
+    ]
+
+
+def _misfit_message(misfits: list[str]) -> str:
+    return "adapter does not fit this base model:\n  " + "\n  ".join(misfits)
+
+

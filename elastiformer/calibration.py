@@ -1,0 +1,385 @@
+"""How a number becomes a plan: what calibration measured, and the schedule it gives. Pure Python.
+
+For each phase calibration found a *path*: steps that lower one keep share each, cheapest loss
+first. Level k is the dense plan after the first k steps. A capacity lies between two neighbouring
+levels; a request spreads them evenly over its positions, so that its mean is what was asked. What
+a level costs is closed-form (accounting.py), so nothing here looks at the tokens.
+
+It does not know how a path is found (training/calibrate.py) nor how a plan is run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from elastiformer.accounting import ModelShape
+from elastiformer.capacity import LayerPlan, Phase, Plan, Site, Unit, dense_plan
+from elastiformer.errors import AdapterError, CapacityError
+
+FORMAT = 1
+QUANTILES = 33  # of a router's scores: at 0, 1/32, … 1
+OUTPUT_BLOCK = 64  # generated positions that share one schedule
+
+_FIELDS = tuple(field.name for field in fields(LayerPlan))
+_TOKEN_FIELDS = (Unit.ATTENTION_TOKENS.value, Unit.MLP_TOKENS.value)
+
+
+def unit_of(field: str) -> Unit:
+    """The unit that a field of LayerPlan belongs to."""
+    return Unit.CHANNELS if field in set(Site) else Unit(field)
+
+
+def output_context(position: int) -> int:
+    """The keys that stand for a generated token's own in its schedule: the middle of its block.
+
+    So a block of generated tokens shares one schedule, and on average none is misjudged.
+    """
+    return position // OUTPUT_BLOCK * OUTPUT_BLOCK + OUTPUT_BLOCK // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One move along a path: this layer now keeps `share` of `field` (a field of LayerPlan)."""
+
+    layer: int
+    field: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One row of the table: what a capacity cost and lost on held-out text; absent is None.
+
+    KL is to the pretrained model, in nats per token. `kl` is what a user gets: the continuation
+    of a routed prompt, itself routed. `kl_prompt` leaves the continuation whole, so it shows the
+    prompt's part. `kl_scored`, `kl_p95` and the perplexities are over every token of a text
+    scored in the output phase. Times are over those at capacity 1.0 in the same run.
+    """
+
+    capacity: float
+    spent: float
+    kl: float | None = None
+    kl_prompt: float | None = None
+    kl_scored: float | None = None
+    kl_p95: float | None = None
+    perplexity: float | None = None
+    perplexity_ratio: float | None = None
+    greedy_agreement: float | None = None
+    prefill_time_ratio: float | None = None
+    decode_time_ratio: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DataRecord:
+    """What the calibration saw: enough to tell whether another one saw the same."""
+
+    name: str
+    sha256: str
+    windows: int
+    window_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Two neighbouring levels of a path, and the fraction of positions under the fuller one."""
+
+    fuller: Plan
+    leaner: Plan
+    fuller_spent: float
+    leaner_spent: float
+    fraction: float  # of the positions, under `fuller`
+
+    @property
+    def spent(self) -> float:
+        """Share of the dense block FLOPs, the mean over positions."""
+        return self.fraction * self.fuller_spent + (1 - self.fraction) * self.leaner_spent
+
+    @property
+    def nearest(self) -> Plan:
+        """The one plan that stands for the whole schedule where only one can be run."""
+        return self.fuller if self.fraction >= 0.5 else self.leaner
+
+    def is_fuller(self, position: int) -> bool:
+        """Whether this position runs under the fuller plan; any run of positions holds its part."""
+        return math.floor((position + 1) * self.fraction) > math.floor(position * self.fraction)
+
+    def plan_at(self, position: int) -> Plan:
+        return self.fuller if self.is_fuller(position) else self.leaner
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The table capacity -> plan of one adapter, and what was measured along it."""
+
+    lowest: float  # the lowest capacity that was measured; below it nothing is promised
+    context: int  # tokens of the windows it was measured on
+    paths: Mapping[Phase, tuple[Step, ...]]
+    thresholds: Mapping[Phase, Mapping[Unit, Mapping[int, tuple[float, ...]]]]
+    measured: tuple[Measured, ...]
+    data: DataRecord | None = None
+
+    @cached_property
+    def _levels(self) -> dict[tuple[Phase, int], tuple[Plan, ...]]:
+        return {}
+
+    def levels(self, phase: Phase, layers: int) -> tuple[Plan, ...]:
+        """The plans along a phase's path, from dense to leanest."""
+        key = (phase, layers)
+        if key not in self._levels:
+            self._levels[key] = tuple(walk(self.paths[phase], layers))
+        return self._levels[key]
+
+    def schedule(self, share: float, phase: Phase, shape: ModelShape, context: int) -> Schedule:
+        """The plans of a request that wants to spend `share`, for tokens over `context` keys.
+
+        Raises:
+            CapacityError: below the calibrated range, or out of this path's reach at `context`.
+        """
+        levels = self.levels(phase, len(shape.layers))
+        if share >= 1.0:
+            return Schedule(levels[0], levels[0], 1.0, 1.0, 1.0)
+        if share < self.lowest - 1e-9:
+            raise CapacityError(
+                f"capacity {share:g} is below the calibrated range {self.lowest:.2f} to 1.0"
+            )
+        # Bisection keeps fuller > share >= leaner, whatever single steps do to the cost.
+        fuller, leaner = 0, len(levels) - 1
+        fuller_spent = shape.planned_share(levels[fuller], context)  # above 1 where LoRA runs
+        leaner_spent = shape.planned_share(levels[leaner], context)
+        if leaner_spent > share:
+            raise CapacityError(
+                f"capacity {share:g} is below the calibrated range "
+                f"{math.ceil(leaner_spent * 100) / 100:.2f} to 1.0 of {phase} tokens "
+                f"that attend to {context} others"
+            )
+        while leaner - fuller > 1:
+            middle = (fuller + leaner) // 2
+            spent = shape.planned_share(levels[middle], context)
+            if spent > share:
+                fuller, fuller_spent = middle, spent
+            else:
+                leaner, leaner_spent = middle, spent
+        fraction = (share - leaner_spent) / (fuller_spent - leaner_spent)
+        return Schedule(levels[fuller], levels[leaner], fuller_spent, leaner_spent, fraction)
+
+    def threshold(self, unit: Unit, layer: int, phase: Phase, share: float) -> float:
+        """The router score that `share` of held-out tokens lie above.
+
+        Raises:
+            AdapterError: nothing was calibrated for this unit, layer and phase.
+        """
+        assert 0 < share < 1, f"{unit} of layer {layer}: {share} needs no threshold"
+        quantiles = self.thresholds.get(phase, {}).get(unit, {}).get(layer)
+        if quantiles is None:
+            raise AdapterError(
+                f"the calibration has no thresholds for {unit} of layer {layer}, {phase} tokens"
+            )
+        at = (1 - share) * (len(quantiles) - 1)
+        below = min(int(at), len(quantiles) - 2)
+        part = at - below
+        return quantiles[below] * (1 - part) + quantiles[below + 1] * part
+
+    def misfits(self, layers: int, units: Collection[Unit]) -> list[str]:
+        """Everything that keeps this calibration from a model of `layers` layers and `units`."""
+        problems: dict[str, None] = {}  # in order, each once
+        for phase, path in self.paths.items():
+            for step in path:
+                if step.layer >= layers:
+                    problems[
+                        f"calibration: the {phase} path names layer {step.layer}, "
+                        f"this model has {layers}"
+                    ] = None
+                unit = unit_of(step.field)
+                # Channels need no router, and tokens can be spread evenly without one.
+                if unit in (Unit.HEADS, Unit.EXPERTS) and unit not in units:
+                    problems[
+                        f"calibration: the {phase} path uses {unit}, which the adapter lacks"
+                    ] = None
+        return list(problems)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "lowest": self.lowest,
+            "context": self.context,
+            "paths": {
+                phase.value: [asdict(step) for step in path] for phase, path in self.paths.items()
+            },
+            "thresholds": {
+                phase.value: {
+                    unit.value: {str(layer): list(values) for layer, values in by_layer.items()}
+                    for unit, by_layer in by_unit.items()
+                }
+                for phase, by_unit in self.thresholds.items()
+            },
+            "measured": [
+                {name: value for name, value in asdict(row).items() if value is not None}
+                for row in self.measured
+            ],
+            "data": asdict(self.data) if self.data else None,
+        }
+
+    @classmethod
+    def from_json(cls, value: object) -> Calibration:
+        """Read what `as_json` wrote.
+
+        Raises:
+            AdapterError: naming every problem at once.
+        """
+        reader = _Reader()
+        calibration = reader.calibration(value)
+        if reader.problems or calibration is None:
+            raise AdapterError(
+                "calibration.json cannot be used:\n  " + "\n  ".join(reader.problems)
+            )
+        return calibration
+
+
+def walk(path: Sequence[Step], layers: int) -> Iterator[Plan]:
+    """The dense plan, and the plan after each step."""
+    plan = dense_plan(layers)
+    yield plan
+    for step in path:
+        changed = replace(plan[step.layer], **{step.field: step.share})
+        plan = (*plan[: step.layer], changed, *plan[step.layer + 1 :])
+        yield plan
+
+
+class _Reader:
+    """Turns parsed JSON into a Calibration, and notes every problem on the way."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def calibration(self, value: object) -> Calibration | None:
+        if not isinstance(value, Mapping):
+            self.problems.append(f"an object is expected; got {type(value).__name__}")
+            return None
+        if value.get("format") != FORMAT:
+            self.problems.append(f"format: this version reads {FORMAT}; got {value.get('format')}")
+            return None
+        paths = self._object(value.get("paths"), "paths")
+        thresholds = self._object(value.get("thresholds"), "thresholds")
+        data = value.get("data")
+        return Calibration(
+            lowest=self._number(value.get("lowest"), "lowest", 0.0, 1.0),
+            context=self._count(value.get("context"), "context"),
+            paths={phase: self._path(paths.get(phase.value), phase) for phase in Phase},
+            thresholds={
+                phase: self._thresholds(thresholds.get(phase.value), phase) for phase in Phase
+            },
+            measured=tuple(
+                self._measured(row, f"measured[{index}]")
+                for index, row in enumerate(self._list(value.get("measured"), "measured"))
+            ),
+            data=None if data is None else self._data(data),
+        )
+
+    def _path(self, value: object, phase: Phase) -> tuple[Step, ...]:
+        steps: list[Step] = []
+        now: dict[tuple[int, str], float] = {}
+        for index, item in enumerate(self._list(value, f"paths.{phase}")):
+            name = f"paths.{phase}[{index}]"
+            entry = self._object(item, name)
+            field = entry.get("field")
+            if field not in _FIELDS:
+                self.problems.append(f"{name}.field: one of {', '.join(_FIELDS)}; got {field!r}")
+                continue
+            layer = self._count(entry.get("layer"), f"{name}.layer", least=0)
+            share = self._number(entry.get("share"), f"{name}.share", 0.0, 1.0)
+            if share == 0.0 and field not in _TOKEN_FIELDS:
+                self.problems.append(f"{name}.share: of {field} at least one is kept; got 0")
+            before = now.get((layer, field), 1.0)
+            if share >= before:
+                self.problems.append(
+                    f"{name}: lowers {field} of layer {layer} from {before:g} to {share:g}; "
+                    "a step goes down"
+                )
+            now[layer, field] = share
+            steps.append(Step(layer, field, share))
+        return tuple(steps)
+
+    def _thresholds(self, value: object, phase: Phase) -> dict[Unit, dict[int, tuple[float, ...]]]:
+        found: dict[Unit, dict[int, tuple[float, ...]]] = {}
+        for unit, by_layer in self._object(value, f"thresholds.{phase}").items():
+            name = f"thresholds.{phase}.{unit}"
+            if unit not in _TOKEN_FIELDS:
+                self.problems.append(f"{name}: not a unit that has thresholds")
+                continue
+            layers = found.setdefault(Unit(unit), {})
+            for layer, values in self._object(by_layer, name).items():
+                if not str(layer).isdecimal():
+                    self.problems.append(f"{name}: a layer is a number; got {layer!r}")
+                    continue
+                layers[int(layer)] = self._quantiles(values, f"{name}.{layer}")
+        return found
+
+    def _quantiles(self, value: object, name: str) -> tuple[float, ...]:
+        values = tuple(
+            self._number(item, f"{name}[{index}]", -math.inf, math.inf)
+            for index, item in enumerate(self._list(value, name))
+        )
+        if len(values) < 2:
+            self.problems.append(f"{name}: at least 2 quantiles; got {len(values)}")
+        if any(low > high for low, high in pairwise(values)):
+            self.problems.append(f"{name}: quantiles must not fall")
+        return values
+
+    def _measured(self, value: object, name: str) -> Measured:
+        entry = self._object(value, name)
+        known = [field.name for field in fields(Measured)]
+        return Measured(
+            **{
+                key: self._number(entry.get(key), f"{name}.{key}", -math.inf, math.inf)
+                for key in known
+                if key in ("capacity", "spent") or entry.get(key) is not None
+            }
+        )
+
+    def _data(self, value: object) -> DataRecord:
+        entry = self._object(value, "data")
+        return DataRecord(
+            name=self._text(entry.get("name"), "data.name"),
+            sha256=self._text(entry.get("sha256"), "data.sha256"),
+            windows=self._count(entry.get("windows"), "data.windows"),
+            window_tokens=self._count(entry.get("window_tokens"), "data.window_tokens"),
+            seed=self._count(entry.get("seed"), "data.seed", least=0),
+        )
+
+    def _object(self, value: object, name: str) -> Mapping[str, Any]:
+        if isinstance(value, Mapping):
+            return value
+        self.problems.append(f"{name}: an object is expected; got {type(value).__name__}")
+        return {}
+
+    def _list(self, value: object, name: str) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        self.problems.append(f"{name}: a list is expected; got {type(value).__name__}")
+        return []
+
+    def _text(self, value: object, name: str) -> str:
+        if isinstance(value, str):
+            return value
+        self.problems.append(f"{name}: a text is expected; got {type(value).__name__}")
+        return ""
+
+    def _count(self, value: object, name: str, least: int = 1) -> int:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+            return value
+        self.problems.append(f"{name}: a whole number, at least {least}; got {value!r}")
+        return least
+
+    def _number(self, value: object, name: str, least: float, most: float) -> float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and math.isfinite(value) and least <= value <= most:  # type: ignore[arg-type, operator]
+            return float(value)  # type: ignore[arg-type]
+        bound = "a finite number" if math.isinf(most) else f"a number in [{least:g}, {most:g}]"
+        self.problems.append(f"{name}: {bound}; got {value!r}")
+        return 1.0

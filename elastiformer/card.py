@@ -1,0 +1,72 @@
+"""An adapter's README.md: what it is for, how it was made, and what was measured. Pure Python."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from elastiformer.calibration import Calibration, Measured
+
+_HEADINGS = {
+    "capacity": "capacity",
+    "spent": "spent",
+    "kl": "KL, prompt and continuation routed",
+    "kl_prompt": "KL, prompt routed only",
+    "kl_scored": "KL, every token scored",
+    "kl_p95": "95th percentile of KL",
+    "perplexity": "perplexity",
+    "perplexity_ratio": "perplexity / full",
+    "greedy_agreement": "greedy tokens agreeing",
+    "prefill_time_ratio": "prefill time / full",
+    "decode_time_ratio": "decode time / full",
+}
+
+
+def model_card(header: Mapping[str, Any], calibration: Calibration | None) -> str:
+    """Markdown, from adapter.json's content and the calibration's measured rows."""
+    base = header["base"]
+    lines = [
+        f"# An elastic adapter for {base['id']}",
+        "",
+        "Routers that let the frozen base model leave out part of its compute, each request with",
+        "its own capacity. Capacity 1.0 is the base model itself.",
+        "",
+        f"- Base: `{base['id']}`, revision `{base['revision']}`, config `{base['config_hash']}`",
+        f"- Task: {header['task']}",
+        f"- Units: {', '.join(header['units'])}",
+        f"- Keys and values of tokens that skip attention: {header['kv']}",
+    ]
+    if lora := header["lora"]:
+        lines.append(
+            f"- LoRA: rank {lora['rank']} on {', '.join(lora['parts'])}, {lora['phases']} phases"
+        )
+    if calibration is not None and calibration.measured:
+        lines += ["", "## Measured on held-out text", "", *measured_table(calibration)]
+        if calibration.data is not None:
+            data = calibration.data
+            lines += [
+                "",
+                f"{data.windows} windows of {data.window_tokens} tokens of {data.name} "
+                f"(sha256 {data.sha256[:16]}). KL to the base model in nats per token.",
+            ]
+    if header["training"]:
+        record = json.dumps(header["training"], indent=1)
+        lines += ["", "## Training record", "", "```json", record, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def measured_table(calibration: Calibration) -> list[str]:
+    """The measured rows as a Markdown table; a column that no row fills is left out."""
+    rows = calibration.measured
+    names = [f.name for f in fields(Measured) if any(getattr(r, f.name) is not None for r in rows)]
+    lines = [
+        "| " + " | ".join(_HEADINGS[name] for name in names) + " |",
+        "|" + "---|" * len(names),
+    ]
+    for row in rows:
+        values = [getattr(row, name) for name in names]
+        cells = ["" if value is None else f"{value:.4g}" for value in values]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines

@@ -1,0 +1,33 @@
+"""Everything this library raises on purpose.
+
+ElastiError
+├── CapacityError       a capacity outside its range, or of a form that does not exist
+├── AdapterError        a saved adapter that does not fit this base model, or cannot be read
+├── BaseModelError      a base model that cannot be found or loaded
+├── InputError          a prompt that the model cannot take: too long, empty, an unknown token
+└── UnsupportedModel    an architecture that no family in families.py describes
+"""
+
+
+class ElastiError(Exception):
+    """The root: catch this to catch everything the library refuses."""
+
+
+class CapacityError(ElastiError):
+    """A capacity outside its range, an unknown unit, or a share that is not a number."""
+
+
+class AdapterError(ElastiError):
+    """An adapter that does not fit its base model; the message lists every misfit at once."""
+
+
+class BaseModelError(ElastiError):
+    """A base model that is not where its name says, or cannot be read."""
+
+
+class InputError(ElastiError):
+    """A prompt that the model cannot take."""
+
+
+class UnsupportedModel(ElastiError):
+    """An architecture without an entry in families.py; the message names what is missing."""

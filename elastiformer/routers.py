@@ -1,0 +1,179 @@
+"""Routers: small learned scorers, and the rules that turn scores into what is kept.
+
+Two situations, two names. `by_rank` keeps an exact share of each window, so every training step
+costs the same; it looks at the whole window, so a causal model must not serve with it.
+`by_threshold` looks at one token after another: a token is kept when its score passes the
+threshold, unless the request has by then kept too many or too few. That small controller, a bound
+on the debt between what was owed and what was kept, makes a capacity true whatever the text.
+
+Heads, experts and channels are picked for each token by itself, so an exact top-k is causal.
+
+Shape letters, here and in masked.py and sparse.py:
+    B batch   T tokens   N packed tokens   D model width   M heads or experts   I inputs
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from elastiformer.accounting import LayerShape
+from elastiformer.capacity import Unit
+
+TokenGate = Literal["hard", "sigmoid", "raw"]
+PartGate = Literal["hard", "softmax", "renormalised", "mean"]
+TOKEN_GATES: tuple[TokenGate, ...] = ("hard", "sigmoid", "raw")
+PART_GATES: tuple[PartGate, ...] = ("hard", "softmax", "renormalised", "mean")
+ROUTED = (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS, Unit.HEADS, Unit.EXPERTS)
+TOKEN_UNITS = (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS)
+
+
+def things(unit: Unit, shape: LayerShape) -> int:
+    """How many scores a router of this unit gives a token."""
+    return {Unit.HEADS: shape.heads, Unit.EXPERTS: shape.experts}.get(unit, 1)
+
+
+class Router(nn.Module):
+    """A linear scorer on the normed hidden state. Its scores are logits: 0 is even odds."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        # Small noise, not zero: equal scores would tie, and ties break by position.
+        self.weight = nn.Parameter(torch.randn(outputs, width) * (0.01 / math.sqrt(width)))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        # In float32 whatever the model runs in: bfloat16 scores tie.
+        return F.linear(x_ND.float(), self.weight.float(), self.bias.float())
+
+
+class Routers(nn.Module):
+    """All routers of a model: `of(layer, unit)`."""
+
+    def __init__(self, shapes: Sequence[LayerShape], units: Sequence[Unit]) -> None:
+        super().__init__()
+        self.units = tuple(unit for unit in ROUTED if unit in units)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {unit.value: Router(shape.width, things(unit, shape)) for unit in self.units}
+            )
+            for shape in shapes
+        )
+
+    def of(self, layer: int, unit: Unit) -> Router | None:
+        routers: nn.ModuleDict = self.layers[layer]  # type: ignore[assignment]
+        return routers[unit.value] if unit in self.units else None  # type: ignore[return-value]
+
+
+@dataclass(slots=True)
+class Debt:
+    """What one request owes one token unit of one layer and phase: tokens due minus tokens kept."""
+
+    owed: float = 0.0
+    seen: int = 0
+
+
+def by_threshold(
+    scores: Sequence[float] | None,
+    shares: Sequence[float],
+    thresholds: Sequence[float],
+    debt: Debt,
+) -> list[bool]:
+    """Keep the tokens that pass their threshold, and as many as the shares ask for.
+
+    The number kept never strays from the number due by more than two tokens, or 1/64 of the
+    tokens seen. Without scores the kept tokens are spread evenly.
+    """
+    kept = []
+    for place, share in enumerate(shares):
+        debt.seen += 1
+        due = debt.owed + share
+        if scores is None:
+            keep = due >= 0.5
+        else:
+            slack = max(2.0, debt.seen / 64)
+            if due - 1 < -slack:
+                keep = False
+            elif due > slack:
+                keep = True
+            else:
+                keep = scores[place] > thresholds[place]
+        debt.owed = due - 1 if keep else due
+        kept.append(keep)
+    return kept
+
+
+def by_rank(scores_BT: Tensor, share_BT: Tensor, among_BT: Tensor) -> Tensor:
+    """Keep the best-scoring tokens of each row, as many as the shares of `among_BT` add up to."""
+    due_B = (share_BT * among_BT).sum(1).round().long()
+    ranked_BT = scores_BT.masked_fill(~among_BT, -math.inf)
+    rank_BT = ranked_BT.argsort(dim=1, descending=True).argsort(dim=1)
+    return (rank_BT < due_B[:, None]) & among_BT
+
+
+def best(scores_NM: Tensor, keep_N: Tensor) -> Tensor:
+    """True for the `keep_N` best-scoring things of each token, exactly so many."""
+    kept_NM = torch.ones_like(scores_NM, dtype=torch.bool)
+    for count in keep_N.unique().tolist():  # there are few different counts
+        if count < scores_NM.shape[-1]:
+            rows = keep_N == count
+            kept_NM[rows] = _best(scores_NM[rows], count)
+    return kept_NM
+
+
+def _best(scores_RM: Tensor, count: int) -> Tensor:
+    least_R1 = _kth_largest(scores_RM, count)
+    kept_RM = scores_RM >= least_R1
+    tied_R = kept_RM.sum(-1) != count
+    if bool(tied_R.any()):
+        chosen_TK = scores_RM[tied_R].topk(count, dim=-1).indices
+        kept_RM[tied_R] = torch.zeros_like(kept_RM[tied_R]).scatter_(-1, chosen_TK, True)
+    return kept_RM
+
+
+def _kth_largest(scores_RM: Tensor, count: int) -> Tensor:
+    """Each row's `count`-th largest score, [R, 1]."""
+    at = scores_RM.shape[-1] - count
+    if scores_RM.device.type == "cpu" and scores_RM.dtype == torch.float32:
+        # NumPy partitions with the processor's vectors: many times faster than PyTorch's topk.
+        ordered_RM = np.partition(scores_RM.numpy(), at, axis=-1)
+        return torch.from_numpy(ordered_RM[:, at : at + 1])
+    return scores_RM.topk(count, dim=-1).values[:, -1:]
+
+
+def token_gate(scores: Tensor, kept: Tensor, form: TokenGate) -> Tensor:
+    """What a kept token's branch is multiplied by; 0 for a skipped one.
+
+    `hard` is 1 exactly, with the sigmoid's gradient passed straight through. `sigmoid` is the
+    paper's (arXiv:2411.15281), `raw` the authors' image-token router's.
+    """
+    if form == "hard":
+        soft = scores.sigmoid()
+        return kept.to(soft.dtype) + (soft - soft.detach())
+    return kept * (scores.sigmoid() if form == "sigmoid" else scores)
+
+
+def part_gate(scores_M: Tensor, kept_M: Tensor, form: PartGate) -> Tensor:
+    """What each head's or expert's output is multiplied by; 0 for one left out.
+
+    `softmax` is M x p, `renormalised` the authors' M x p / (sum of the kept p), `mean` the same
+    scaled to average 1 over the kept; `hard` is 1 exactly, gradients passed straight through.
+    """
+    things = scores_M.shape[-1]
+    p_M = scores_M.softmax(-1)
+    if form == "hard":
+        soft = things * p_M
+        return kept_M.to(soft.dtype) + (soft - soft.detach())
+    if form == "softmax":
+        return things * p_M * kept_M
+    kept_p_M = p_M * kept_M
+    total = kept_p_M.sum(-1, keepdim=True)
+    scale = things if form == "renormalised" else kept_M.sum(-1, keepdim=True)
+    return scale * kept_p_M / total

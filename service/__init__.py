@@ -1,0 +1,1 @@
+"""The server: HTTP, engine, metrics. It asks `elastiformer` for everything about models."""

@@ -1,0 +1,125 @@
+"""Serve pretrained transformers with a compute capacity per request.
+
+    python -m service
+    python -m service --port 8123 --model mine=./llama,adapter=./adapter
+
+Without --model the embedded default model is served. Every flag is a variable too:
+ELASTI_PORT=8123. What happens is told on stderr. One signal to stop lets running requests
+finish, a second one does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import socket
+import sys
+from collections.abc import Sequence
+
+import torch
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
+
+from elastiformer.errors import ElastiError
+from service.app import create_app
+from service.metrics import Metrics
+from service.served import load
+from service.server import Server
+from service.settings import Key, Settings, read_keys
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = {name: value for name, value in vars(parser().parse_args(argv)).items() if value}
+    try:
+        settings = Settings(**given)
+        keys = read_keys(settings.keys_file) if settings.keys_file else ()
+        place = listen(settings)
+    except (ValidationError, SettingsError, ValueError, OSError) as error:
+        say(f"error: {_told(error)}")
+        return 2
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    # Each request of a client library would be told twice.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    with place:
+        return serve(settings, keys, place)
+
+
+def serve(settings: Settings, keys: Sequence[Key], place: socket.socket) -> int:
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    metrics = Metrics()
+    try:
+        catalogue = load(settings, metrics, say)
+    except ElastiError as error:
+        say(f"error: {error}")
+        return 1
+    app = create_app(settings, catalogue, metrics, keys)
+    Server(app, settings, place, say).run(sockets=[place])
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """One flag per setting, from the settings themselves."""
+    usage = argparse.ArgumentParser(
+        prog="python -m service",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=None,
+    )
+    for name, field in Settings.model_fields.items():
+        told = f"{field.description} [ELASTI_{name.upper()}]".replace("%", "%%")
+        if name == "models":
+            usage.add_argument(
+                "--model",
+                dest=name,
+                action="append",
+                metavar="NAME=BASE[,adapter=DIR][,task=TASK]",
+                help=told,
+            )
+        else:
+            usage.add_argument(flag(name), dest=name, metavar="VALUE", help=told)
+    return usage
+
+
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return "--model" if name == "models" else "--" + name.replace("_", "-")
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Take the port before the weights are loaded: a port in use is told at once.
+
+    Raises:
+        OSError: naming the address.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    place = socket.socket(family=family)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        place.bind((settings.host, settings.port))
+    except OSError as error:
+        place.close()
+        raise OSError(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}"
+        ) from None
+    return place
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _told(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    told = []
+    for each in error.errors():
+        name = flag(str(each["loc"][0])) if each["loc"] else "settings"
+        told.append(f"{name}: {each['msg'].removeprefix('Value error, ')}")
+    return "\n".join(told)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

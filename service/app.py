@@ -1,0 +1,146 @@
+"""The app: what is mounted, what starts and stops with it, and which error is which status."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from elastiformer.errors import ElastiError
+from service.desk import Desk
+from service.errors import (
+    UNEXPECTED,
+    BadRequest,
+    ServiceError,
+    Unauthorized,
+    UnknownModel,
+    error_object,
+    refusal_of,
+)
+from service.knob import Knob
+from service.metrics import NO_MODEL, Metrics
+from service.middleware import BodyBound
+from service.routes import SPENT_HEADER, Hall, hashed, installed_version, router
+from service.served import Catalogue
+from service.settings import Key, Settings
+
+log = logging.getLogger("elasti.http")
+
+
+def create_app(
+    settings: Settings, catalogue: Catalogue, metrics: Metrics, keys: Iterable[Key] = ()
+) -> FastAPI:
+    """An app over loaded models; its engines start and stop with it."""
+    knob = Knob(settings.default_capacity, settings.effort, settings.capacity_ceiling)
+    hall = Hall(
+        catalogue=catalogue,
+        desk=Desk(catalogue, knob, settings.default_max_tokens),
+        metrics=metrics,
+        keys={hashed(key.key): key for key in keys},
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        for served in catalogue:
+            served.engine.start()
+        yield
+        hall.drain()
+        for served in catalogue:
+            served.engine.stop()
+
+    app = FastAPI(
+        title="Elastiformer Serve",
+        version=installed_version(),
+        description="A compute capacity per request. OpenAI-compatible.",
+        lifespan=lifespan,
+    )
+    app.state.hall = hall
+    app.include_router(router)
+    app.add_middleware(BodyBound, most_bytes=settings.max_body_bytes, metrics=metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[SPENT_HEADER],
+        )
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    for kind in (ServiceError, ElastiError, Exception):
+        app.add_exception_handler(kind, _refused)
+    return app
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    refusal = refusal_of(error)
+    if refusal is UNEXPECTED:
+        log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
+    _count(request, error)
+    retry = refusal.retry_after_seconds
+    headers = {"retry-after": str(retry)} if retry is not None else {}
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(error_object(error), refusal.status, headers)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    """A body that the schema refuses, as OpenAI's error object."""
+    assert isinstance(error, RequestValidationError)
+    return await _refused(request, bad_request(error.errors()))
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    """What the framework refuses by itself: no such route, no such method, no JSON at all."""
+    assert isinstance(error, HTTPException)
+    body = {
+        "error": {
+            "message": str(error.detail),
+            "type": "invalid_request_error",
+            "param": None,
+            "code": None,
+        }
+    }
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+def bad_request(errors: Iterable[Mapping[str, object]]) -> BadRequest:
+    """All that is wrong, one clause per field; `param` is the first field."""
+    clauses: dict[str, list[str]] = {}
+    for each in errors:
+        loc = each["loc"]
+        assert isinstance(loc, tuple), "a place in the body"
+        if each["type"] == "json_invalid":
+            return BadRequest(f"the body is not JSON: {each.get('ctx', {})}", None)
+        # The names of a union's branches stand in the place too; only the field is shown.
+        name = str(loc[1]) if len(loc) > 1 else "body"
+        said = str(each["msg"]).removeprefix("Value error, ")
+        if each["type"] == "missing":
+            said = f"{'.'.join(map(str, loc[1:]))} is missing" if len(loc) > 2 else "it is missing"
+        clauses.setdefault(name, []).append(said)
+    message = "; ".join(
+        f"{name}: {' or '.join(dict.fromkeys(texts))}" for name, texts in clauses.items()
+    )
+    first = next(iter(clauses))
+    return BadRequest(message, None if first == "body" else first)
+
+
+def _count(request: Request, error: Exception) -> None:
+    """Refusals before an engine was asked; the engine's own are counted where they happen."""
+    metrics = request.app.state.hall.metrics
+    assert isinstance(metrics, Metrics)
+    reasons: dict[type[Exception], str] = {
+        Unauthorized: "unauthorized",
+        UnknownModel: "unknown_model",
+    }
+    reason = reasons.get(type(error))
+    if reason is None and refusal_of(error).status == 400:
+        reason = "invalid"
+    if reason is not None:
+        metrics.rejections.labels(NO_MODEL, reason).inc()

@@ -1,0 +1,265 @@
+"""The desk: a checked request becomes an order for one engine.
+
+Here the model is found, the knob is read, the text is tokenised and every limit is made
+concrete, so that what goes further knows nothing of HTTP. All of it may raise; nothing of it
+waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from elastiformer.errors import InputError
+from elastiformer.inputs import TextInputs
+from elastiformer.sampling import GREEDY, Sampling
+from service.engine import end_tokens
+from service.errors import BadRequest
+from service.knob import Asked, Knob, Resolved
+from service.orders import Order
+from service.scheduler import Job
+from service.schemas import (
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    Generation,
+    Image,
+    Part,
+    PredictRequest,
+)
+from service.served import Catalogue, Served
+from service.settings import Key
+from service.zero_shot import Question, ask
+
+COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and what stands in the headers about capacity."""
+
+    key: Key | None = None
+    header: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An order, the model it is for, and how its answer is to look."""
+
+    served: Served
+    order: Order
+    name: str  # as the caller wrote it
+    logprobs: int | None = None
+    echoes: tuple[tuple[int, ...], ...] = ()  # per prompt, where it is given back
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedLabels:
+    """A classification: one order that scores every label of every text."""
+
+    served: Served
+    order: Order
+    name: str
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """The catalogue, the server's side of the knob, and its default length."""
+
+    catalogue: Catalogue
+    knob: Knob
+    default_max_tokens: int
+
+    def completion(self, asked: CompletionRequest, caller: Caller) -> Placed:
+        """Raises UnknownModel, CapacityError, InputError, BadRequest."""
+        served, resolved = self._resolve(
+            asked.model, asked.capacity, asked.reasoning_effort, caller
+        )
+        inputs = served.engine.inputs
+        prompts = _prompts(asked, inputs)
+        if asked.max_tokens == 0 and not asked.echo:
+            raise BadRequest("max_tokens: 0 is for echo only", "max_tokens")
+        most_new = [_most_new(inputs, ids, asked.max_tokens, COMPLETION_TOKENS) for ids in prompts]
+        order = self._order(
+            asked,
+            resolved,
+            prompts,
+            most_new,
+            logprobs=asked.logprobs,
+            scored=bool(asked.echo) and asked.logprobs is not None,
+        )
+        echoes = tuple(prompts) if asked.echo else ()
+        served.engine.check(order)
+        return Placed(served, order, asked.model, asked.logprobs, echoes)
+
+    def chat(self, asked: ChatRequest, caller: Caller) -> Placed:
+        """Raises UnknownModel, CapacityError, InputError, BadRequest."""
+        served, resolved = self._resolve(
+            asked.model, asked.capacity, asked.reasoning_effort, caller
+        )
+        if asked.top_logprobs is not None and not asked.logprobs:
+            raise BadRequest("top_logprobs: it needs logprobs: true", "top_logprobs")
+        inputs = served.engine.inputs
+        prompt = inputs.chat(
+            [
+                {**message.model_dump(exclude_none=True), "content": _content(message.content)}
+                for message in asked.messages
+            ]
+        )
+        limit = asked.max_completion_tokens or asked.max_tokens
+        most_new = _most_new(inputs, prompt, limit, self.default_max_tokens)
+        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+        order = self._order(asked, resolved, [prompt], [most_new], logprobs=logprobs)
+        served.engine.check(order)
+        return Placed(served, order, asked.model, logprobs)
+
+    def classify(self, asked: ClassifyRequest, caller: Caller) -> PlacedLabels:
+        """Raises UnknownModel, CapacityError, InputError, BadRequest."""
+        served, resolved = self._resolve(
+            asked.model, asked.capacity, asked.reasoning_effort, caller
+        )
+        texts = asked.input if isinstance(asked.input, list) else [asked.input]
+        plain = [text for text in texts if isinstance(text, str)]
+        if any(isinstance(text, Image) for text in texts):
+            raise InputError("input: this model reads text only; got an image")
+        return _labelled(served, resolved, asked.model, plain, asked.labels)
+
+    def predict(self, asked: PredictRequest, caller: Caller) -> PlacedLabels:
+        """Raises UnknownModel, CapacityError, InputError, BadRequest."""
+        served, resolved = self._resolve(
+            asked.model, asked.capacity, asked.reasoning_effort, caller
+        )
+        texts = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
+        name = asked.model or served.name
+        return _labelled(served, resolved, name, texts, asked.labels, bool(asked.truncate))
+
+    def _resolve(
+        self, name: str | None, capacity: object, effort: str | None, caller: Caller
+    ) -> tuple[Served, Resolved]:
+        found = self.catalogue.find(name)
+        asked = Asked(capacity, found.alias, caller.header, effort)
+        return found.served, self.knob.resolve(asked, caller.key, found.served.model.lowest)
+
+    def _order(
+        self,
+        asked: Generation,
+        resolved: Resolved,
+        prompts: Sequence[tuple[int, ...]],
+        most_new: Sequence[int],
+        logprobs: int | None,
+        scored: bool = False,
+    ) -> Order:
+        choices = asked.n or 1
+        jobs = tuple(
+            Job(
+                number=place * choices + choice,
+                prompt=prompt,
+                capacity=resolved.applied,
+                most_new=most,
+                scored=scored,
+                billed_tokens=len(prompt) if choice == 0 else 0,
+            )
+            for place, (prompt, most) in enumerate(zip(prompts, most_new, strict=True))
+            for choice in range(choices)
+        )
+        least_new = asked.min_tokens or 0
+        if least_new > max(most_new):
+            raise BadRequest(
+                f"min_tokens: at most max_tokens, {max(most_new)}; got {least_new}", "min_tokens"
+            )
+        return Order(
+            jobs=jobs,
+            resolved=resolved,
+            sampling=_sampling(asked, logprobs),
+            stops=tuple([asked.stop] if isinstance(asked.stop, str) else asked.stop or ()),
+            ignore_eos=bool(asked.ignore_eos),
+            least_new=least_new,
+            choices=choices,
+        )
+
+
+def _prompts(asked: CompletionRequest, inputs: TextInputs) -> list[tuple[int, ...]]:
+    prompt = asked.prompt
+    if isinstance(prompt, str):
+        return [inputs.text(prompt)]
+    if isinstance(prompt[0], int):
+        return [inputs.ids([each for each in prompt if isinstance(each, int)])]
+    return [
+        inputs.text(each) if isinstance(each, str) else inputs.ids(each)
+        for each in prompt
+        if not isinstance(each, int)
+    ]
+
+
+def _content(content: str | list[Part] | None) -> object:
+    if isinstance(content, list):
+        return [part.model_dump(exclude_none=True) for part in content]
+    return content
+
+
+def _most_new(inputs: TextInputs, ids: Sequence[int], asked: int | None, default: int) -> int:
+    """The asked length, refused if it does not fit; a default is what fits of it."""
+    if asked is not None:
+        inputs.checked_room(len(ids), asked)
+        return asked
+    room = inputs.room(len(ids))
+    if room == 0:
+        raise InputError(
+            f"prompt: {len(ids)} tokens fill the context of {inputs.context}; no room for an answer"
+        )
+    return min(default, room)
+
+
+def _sampling(asked: Generation, logprobs: int | None) -> Sampling:
+    given = {
+        name: value
+        for name in (
+            "temperature",
+            "top_p",
+            "min_p",
+            "seed",
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+        )
+        if (value := getattr(asked, name)) is not None
+    }
+    return Sampling(**given, top_k=max(asked.top_k or 0, 0), logprobs=logprobs)
+
+
+def _labelled(
+    served: Served,
+    resolved: Resolved,
+    name: str,
+    texts: Sequence[str],
+    labels: Sequence[str] | None,
+    truncate: bool = False,
+) -> PlacedLabels:
+    if not labels:
+        raise BadRequest(
+            f"labels: {served.name!r} is a causal model; name the labels to choose from", "labels"
+        )
+    inputs, ends = served.engine.inputs, end_tokens(served.model)
+    questions = [ask(inputs, ends, text, labels, truncate) for text in texts]
+    jobs = tuple(
+        _label_job(place * len(labels) + number, question, number, resolved)
+        for place, question in enumerate(questions)
+        for number in range(len(labels))
+    )
+    order = Order(jobs, resolved, GREEDY)
+    served.engine.check(order)
+    return PlacedLabels(served, order, name, tuple(labels))
+
+
+def _label_job(place: int, question: Question, number: int, resolved: Resolved) -> Job:
+    answer = question.answers[number]
+    shared = len(question.prompt) if number == 0 else 0
+    return Job(
+        number=place,
+        prompt=question.prompt,
+        capacity=resolved.applied,
+        most_new=0,
+        given=answer,
+        billed_tokens=shared + len(answer),
+    )

@@ -1,0 +1,108 @@
+"""What passes between the desk and the workshop: an order in, events back, one ending.
+
+An `Order` is one request made concrete. Its `Ticket` lives on the asyncio side: it receives what
+the engine's thread delivers, and ends with exactly one `Done` or `Failed`. No torch, no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from elastiformer.usage import Usage
+from service.knob import Resolved
+from service.scheduler import Job
+
+if TYPE_CHECKING:  # for their names only: this file stays importable without torch
+    from elastiformer.sampling import Sampled, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One request: its jobs, how they draw, and when they end."""
+
+    jobs: tuple[Job, ...]
+    resolved: Resolved
+    sampling: Sampling
+    stops: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    least_new: int = 0
+    choices: int = 1  # sequences per prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The log-probabilities of a job's known tokens, from its second token on or its first
+    given one."""
+
+    number: int
+    sampled: tuple[Sampled, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """One more token of a job, and the text it completes; `ended` on the last one."""
+
+    number: int
+    text: str
+    sampled: Sampled | None  # None for the token that ends a text and stands for nothing
+    ended: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a request took, over all its jobs."""
+
+    usage: Usage
+    prompt_tokens: int
+    generated_tokens: int
+    queue_seconds: float
+    first_token_seconds: float | None
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The ending of a request that got its answer."""
+
+    summary: Summary
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The ending of a request that got none."""
+
+    error: Exception
+
+
+Event = Scored | Generated | Done | Failed
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """The caller's end of an order: events as they come, and the right to cancel."""
+
+    order: Order
+    cancel: Callable[[], None]
+    loop: asyncio.AbstractEventLoop
+    _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+
+    def deliver(self, event: Event) -> None:
+        """Called on the event loop only."""
+        self._events.put_nowait(event)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Everything up to and including `Done`.
+
+        Raises:
+            Exception: what the order failed with.
+        """
+        while True:
+            event = await self._events.get()
+            if isinstance(event, Failed):
+                raise event.error
+            yield event
+            if isinstance(event, Done):
+                return

@@ -1,0 +1,266 @@
+"""One translation per route: a schema in, an order through the engine, JSON out.
+
+What a route needs hangs on `app.state.hall`. Errors are not caught here: app.py knows which is
+which status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from service.answers import (
+    Answer,
+    ChatShape,
+    CompletionShape,
+    Json,
+    Shape,
+    classification_json,
+    elasti_json,
+    gather,
+    prediction_json,
+    usage_json,
+)
+from service.desk import Caller, Desk, Placed, PlacedLabels
+from service.errors import Draining, EngineDead, NotServing, QueueFull, Unauthorized, UnknownModel
+from service.knob import HEADER
+from service.metrics import Metrics
+from service.orders import Ticket
+from service.schemas import (
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    PredictRequest,
+)
+from service.served import Catalogue, Served
+from service.settings import Key
+from service.streams import EventStream, first_event, stream, tied_to
+
+SPENT_HEADER = "X-Elasti-Capacity-Spent"
+PAGE = Path(__file__).with_name("page.html")
+_BEARER = re.compile(r"Bearer\s+(\S+)", re.IGNORECASE)
+
+router = APIRouter()
+
+
+@dataclass(slots=True)
+class Hall:
+    """What the routes share."""
+
+    catalogue: Catalogue
+    desk: Desk
+    metrics: Metrics
+    keys: dict[str, Key] = field(default_factory=dict)  # by the hash of the secret
+    draining: bool = False
+
+    def drain(self) -> None:
+        """Take no new work; what runs goes on."""
+        self.draining = True
+        for served in self.catalogue:
+            served.engine.draining = True
+
+    @property
+    def idle(self) -> bool:
+        return all(served.engine.idle for served in self.catalogue)
+
+
+def hall_of(request: Request) -> Hall:
+    hall = request.app.state.hall
+    assert isinstance(hall, Hall)
+    return hall
+
+
+TheHall = Annotated[Hall, Depends(hall_of)]
+
+
+def hashed(secret: str) -> str:
+    """Keys are looked up by their hash: how long it takes says nothing about the key."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+async def caller_of(request: Request, hall: TheHall) -> Caller:
+    """Who asks; raises Unauthorized where keys are required."""
+    header = request.headers.get(HEADER)
+    if not hall.keys:
+        return Caller(None, header)
+    bearer = _BEARER.fullmatch(request.headers.get("authorization", "").strip())
+    key = hall.keys.get(hashed(bearer[1])) if bearer else None
+    if key is None:
+        raise Unauthorized("this server needs an API key: Authorization: Bearer KEY")
+    return Caller(key, header)
+
+
+TheCaller = Annotated[Caller, Depends(caller_of)]
+
+
+@router.post("/v1/completions")
+async def completions(
+    request: Request, asked: CompletionRequest, hall: TheHall, caller: TheCaller
+) -> Response:
+    """Continue a text, or score one (`echo` with `logprobs`)."""
+    placed = await asyncio.to_thread(hall.desk.completion, asked, caller)
+    return await _generate(request, hall, placed, CompletionShape(placed), asked)
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(
+    request: Request, asked: ChatRequest, hall: TheHall, caller: TheCaller
+) -> Response:
+    """Answer a conversation."""
+    placed = await asyncio.to_thread(hall.desk.chat, asked, caller)
+    return await _generate(request, hall, placed, ChatShape(placed), asked)
+
+
+@router.post("/v1/classify")
+@router.post("/classify")
+async def classify(
+    request: Request, asked: ClassifyRequest, hall: TheHall, caller: TheCaller
+) -> Response:
+    """Choose among labels, with the probability of each."""
+    placed = await asyncio.to_thread(hall.desk.classify, asked, caller)
+    answer = await _answer(request, hall, placed)
+    return _json(classification_json(placed, answer), placed, answer)
+
+
+@router.post("/predict")
+async def predict(
+    request: Request, asked: PredictRequest, hall: TheHall, caller: TheCaller
+) -> Response:
+    """Score labels: the same question as `/v1/classify`, the answer as a plain list."""
+    placed = await asyncio.to_thread(hall.desk.predict, asked, caller)
+    answer = await _answer(request, hall, placed)
+    predictions = prediction_json(placed, answer, bool(asked.raw_scores))
+    body = predictions if isinstance(asked.inputs, list) else predictions[0]
+    return JSONResponse(body, headers=_spent(answer))
+
+
+@router.get("/v1/models")
+async def models(hall: TheHall, caller: TheCaller) -> Json:
+    """Served models, each with an alias per named capacity."""
+    data = [
+        _model_json(served, name)
+        for served in hall.catalogue
+        for name in (served.name, *served.aliases)
+    ]
+    return {"object": "list", "data": data}
+
+
+@router.get("/v1/models/{name}")
+async def model(name: str, hall: TheHall, caller: TheCaller) -> Json:
+    """One served model, by its name or an alias."""
+    found = hall.catalogue.find(name)
+    if found.alias is not None and name not in found.served.aliases:
+        shown = ", ".join(found.served.aliases) or "none"
+        raise UnknownModel(f"model: {name!r} is no alias of {found.served.name!r}; these: {shown}")
+    return _model_json(found.served, name)
+
+
+@router.get("/health")
+async def health(hall: TheHall) -> Response:
+    """Alive: every engine's thread works. 503 when one has died."""
+    dead = [served.name for served in hall.catalogue if not served.engine.alive]
+    if dead:
+        raise EngineDead(f"the engine of {', '.join(dead)} has stopped working")
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/ready")
+async def ready(hall: TheHall) -> Response:
+    """Ready for work: models loaded, engines alive, not draining."""
+    if hall.draining:
+        raise Draining("this server is about to stop")
+    return await health(hall)
+
+
+@router.get("/version")
+async def version_of_server() -> Json:
+    """The version of this server."""
+    return {"version": installed_version()}
+
+
+@router.get("/metrics")
+async def metrics(hall: TheHall) -> Response:
+    """Prometheus."""
+    return Response(hall.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> HTMLResponse:
+    """A page to try the knob by hand."""
+    return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+
+
+def installed_version() -> str:
+    try:
+        return version("elastiformer-serve")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+async def _generate(
+    request: Request,
+    hall: Hall,
+    placed: Placed,
+    shape: Shape,
+    asked: CompletionRequest | ChatRequest,
+) -> Response:
+    if not asked.stream:
+        answer = await _answer(request, hall, placed)
+        return _json(shape.whole(answer), placed, answer)
+    ticket = _submit(hall, placed)
+    events = ticket.events()
+    async with tied_to(request, ticket, keep=True):
+        first = await first_event(events)
+    body = stream(request, placed, shape, ticket, first, events, asked.stream_options)
+    return EventStream(ticket, body)
+
+
+async def _answer(request: Request, hall: Hall, placed: Placed | PlacedLabels) -> Answer:
+    ticket = _submit(hall, placed)
+    async with tied_to(request, ticket):
+        return await gather(ticket.events(), len(placed.order.jobs))
+
+
+def _submit(hall: Hall, placed: Placed | PlacedLabels) -> Ticket:
+    name, rejections = placed.served.name, hall.metrics.rejections
+    try:
+        ticket = placed.served.engine.submit(placed.order)
+    except (QueueFull, NotServing) as error:
+        reason = {QueueFull: "queue_full", EngineDead: "dead"}.get(type(error), "draining")
+        rejections.labels(name, reason).inc()
+        raise
+    if placed.order.resolved.limited_by:
+        hall.metrics.overrides.labels(name, placed.order.resolved.limited_by).inc()
+    return ticket
+
+
+def _json(body: Json, placed: Placed | PlacedLabels, answer: Answer) -> Response:
+    summary = answer.summary
+    body |= {"usage": usage_json(summary), "elasti": elasti_json(placed, summary)}
+    return JSONResponse(body, headers=_spent(answer))
+
+
+def _spent(answer: Answer) -> dict[str, str]:
+    return {SPENT_HEADER: f"{answer.summary.usage.capacity_spent:.4f}"}
+
+
+def _model_json(served: Served, name: str) -> Json:
+    return {
+        "id": name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "elastiformer",
+        "root": served.name,
+        "parent": None if name == served.name else served.name,
+        "max_model_len": served.engine.inputs.context,
+        "meta": served.meta,
+    }

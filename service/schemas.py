@@ -1,0 +1,182 @@
+"""The HTTP contract of requests: shapes and bounds, no logic.
+
+Fields that are not named here are accepted and ignored, because real clients send them; a field
+that is named here and holds something else is refused, never clamped. `null` is as good as not
+there. `capacity` is read by knob.py, which knows its forms.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+
+from elastiformer.sampling import MOST_LOGPROBS
+
+MOST_STOPS, MOST_CHOICES, MOST_LABELS = 4, 128, 256
+
+_SHARE = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+_UNITS = {
+    "type": "object",
+    "properties": {
+        unit: _SHARE for unit in ("attention_tokens", "mlp_tokens", "heads", "experts", "channels")
+    },
+    "additionalProperties": False,
+    "minProperties": 1,
+}
+_BY_PHASE = {
+    "type": "object",
+    "properties": {phase: {"anyOf": [_SHARE, _UNITS]} for phase in ("prompt", "output")},
+    "additionalProperties": False,
+    "minProperties": 1,
+}
+CAPACITY_SCHEMA: dict[str, Any] = {
+    "anyOf": [_SHARE, {"const": "auto"}, _UNITS, _BY_PHASE, {"type": "null"}],
+    "examples": [0.6, "auto", {"heads": 0.75}, {"prompt": 0.5, "output": 0.9}],
+}
+
+Stop = Annotated[StrictStr, Field(min_length=1)]
+TokenId = Annotated[StrictInt, Field(ge=0)]
+Seed = Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)]
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
+
+    capacity: Any = Field(
+        None,
+        json_schema_extra=CAPACITY_SCHEMA,
+        description="share of the dense compute to pay, above 0 and at most 1; 'auto'; keep "
+        "shares per unit; or one of these for each of prompt and output",
+    )
+
+
+class Knobbed(_Asked):
+    """What every request for a named model may say about it."""
+
+    model: Annotated[str, Field(min_length=1)] = Field(
+        description="name of a served model; NAME@0.6 sets a capacity as well"
+    )
+    reasoning_effort: str | None = Field(
+        None, description="a capacity through the server's table: low, medium, high"
+    )
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells about itself while it runs."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    include_usage: bool | None = Field(
+        None, description="end with a chunk of its own for the usage"
+    )
+    continuous_usage_stats: bool | None = Field(
+        None, description="count the tokens so far in every chunk"
+    )
+
+
+class Generation(Knobbed):
+    """What completions and chat have in common."""
+
+    temperature: float | None = Field(None, ge=0, le=2, description="0: the likeliest token")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, description="0 or -1: all")
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    seed: Seed | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = Field(
+        None, description="up to 4 texts that end the answer and are left out of it"
+    )
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="answers per prompt")
+    min_tokens: int | None = Field(None, ge=0, description="no end before so many tokens")
+    ignore_eos: bool | None = Field(None, description="go on to the limit, whatever is written")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class CompletionRequest(Generation):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        StrictStr
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[StrictStr], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    ) = Field(description="a text, a list of texts, token ids, or a list of lists of token ids")
+    max_tokens: int | None = Field(
+        None, ge=0, description="most tokens to generate, 16 if not given; 0 only with echo"
+    )
+    logprobs: int | None = Field(
+        None, ge=0, le=MOST_LOGPROBS, description="alternatives reported beside each token"
+    )
+    echo: bool | None = Field(None, description="give the prompt back before the answer")
+
+
+class Part(BaseModel):
+    """One part of a message's content."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    type: str
+    text: str | None = None
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+
+
+class ChatRequest(Generation):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: int | None = Field(None, ge=1, description="the older name of the next field")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="most tokens of the answer; the server's limit if not given"
+    )
+    logprobs: bool | None = Field(None, description="report the probability of each token")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MOST_LOGPROBS, description="alternatives beside it; needs logprobs"
+    )
+
+
+class Image(BaseModel):
+    """An image to classify, as a data URI."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    image: str
+
+
+Label = Annotated[StrictStr, Field(min_length=1)]
+Labels = Annotated[list[Label], Field(min_length=1, max_length=MOST_LABELS)]
+
+
+class ClassifyRequest(Knobbed):
+    """`POST /v1/classify`."""
+
+    input: StrictStr | Annotated[list[StrictStr | Image], Field(min_length=1)] = Field(
+        description="a text, or a list of texts"
+    )
+    labels: Labels | None = Field(
+        None, description="the labels to choose from; a causal model needs them"
+    )
+
+
+class PredictRequest(_Asked):
+    """`POST /predict`."""
+
+    inputs: StrictStr | Annotated[list[StrictStr], Field(min_length=1)]
+    model: str | None = Field(None, description="name of a served model; the first if not given")
+    reasoning_effort: str | None = None
+    labels: Labels | None = Field(
+        None, description="the labels to choose from; a causal model needs them"
+    )
+    raw_scores: bool | None = Field(None, description="log-likelihoods instead of probabilities")
+    truncate: bool | None = Field(None, description="cut a text that is longer than the context")

@@ -1,0 +1,140 @@
+"""The models behind their names: how they are loaded, found, and described.
+
+A name is `NAME` or `NAME@CAPACITY`; the part after `@` is a form of the knob.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from elastiformer import ElasticModel
+from elastiformer.capacity import Unit
+from service.engine import Engine
+from service.errors import UnknownModel
+from service.metrics import Metrics
+from service.scheduler import Limits
+from service.settings import ModelSpec, Settings
+
+# Named capacities of /v1/models; any other number in the range is as good.
+NAMED_CAPACITIES = (0.9, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model under its name, and the engine that runs it."""
+
+    spec: ModelSpec
+    engine: Engine
+    identity: str | None = None  # of its adapter; a hash of all tensors, so taken once
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def model(self) -> ElasticModel:
+        return self.engine.model
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return self.model.adapter.units if self.model.adapter else ()
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What a caller should know before choosing a capacity."""
+        calibration = self.model.calibration
+        return {
+            "task": self.spec.task,
+            "base": self.spec.base,
+            "adapter": self.identity,
+            "units": [unit.value for unit in self.units],
+            "capacity": {"lowest": self.model.lowest, "highest": 1.0},
+            "calibration": [
+                {name: value for name, value in asdict(row).items() if value is not None}
+                for row in (calibration.measured if calibration else ())
+            ],
+        }
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        lowest = self.model.lowest
+        return tuple(f"{self.name}@{each:g}" for each in NAMED_CAPACITIES if each >= lowest)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A served model, and the capacity that its alias asked for."""
+
+    served: Served
+    alias: str | None
+
+
+class Catalogue:
+    """Every served model, by name; the first one is the default."""
+
+    def __init__(self, models: Iterable[Served]) -> None:
+        self._by_name = {served.name: served for served in models}
+        assert self._by_name, "a server serves at least one model"
+
+    def __iter__(self) -> Iterator[Served]:
+        return iter(self._by_name.values())
+
+    @property
+    def default(self) -> Served:
+        return next(iter(self._by_name.values()))
+
+    def find(self, name: str | None) -> Found:
+        """Raises UnknownModel, naming what is served."""
+        if name is None:
+            return Found(self.default, None)
+        known, at, alias = name.partition("@")
+        if known not in self._by_name:
+            raise UnknownModel(
+                f"model: {name!r} is not served here; served: {', '.join(self._by_name)}"
+            )
+        return Found(self._by_name[known], alias if at else None)
+
+
+def load(
+    settings: Settings, metrics: Metrics, say: Callable[[str], None] = lambda text: None
+) -> Catalogue:
+    """Load every model of the settings; `say` hears what is being done.
+
+    Raises:
+        ElastiError: a base or an adapter that cannot be loaded, or do not fit.
+    """
+    models: list[Served] = []
+    for spec in settings.served:
+        beside = f" with the adapter {spec.adapter}" if spec.adapter else ", without an adapter"
+        say(f"loading {spec.name}: {spec.base}{beside}")
+        begun = time.monotonic()
+        model = ElasticModel.load(
+            spec.base, spec.adapter, dtype=settings.dtype, device=settings.device
+        )
+        models.append(serve(spec, model, settings, metrics))
+        taken = time.monotonic() - begun
+        dtype = str(model.dtype).removeprefix("torch.")
+        say(
+            f"  {dtype} on {model.device}, context {model.context}, capacities "
+            f"{model.lowest:g} to 1, in {taken:.1f} s"
+        )
+    return Catalogue(models)
+
+
+def serve(spec: ModelSpec, model: ElasticModel, settings: Settings, metrics: Metrics) -> Served:
+    """Put a model behind a name, with an engine of its own that is not started yet."""
+    limits = Limits(
+        max_waiting=settings.max_waiting,
+        max_running=settings.max_running,
+        max_step_tokens=settings.max_step_tokens,
+        cache_tokens=settings.cache_tokens,
+    )
+    engine = Engine(spec.name, model, limits, metrics, settings.request_timeout_seconds)
+    served = Served(spec, engine, model.adapter.identity if model.adapter else None)
+    metrics.open(spec.name, served.identity or "none", spec.base, served.units)
+    metrics.load_ceiling.labels(spec.name).set(settings.capacity_ceiling)
+    return served

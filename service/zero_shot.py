@@ -1,0 +1,70 @@
+"""Classification by a causal model that was never trained to classify.
+
+The model is shown the text and the labels, and each label is scored as its answer. A label's
+score is the log-likelihood of all its tokens and of the token that ends the answer, so that
+"good" does not win over "good enough" by being its beginning. The scores are not divided by a
+label's length: their softmax is the probability that the model answers with exactly this label,
+given that it answers with one of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from elastiformer.errors import InputError
+from elastiformer.inputs import TextInputs
+
+QUESTION = (
+    "Which of these labels fits the text best?\nLabels: {labels}\nText: {text}\n"
+    "Answer with the label only."
+)
+PLAIN = "Labels: {labels}\nText: {text}\nLabel:"  # for a model without a chat template
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One text as a prompt, and each label as the tokens of an answer to it."""
+
+    prompt: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+
+
+def ask(
+    inputs: TextInputs, ends: Sequence[int], text: str, labels: Sequence[str], truncate: bool
+) -> Question:
+    """Put a text and its labels before the model.
+
+    Raises:
+        InputError: the question does not fit the context, and may not be cut.
+    """
+    if doubled := sorted({label for label in labels if labels.count(label) > 1}):
+        raise InputError(f"labels: each may stand once; twice: {', '.join(doubled)}")
+    space = "" if inputs.has_chat_template else " "
+    answers = tuple(
+        (*inputs.text(space + label, special_tokens=False), *ends[:1]) for label in labels
+    )
+    longest = max(map(len, answers))
+    prompt = _prompt(inputs, text, labels)
+    if truncate and len(prompt) + longest > inputs.context:
+        excess = len(prompt) + longest - inputs.context
+        words = inputs.text(text, special_tokens=False)
+        prompt = _prompt(inputs, inputs.decode(words[: max(len(words) - excess, 0)]), labels)
+    inputs.checked_room(len(prompt), longest, "input")
+    return Question(prompt, answers)
+
+
+def probabilities(scores: Sequence[float]) -> list[float]:
+    """Softmax."""
+    most = max(scores)
+    weights = [math.exp(score - most) for score in scores]
+    return [weight / sum(weights) for weight in weights]
+
+
+def _prompt(inputs: TextInputs, text: str, labels: Sequence[str]) -> tuple[int, ...]:
+    shown = ", ".join(labels)
+    if inputs.has_chat_template:
+        question = QUESTION.format(labels=shown, text=text)
+        return inputs.chat([{"role": "user", "content": question}])
+    return inputs.text(PLAIN.format(labels=shown, text=text))

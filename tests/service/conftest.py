@@ -1,0 +1,141 @@
+"""A whole server over a tiny real model: routed by untrained routers, calibrated by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from elastiformer import Calibration, ElasticModel, Measured, Phase, Step, Unit
+from service.app import create_app
+from service.metrics import Metrics
+from service.served import Catalogue, serve
+from service.settings import Key, ModelSpec, Settings
+from tests.tiny import LAYERS, tiny, tiny_tokenizer
+
+LOWEST = 0.5
+UNITS = (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS, Unit.HEADS, Unit.EXPERTS, Unit.CHANNELS)
+PATH = (
+    *(Step(layer, "heads", 0.75) for layer in range(LAYERS)),
+    *(Step(layer, "mlp_out", 0.7) for layer in range(LAYERS)),
+    *(Step(layer, "attention_tokens", 0.5) for layer in range(LAYERS)),
+    *(Step(layer, "experts", 5 / 7) for layer in range(LAYERS)),
+    *(Step(layer, "mlp_tokens", 0.25) for layer in range(LAYERS)),
+)
+
+
+def elastic_model(family: str = "llama", **changes: Any) -> ElasticModel:
+    """A tiny model with every unit and a calibration from 0.5 on."""
+    base = tiny(family, **changes)
+    model = ElasticModel(base, tokenizer=tiny_tokenizer())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        adapter = model.blank_adapter(UNITS, experts=7, expert_split="contiguous", lora_rank=1)
+        for parameter in adapter.parameters().values():
+            with torch.no_grad():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapter.calibration = Calibration(
+        lowest=LOWEST,
+        context=96,
+        paths=dict.fromkeys(Phase, PATH),
+        thresholds={},
+        measured=(Measured(1.0, 1.0, kl=0.0), Measured(0.5, 0.5, kl=0.7)),
+    )
+    model.attach(adapter)
+    return model
+
+
+class House:
+    """An app over tiny models, and a client that talks to it without a socket."""
+
+    def __init__(self, app: FastAPI, client: httpx.AsyncClient) -> None:
+        self.app = app
+        self.client = client
+        self.hall = app.state.hall
+
+    @property
+    def engine(self) -> Any:
+        return self.hall.catalogue.default.engine
+
+    async def post(self, path: str, **body: Any) -> httpx.Response:
+        headers = body.pop("headers", None)
+        return await self.client.post(path, json={"model": "tiny"} | body, headers=headers)
+
+    async def complete(self, prompt: Any = "Once upon a time", **body: Any) -> dict[str, Any]:
+        answer = await self.post("/v1/completions", prompt=prompt, **body)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    def value(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples with these labels."""
+        return sum(
+            sample.value
+            for family in self.hall.metrics.registry.collect()
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    async def until_idle(self) -> None:
+        async with asyncio.timeout(20):
+            while not self.hall.idle:
+                await asyncio.sleep(0.005)
+
+
+def build(
+    models: dict[str, ElasticModel] | None = None, keys: tuple[Key, ...] = (), **settings: Any
+) -> FastAPI:
+    """An app as `python -m service` makes it, over models that are already in memory."""
+    chosen, metrics = Settings(**settings), Metrics()
+    catalogue = Catalogue(
+        serve(ModelSpec(name, "tiny-llama"), model, chosen, metrics)
+        for name, model in (models or {"tiny": elastic_model()}).items()
+    )
+    return create_app(chosen, catalogue, metrics, keys)
+
+
+@asynccontextmanager
+async def opened(app: FastAPI) -> AsyncIterator[House]:
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://house") as client:
+            yield House(app, client)
+
+
+def in_house(visit: Callable[[House], Awaitable[None]], **options: Any) -> None:
+    """Run one test's talk with a house of its own."""
+
+    async def talk() -> None:
+        async with opened(build(**options)) as house, asyncio.timeout(60):
+            await visit(house)
+
+    asyncio.run(talk())
+
+
+@pytest.fixture
+def street() -> Iterator[Callable[[FastAPI], str]]:
+    """A real server on a loopback port, for what a socket alone can show."""
+    servers: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def start(app: FastAPI) -> str:
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        servers.append((server, thread))
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            thread.join(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        return f"http://127.0.0.1:{port}"
+
+    yield start
+    for server, thread in servers:
+        server.should_exit = True
+        thread.join()

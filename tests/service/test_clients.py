@@ -1,0 +1,145 @@
+"""Promises to clients: the `openai` package works unchanged, and so does the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from service.routes import PAGE
+from tests.service.conftest import build
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def client(street):
+    with openai.OpenAI(base_url=f"{street(build())}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_the_openai_client_chats_streams_and_completes(client):
+    messages = [{"role": "user", "content": "hi"}]
+    for capacity in (1.0, 0.8, 0.6):
+        asked = {
+            "model": "tiny",
+            "messages": messages,
+            "max_completion_tokens": 130,
+            "temperature": 0,
+            "extra_body": {"capacity": capacity, "ignore_eos": True},
+        }
+        whole = client.chat.completions.create(**asked)
+        assert whole.usage.completion_tokens == 130
+        spent = whole.model_extra["elasti"]["capacity_spent"]
+        assert spent == pytest.approx(capacity, abs=0.02)
+
+        chunks = list(
+            client.chat.completions.create(
+                **asked, stream=True, stream_options={"include_usage": True}
+            )
+        )
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert text == whole.choices[0].message.content
+        assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+        assert chunks[-1].usage.model_extra["compute"] == whole.usage.model_extra["compute"]
+        assert chunks[-1].model_extra["elasti"]["capacity_applied"] == capacity
+
+    scored = client.completions.create(
+        model="tiny@0.7", prompt=[[5, 6, 7], [8, 9]], max_tokens=1, echo=True, logprobs=1
+    )
+    assert [len(choice.logprobs.tokens) for choice in scored.choices] == [4, 3]
+    assert {model.id for model in client.models.list()} >= {"tiny", "tiny@0.75"}
+    assert client.models.retrieve("tiny@0.75").model_extra["root"] == "tiny"
+    chat = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=2, logprobs=True, top_logprobs=3
+    )
+    assert len(chat.choices[0].logprobs.content[0].top_logprobs) == 3
+
+
+def test_the_openai_client_understands_every_refusal(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt="a", extra_body={"capacity": "fast"})
+    assert caught.value.param == "capacity" and caught.value.code == "invalid_capacity"
+    with pytest.raises(openai.NotFoundError, match="nothing"):
+        client.completions.create(model="nothing", prompt="a")
+    with pytest.raises(openai.BadRequestError, match="context"):
+        client.completions.create(model="tiny", prompt="a" * 600, stream=True)
+
+
+def test_classification_agrees_with_the_likelihood_of_each_label(client):
+    labels = ["good", "good enough", "bad"]
+    whole = client.post(
+        "/classify",
+        body={"model": "tiny", "input": ["a fine day", "rain"], "labels": labels},
+        cast_to=object,
+    )
+    assert whole["object"] == "list" and len(whole["data"]) == 2
+    for index, row in enumerate(whole["data"]):
+        assert row.keys() == {"index", "label", "probs", "num_classes", "labels"}
+        assert row["index"] == index and row["num_classes"] == 3 and row["labels"] == labels
+        assert sum(row["probs"]) == pytest.approx(1)
+        assert row["label"] == labels[row["probs"].index(max(row["probs"]))]
+    root = str(client.base_url).removesuffix("v1/")
+    body = {"inputs": "a fine day", "labels": labels}
+    ranked = httpx.post(f"{root}predict", json=body).json()
+    expected = dict(zip(labels, whole["data"][0]["probs"], strict=True))
+    assert {each["label"]: each["score"] for each in ranked} == pytest.approx(expected)
+    raw = httpx.post(f"{root}predict", json=body | {"inputs": ["x"], "raw_scores": True}).json()
+    assert all(each["score"] < 0 for each in raw[0])
+    long = body | {"inputs": "x" * 900}
+    assert httpx.post(f"{root}predict", json=long).status_code == 400
+    assert httpx.post(f"{root}predict", json=long | {"truncate": True}).status_code == 200
+
+
+def test_the_page_needs_nothing_from_elsewhere():
+    text = PAGE.read_text()
+    assert "http://" not in text and "https://" not in text and "src=" not in text
+
+
+def test_the_command_serves_tells_a_line_to_try_and_drains(tiny_folder):
+    environment = {**os.environ, "ELASTI_LOG_LEVEL": "warning", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "service", "--port", "0", "--threads", "1",
+               "--model", f"mine={tiny_folder}", "--drain-seconds", "20"]  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            lines: list[str] = []
+            reading = threading.Thread(target=lambda: lines.extend(process.stderr))
+            told = iter(process.stderr.readline, "")
+            for line in told:
+                lines.append(line)
+                if "curl" in line:
+                    break
+            reading.start()
+            start = "".join(lines)
+            assert "loading mine" in lines[0]
+            address = next(line for line in lines if "ready: " in line).split()[1]
+            assert f"curl -N {address}/v1/chat/completions" in start
+
+            body = {"model": "mine", "prompt": "a", "max_tokens": 250, "stream": True}
+            body |= {"ignore_eos": True, "temperature": 0}
+            with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as reply:
+                events = reply.iter_lines()
+                next(events)
+                process.send_signal(signal.SIGTERM)
+                deadline = time.monotonic() + 10
+                while httpx.get(f"{address}/ready").status_code == 200:
+                    assert time.monotonic() < deadline
+                refused = httpx.post(f"{address}/v1/completions", json=body)
+                assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+                rest = [line for line in events if line]
+            assert rest[-1] == "data: [DONE]"
+            assert json.loads(rest[-2][6:])["usage"]["completion_tokens"] == 250
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
+            reading.join()
+    assert "Traceback" not in "".join(lines)

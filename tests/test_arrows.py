@@ -1,0 +1,153 @@
+"""Imports only point down; serving and training never meet; big libraries have few doors.
+
+One ordered list: a file may import what stands before it in its own package, and `service` and
+`training` may import all of `elastiformer`. A file that is not in the list has no place yet.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+LOW_TO_HIGH = """
+    elastiformer: errors capacity usage accounting calibration card plan_table families experts
+        routers lora lora_files weights adapter masked cache attention sequence packed products
+        sparse sampling inputs model __init__
+
+    service: __init__ errors settings schemas scheduler metrics knob orders middleware engine
+        served zero_shot desk answers streams routes app server __main__
+
+    training: __init__ files options signals progress processes corpora data losses lessons student
+        checkpoint quality allotment tuning sensitivity baselines pictures stopwatch reports loop
+        distill calibrate evaluate synthesize __main__
+"""
+
+# library: the only files that may import it. A package stands for all its files.
+DOORS = {
+    "transformers": {
+        "elastiformer.families",
+        "elastiformer.lora",
+        "elastiformer.model",
+        "elastiformer.weights",
+        "training.data",
+        "training.evaluate",
+    },
+    "peft": {"elastiformer.lora_files"},
+    "huggingface_hub": {"elastiformer.adapter", "elastiformer.weights"},
+    "gguf": set(),  # Transformers reads GGUF with it
+    "datasets": {"training.data"},
+    "matplotlib": {"training.pictures", "training.progress"},
+    "fastapi": {"service"},
+    "starlette": {"service"},
+    "uvicorn": {"service.server"},
+    "pydantic": {"service"},
+    "pydantic_settings": {"service"},
+    "prometheus_client": {"service"},
+    "torchvision": set(),
+}
+
+# Files that know no tensor, and import no file of ours that does.
+WITHOUT_TORCH = {
+    "elastiformer": "errors capacity usage accounting calibration card inputs",
+    "service": "errors settings scheduler metrics knob middleware zero_shot",
+    "training": "files signals corpora allotment",
+}
+
+
+def places() -> dict[str, int]:
+    """Every module with its place in the list."""
+    found: dict[str, int] = {}
+    package = ""
+    for word in LOW_TO_HIGH.split():
+        if word.endswith(":"):
+            package = word[:-1]
+        else:
+            found[package if word == "__init__" else f"{package}.{word}"] = len(found)
+    return found
+
+
+PLACES = places()
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("elastiformer", "service", "training")
+    for path in sorted((ROOT / package).glob("**/*.py"))
+}
+
+
+def imports(path: Path) -> set[str]:
+    """What a file imports, by full name; for `from package import name`, the module if it is one.
+
+    What stands under `if TYPE_CHECKING:` or inside a function counts too: an arrow is an arrow.
+    """
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are written out in full"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in MODULES else str(node.module))
+    return found
+
+
+IMPORTS = {module: imports(path) for module, path in MODULES.items()}
+
+
+def test_every_file_has_a_place_and_every_place_a_file():
+    assert set(PLACES) == set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_imports_only_what_stands_below_it(module):
+    package = module.partition(".")[0]
+    above = {
+        other
+        for other in IMPORTS[module] & set(MODULES)
+        if other.partition(".")[0] != package
+        or PLACES.get(other, 0) >= PLACES.get(module, len(PLACES))
+    }
+    if package != "elastiformer":
+        above = {other for other in above if other.partition(".")[0] != "elastiformer"}
+    assert not above, f"{module} imports {sorted(above)}"
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_a_big_library_comes_in_through_its_own_doors(library):
+    users = {
+        module
+        for module, found in IMPORTS.items()
+        if any(name.partition(".")[0] == library for name in found)
+    }
+    strays = {user for user in users if not {user, user.partition(".")[0]} & DOORS[library]}
+    assert not strays
+
+
+def test_a_file_without_torch_meets_none_on_any_way():
+    pure = {
+        f"{package}.{name}" for package, names in WITHOUT_TORCH.items() for name in names.split()
+    }
+    assert pure <= set(MODULES)
+    for module in pure:
+        others = {name for name in IMPORTS[module] if name in MODULES}
+        assert others <= pure, f"{module} imports {sorted(others - pure)}"
+        assert not {name for name in IMPORTS[module] if name.partition(".")[0] == "torch"}, module
+
+
+def test_the_library_exports_what_it_says():
+    import elastiformer
+
+    public = {name for name in vars(elastiformer) if not name.startswith("_")}
+    submodules = {module.partition(".")[2] for module in MODULES if "elastiformer." in module}
+    assert public - submodules == set(elastiformer.__all__)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_is_a_room_that_opens_by_saying_what_happens_there(module):
+    text = MODULES[module].read_text("utf-8")
+    assert ast.get_docstring(ast.parse(text))
+    assert len(text.splitlines()) <= 500

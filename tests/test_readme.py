@@ -1,0 +1,170 @@
+"""README names what exists, and all of it: settings, metrics, routes, commands, files."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from pydantic.fields import FieldInfo
+
+from elastiformer.families import FAMILIES
+from service.__main__ import flag
+from service.__main__ import parser as service_parser
+from service.metrics import Metrics
+from service.routes import router
+from service.settings import Settings
+from training.__main__ import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def settings_rows() -> list[str]:
+    """How the row of each setting begins: its variable, its flag, its default."""
+    return [
+        f"| `ELASTI_{name.upper()}` | `{flag(name)}` | {shown_default(field)} |"
+        for name, field in Settings.model_fields.items()
+    ]
+
+
+def shown_default(field: FieldInfo) -> str:
+    default = field.default
+    if default is None or default == ():
+        return "none"
+    if isinstance(default, dict):
+        return f"`{', '.join(f'{key}: {value}' for key, value in default.items())}`"
+    return f"`{default}`"
+
+
+# Settings, metrics and routes.
+
+
+@pytest.mark.parametrize("row", settings_rows())
+def test_every_setting_is_documented_with_its_flag_and_default(row):
+    assert row in README
+
+
+def test_every_variable_in_the_readme_is_a_setting():
+    settings = {f"ELASTI_{name.upper()}" for name in Settings.model_fields}
+    assert set(re.findall(r"\bELASTI_[A-Z_]+", README)) == settings | {"ELASTI_CACHE"}
+
+
+def test_the_metrics_in_the_readme_are_the_metrics():
+    page = Metrics().page().decode()
+    exported = set(re.findall(r"^# TYPE (elasti_\w+) ", page, flags=re.MULTILINE))
+    assert set(re.findall(r"\belasti_[a-z0-9_]+", README)) == exported
+
+
+def test_the_routes_in_the_readme_are_the_routes():
+    documented = set(re.findall(r"`(GET|POST) (/\S*)`", README))
+    served = {
+        (method, route.path)
+        for route in router.routes
+        for method in route.methods & {"GET", "POST"}
+    }
+    assert documented == served | {("GET", "/docs")}
+
+
+def test_the_families_in_the_readme_are_the_families():
+    sentence = README.partition("of the families ")[2].partition(", as a folder")[0]
+    named = re.split(r",\s|\sand\s", sentence.replace(" (text)", ""))
+    known = {re.sub(r"(ForCausalLM|LMHeadModel)$", "", family).lower() for family in FAMILIES}
+    assert {name.lower().replace("-", "") for name in named} == known
+
+
+# Commands.
+
+
+def commands() -> list[str]:
+    text = "\n".join(blocks("bash"))
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    inline = re.findall(r"`((?:[A-Z_]+=\S+ )?(?:make|python -m|torchrun) [^`]*)`", README)
+    return sorted({line for line in [*lines, *inline] if line})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_in_the_readme_exists(command):
+    words = shlex.split(command)
+    while "=" in words[0]:
+        words = words[1:]
+    if words[0] == "make":
+        assert set(words[1:]) <= targets()
+    elif words[:3] == ["python", "-m", "service"]:
+        service_parser().parse_args(words[3:])
+    elif words[:3] == ["python", "-m", "training"]:
+        module = importlib.import_module(f"training.{words[3]}")
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        parser.parse_args(words[4:])
+    else:
+        assert words[0] in ("source", "torchrun"), command
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):.*## ", MAKEFILE, flags=re.MULTILINE))
+
+
+def test_every_command_is_in_the_readme():
+    shown = commands()
+    for target in targets():
+        assert f"make {target}" in shown, target
+    for command in COMMANDS:
+        assert any(line.startswith(f"python -m training {command} ") for line in shown), command
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "exec make test"
+
+
+def test_the_example_is_valid_python_in_five_lines():
+    (example,) = blocks("python")
+    assert len(ast.parse(example).body) == 5
+
+
+# Files.
+
+
+def test_the_map_names_every_file_and_no_other():
+    (house,) = blocks("text")
+    room, named = "", set()
+    for line in house.splitlines():
+        first = line.split()[0]
+        if line.startswith(" "):
+            named.add(room + first)
+        else:
+            room = first
+            assert (ROOT / room).is_dir()
+    there = {
+        str(path.relative_to(ROOT))
+        for package in ("elastiformer", "service", "training")
+        for path in (ROOT / package).glob("*.py")
+        if not path.name.startswith("__")
+    }
+    assert named == there
+
+
+FILES = sorted(set(re.findall(r"`([\w./]+\.(?:py|txt|sh|toml))`", README)))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_named_in_the_readme_is_there(name):
+    assert (ROOT / name).is_file()
+
+
+def test_every_package_asked_for_is_pinned_to_one_release():
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    constraints = (ROOT / "constraints.txt").read_text("utf-8")
+    wanted = dict(re.findall(r'^    "([\w-]+)==([^"]+)",$', project, flags=re.MULTILINE))
+    pinned = {
+        name.lower().replace("_", "-"): release
+        for name, release in re.findall(r"^([\w-]+)==(\S+)$", constraints, flags=re.MULTILINE)
+    }
+    assert len(wanted) > 20
+    assert {name: pinned.get(name) for name in wanted} == wanted

@@ -1,0 +1,139 @@
+"""Promises of the report: every number is there, baselines cost the same, nothing is touched."""
+
+import json
+
+import pytest
+import torch
+
+from elastiformer import ElasticModel, Unit
+from elastiformer.calibration import Calibration, Step
+from elastiformer.capacity import Phase
+from tests.training.test_calibrate import calibrate, folders, prose  # noqa: F401
+from training.__main__ import main
+from training.baselines import RANDOM, STATIC, mean_sizes, measure_picked
+from training.quality import Setting, measure, recalibrate, windows_of
+from training.stopwatch import greedy_texts
+
+LAYERS = 3
+
+
+@pytest.fixture
+def calibrated(tiny_llama) -> ElasticModel:
+    """A model whose path lowers channels and tokens, calibrated by hand."""
+    model = ElasticModel(tiny_llama)
+    model.attach(model.blank_adapter([Unit.ATTENTION_TOKENS, Unit.CHANNELS], lora_rank=0))
+    path = (
+        *(Step(layer, "mlp_out", share) for share in (0.8, 0.5) for layer in range(LAYERS)),
+        *(Step(layer, "attention_tokens", 0.5) for layer in range(LAYERS)),
+        *(Step(layer, "mlp_in", 0.5) for layer in range(LAYERS)),
+    )
+    recalibrate(
+        model,
+        Calibration(
+            lowest=0.5,
+            context=96,
+            paths=dict.fromkeys(Phase, path),
+            thresholds={},
+            measured=(),
+        ),
+    )
+    return model
+
+
+def test_the_report_holds_every_capacity_setting_and_baseline(folders, capsys):  # noqa: F811
+    base, adapter, _ = folders
+    assert main(calibrate(folders)) == 0
+    test_text = base.parent / "test.jsonl"
+    test_text.write_text(prose(seed=1))
+    before = (adapter / "calibration.json").read_bytes()
+    command = [
+        *("evaluate", "--base", str(base), "--adapter", str(adapter), "--data", str(test_text)),
+        *("--capacities", "1.0,0.7,0.5,0.1", "--out", str(base.parent / "report")),
+        *("--windows", "2", "--window", "160", "--greedy-tokens", "6", "--repeats", "1"),
+        *("--decode-tokens", "3", "--dtype", "float32"),
+    ]
+
+    assert main(command) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    report = json.loads((base.parent / "report" / "report.json").read_text())
+
+    assert last["worst_miss"] < 0.02
+    assert report["refused"] == [0.1]
+    asked = {(row["capacity"], row["setting"]) for row in report["ours"]}
+    assert asked == {(c, s) for c in (1.0, 0.7, 0.5) for s in ("prompt", "both", "scored")}
+    whole = [row for row in report["ours"] if row["capacity"] == 1.0]
+    assert all(abs(row["kl"]) < 1e-5 and row["spent"] == 1.0 for row in whole)
+    names = {"drop by sensitivity", "last layers", "uniform", "random", "static channels"}
+    assert set(report["baselines"]) == names
+    for rows in report["baselines"].values():
+        for row in rows:
+            if row["setting"] != "prompt":
+                assert row["spent"] == pytest.approx(row["capacity"], abs=0.03)
+    assert [row["agreement"] for row in report["greedy"] if row["capacity"] == 1.0] == [1.0]
+    assert all(row["prefill_ms"] > 0 and row["decode_ms"] > 0 for row in report["timed"])
+    for name in last["files"]:
+        assert (base.parent / "report" / name).stat().st_size > 500
+    assert "Below the calibrated range" in (base.parent / "report" / "report.md").read_text()
+    assert (adapter / "calibration.json").read_bytes() == before
+
+    assert main([*command, "--update-adapter", "--baselines", "none"]) == 0
+    assert "prefill time / full" in (adapter / "README.md").read_text()
+
+
+def test_an_adapter_without_a_calibration_is_refused_with_what_to_do(folders, capsys):  # noqa: F811
+    base, adapter, data = folders
+    command = ["evaluate", "--base", str(base), "--adapter", str(adapter), "--data", str(data)]
+
+    assert main([*command, "--out", str(base.parent / "report")]) == 1
+    assert "run python -m training calibrate" in capsys.readouterr().err
+
+
+def test_a_capacity_of_one_loses_nothing_in_any_setting(calibrated):
+    windows = windows_of(calibrated, torch.randint(97, (2, 40)), prompt_tokens=25)
+
+    for setting in Setting:
+        quality = measure(calibrated, windows, 1.0, setting)
+        assert abs(quality.kl) < 1e-5
+        assert quality.same_top == 1.0
+        assert quality.perplexity_ratio == pytest.approx(1.0, abs=1e-4)
+
+
+def test_what_is_compared_is_what_the_setting_says(calibrated):
+    windows = windows_of(calibrated, torch.randint(97, (3, 40)), prompt_tokens=25)
+
+    tokens = {s: measure(calibrated, windows, 0.6, s).tokens for s in Setting}
+    assert tokens == {
+        Setting.PROMPT: 3 * 15,
+        Setting.BOTH: 3 * 15,
+        Setting.SCORED: 3 * 39,
+    }
+
+
+def test_the_paths_own_picks_lose_less_than_chance_at_the_same_cost(calibrated):
+    windows = windows_of(calibrated, torch.randint(97, (3, 96)), prompt_tokens=64)
+    ours = measure(calibrated, windows, 0.7, Setting.SCORED)
+    chance = measure_picked(calibrated, windows, 0.7, Setting.SCORED, RANDOM, {}, seed=0)
+
+    assert chance.spent == pytest.approx(ours.spent, abs=0.02)
+    assert ours.kl < chance.kl
+
+
+def test_static_channels_are_the_same_for_every_token_and_leave_no_trace(calibrated, tiny_llama):
+    ids_WT = torch.randint(97, (3, 96))
+    windows = windows_of(calibrated, ids_WT, prompt_tokens=64)
+    sizes = mean_sizes(calibrated, ids_WT)
+    static = measure_picked(calibrated, windows, 0.85, Setting.SCORED, STATIC, sizes, seed=0)
+    ours = measure(calibrated, windows, 0.85, Setting.SCORED)
+
+    assert len(sizes) == 4 * LAYERS
+    assert ours.kl < static.kl
+    with torch.inference_mode():
+        assert torch.equal(tiny_llama(ids_WT[:1]).logits[0].float(), windows[0].teacher_TV)
+
+
+def test_greedy_text_at_full_capacity_agrees_with_the_pretrained_model(calibrated, tiny_llama):
+    ids_WT = torch.randint(97, (2, 12))
+    whole, _ = greedy_texts(calibrated, ids_WT.tolist(), [1.0, 0.6], tokens=5)
+
+    assert whole.agreement == 1.0 and whole.same_prefix == 5
+    assert whole.spent == 1.0

@@ -1,0 +1,98 @@
+"""Lessons: every capacity and division is met, and what ruins the model is spared."""
+
+import random
+
+import pytest
+
+from elastiformer import LayerShape, ModelShape, Unit, dense_plan, is_dense
+from training.lessons import Teacher, tolerances
+
+LAYERS, WINDOW, LEAST = 6, 64, 0.5
+UNITS = tuple(Unit)
+
+
+@pytest.fixture
+def shape():
+    layer = LayerShape(
+        width=48, heads=6, kv_heads=2, head_dim=8, mlp_width=128, gated=True, experts=8
+    )
+    return ModelShape((layer,) * LAYERS, width=48, vocabulary=97)
+
+
+def lessons(shape, count=200, **changes):
+    settings = {"units": UNITS, "least": LEAST, "window": WINDOW, "seed": 0} | changes
+    teacher = Teacher(shape, **settings)
+    return [teacher.lesson(step, row, 4) for step in range(count // 4) for row in range(4)]
+
+
+def test_a_lesson_is_a_function_of_seed_step_and_row(shape):
+    assert lessons(shape, 16) == lessons(shape, 16)
+    assert lessons(shape, 16) != lessons(shape, 16, seed=1)
+
+
+def test_no_lesson_is_dense_in_both_phases(shape):
+    for lesson in lessons(shape):
+        assert not (is_dense(lesson.output) and is_dense(lesson.prompt))
+        assert not is_dense(lesson.output) or lesson.first_output > 0
+
+
+def test_every_part_of_the_range_of_capacities_is_met_and_the_lowest_again_and_again(shape):
+    drawn = lessons(shape)
+    for plans in ([each.prompt for each in drawn], [each.output for each in drawn]):
+        spent = [shape.planned_share(plan, WINDOW) for plan in plans]
+        tenths = {round(share, 1) for share in spent}
+        assert {0.5, 0.6, 0.7, 0.8, 0.9, 1.0} <= tenths
+        lowest = [share for share in spent[::4] if share < 1]
+        assert len(lowest) > len(spent[::4]) / 2
+        # Attentions alone, or MLPs alone, of whole late layers do not save so much.
+        assert sum(share < LEAST + 0.05 for share in lowest) > 0.7 * len(lowest)
+
+
+def test_prompts_leave_out_whole_late_layers(shape):
+    def late(plan):
+        left_out = [layer.attention_tokens == 0 and layer.mlp_tokens == 0 for layer in plan]
+        return any(left_out) and left_out == sorted(left_out)
+
+    drawn = lessons(shape)
+    prompts = [each.prompt for each in drawn if late(each.prompt)]
+
+    assert len(prompts) > len(drawn) / 4
+    assert len({sum(layer.mlp_tokens == 0 for layer in plan) for plan in prompts}) >= 3
+
+
+def test_each_unit_is_routed_by_itself_and_with_others(shape):
+    def lowered(plan):
+        names = [name for name in UNITS if name is not Unit.CHANNELS]
+        return {name for name in names for layer in plan if getattr(layer, name) < 1}
+
+    met = [lowered(each.output) for each in lessons(shape)]
+
+    for unit in (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS, Unit.HEADS, Unit.EXPERTS):
+        assert {unit} in met
+        assert any(unit in units and len(units) > 1 for units in met)
+
+
+def test_only_units_of_the_adapter_are_lowered(shape):
+    for lesson in lessons(shape, units=(Unit.HEADS,)):
+        for layer in (*lesson.prompt, *lesson.output):
+            assert layer.attention_tokens == layer.mlp_tokens == layer.experts == layer.mlp_in == 1
+
+
+def test_windows_are_cut_everywhere(shape):
+    cuts = [each.prompt_tokens for each in lessons(shape)]
+
+    assert min(cuts) <= 3
+    assert max(cuts) >= WINDOW * 3 // 4
+    assert all(0 < each.output_tokens(WINDOW) <= WINDOW for each in lessons(shape))
+
+
+def test_what_ruins_the_model_is_spared(shape):
+    losses = {(layer, Unit.MLP_TOKENS.value): 0.1 for layer in range(LAYERS)}
+    losses[0, "mlp_tokens"] = 10.0
+
+    teacher = Teacher(shape, (Unit.MLP_TOKENS,), LEAST, WINDOW, 0, tolerances(losses))
+    plan = teacher.plan(random.Random(0), capacity=0.7)
+
+    assert plan[0] == dense_plan(1)[0]
+    assert all(layer.mlp_tokens < 1 for layer in plan[1:])
+    assert tolerances(losses)[1, "mlp_tokens"] == pytest.approx(0.5)

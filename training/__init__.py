@@ -1,0 +1,1 @@
+"""Offline: data, losses, distillation, calibration and evaluation; it leaves behind only files."""

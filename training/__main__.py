@@ -1,0 +1,58 @@
+"""Train and measure routers, offline.
+
+    python -m training synthesize --base BASE --prompts FILE --tokens N --out FILE.jsonl
+    python -m training distill    --base BASE --data DATA --out DIR
+    python -m training calibrate  --base BASE --adapter DIR --data DATA
+    python -m training evaluate   --base BASE --adapter DIR --data DATA --capacities 1.0,0.8,0.6
+                                  --out REPORT_DIR
+
+BASE: a model folder, a Hub id, or the name of an embedded model. DATA: a .txt or .jsonl file, a
+folder of them, or hub:NAME[:split]. `python -m training COMMAND --help` names every option.
+
+Progress goes to stderr. The last line of stdout is one JSON object, for scripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+
+from elastiformer.errors import ElastiError
+
+COMMANDS = ("synthesize", "distill", "calibrate", "evaluate")  # each a module of this package
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    top = argparse.ArgumentParser(
+        prog="python -m training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("command", choices=COMMANDS)
+    command = top.parse_args(given[:1]).command
+
+    # Only the command asked for is loaded: each brings libraries that the others do without.
+    module = importlib.import_module(f"training.{command}")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m training {command}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    args = parser.parse_args(given[1:])
+    try:
+        report = module.run(args)
+    except ElastiError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if report is not None:  # None: another process of the same run reports
+        print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Train routers, and low-rank repair, on what the pretrained model itself says.
+
+One adapter comes out for all capacities and both phases. DIR is the adapter; beside it, DIR.run
+holds checkpoints, progress.jsonl, TensorBoard's log and the training curve. A run that was
+stopped, or killed at any moment, goes on with the same command and --resume, to the same bits.
+
+Several processes: `torchrun --nproc-per-node N -m training distill …`; --batch-tokens is that of
+all together, and what is learnt does not hang on their number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastiformer import Adapter, ElasticModel, Phase, SavedAdapter, Selection, Unit
+from elastiformer.routers import PART_GATES, TOKEN_GATES
+from training.allotment import fields_of, probe_share
+from training.checkpoint import Checkpoint, latest_checkpoint
+from training.data import pack, read_corpus, seed_of, tokenizer_of
+from training.files import RunError, write_json
+from training.lessons import tolerances
+from training.loop import Distillation, Text
+from training.losses import Direction
+from training.options import real, whole
+from training.processes import World, joined, shard_base
+from training.progress import track
+from training.sensitivity import Meter, Probe
+from training.signals import Stop
+
+EXPERT_WINDOWS = 8  # on which neurons that work together are found
+HELD_OUT_WINDOWS = 8
+BLANK, TOLERANCE = "blank", "tolerance.json"  # what a run begins with, kept for its resumption
+
+# Options that may differ between a run and its resumption; the others decide what is learnt.
+FREE = {"out", "resume", "data", "base", "checkpoint_every", "pass_tokens", "shard_base", "device"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--base", required=True, help="folder, Hub id or embedded name")
+    add("--data", required=True, help=".txt, .jsonl, a folder of them, or hub:NAME[:split]")
+    add("--out", type=Path, required=True, help="folder of the adapter to write")
+    add("--resume", action="store_true", help="go on from the last checkpoint")
+    add("--units", type=_units, default=",".join(Unit), help="what may be left out (default: all)")
+    add("--experts", type=whole(2), default=16, help="blocks that each MLP is divided into")
+    add("--expert-split", default="coactivation", choices=["coactivation", "contiguous"])
+    add("--token-gate", default="hard", choices=TOKEN_GATES, help="a kept token's multiplier")
+    add("--part-gate", default="hard", choices=PART_GATES, help="a kept head's or expert's")
+    add("--kv", default="complete", choices=["complete", "kept"], help="keys of skipped tokens")
+    add("--lora-rank", type=whole(0), default=1, help="0: no repair")
+    add("--lora-modules", default="query,key,value,out,gate,up,down")
+    add("--lora-phases", default="shared", choices=["shared", "split"])
+    add("--steps", type=whole(1), default=400)
+    add("--batch-tokens", type=whole(1), default=1024, help="of one step, over all processes")
+    add("--window", type=whole(2), default=256, help="tokens of one row")
+    add("--lr", type=real(above=0), default=1e-3)
+    add("--warmup", type=real(least=0, below=1), default=0.05, help="share of the steps")
+    add("--clip", type=real(above=0), default=1.0, help="gradient norm, at most")
+    add("--weight-decay", type=real(least=0), default=0.0)
+    add(
+        "--min-capacity",
+        type=real(above=0, below=1),
+        default=0.5,
+        help="the lowest that is trained",
+    )
+    add("--kl", default="forward", choices=list(Direction))
+    add("--top-k", type=whole(0), default=0, help="teacher's likeliest tokens compared; 0: all")
+    add("--temperature", type=real(above=0), default=1.0)
+    add("--balance", type=real(least=0), default=0.1, help="weight of the load-balancing loss")
+    add(
+        "--agreement",
+        type=real(least=0),
+        default=0.1,
+        help="weight of the threshold-agreement loss",
+    )
+    add("--selection", default="rank", choices=list(Selection), help="of tokens, in training")
+    add(
+        "--probe-windows",
+        type=whole(0),
+        default=2,
+        help="to find what must stay whole; 0: no probing",
+    )
+    add(
+        "--held-out",
+        type=real(least=0, below=1),
+        default=0.02,
+        help="share of documents; 0: measure nothing",
+    )
+    add("--seed", type=int, default=0)
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    add("--checkpoint-every", type=whole(1), default=50, help="steps")
+    add("--pass-tokens", type=whole(1), default=2048, help="of one forward and backward: memory")
+    add("--shard-base", action="store_true", help="FSDP2: spread the base over the processes")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Train; what happened, or None in a process that does not lead.
+
+    Raises:
+        DataError, RunError, BaseModelError, AdapterError: see their messages.
+    """
+    with joined() as world:
+        return train(args, world)
+
+
+def train(args: argparse.Namespace, world: World) -> dict[str, Any] | None:
+    """One run in a world that stands: from the options to the adapter."""
+    with Stop() as stop:
+        return _begin(args, world).go(stop)
+
+
+def read_text(args: argparse.Namespace, tokenizer: Any) -> Text:
+    corpus = read_corpus(args.data, tokenizer)
+    if not args.held_out:
+        return Text(corpus.sha256, pack(corpus, tokenizer, args.window), None)
+    train, held = corpus.split(args.held_out)
+    train_WT, held_WT = (pack(part, tokenizer, args.window) for part in (train, held))
+    order = torch.randperm(
+        len(held_WT), generator=torch.Generator().manual_seed(seed_of("held out", args.seed))
+    )
+    return Text(corpus.sha256, train_WT, held_WT[order[:HELD_OUT_WINDOWS]])
+
+
+def _begin(args: argparse.Namespace, world: World) -> Distillation:
+    """Everything that comes before the first step, in the order in which it can be refused."""
+    rows, left = divmod(args.batch_tokens, args.window)
+    if rows == 0 or left or rows % world.size:
+        raise RunError(
+            f"--batch-tokens {args.batch_tokens}: a multiple of --window {args.window} whose rows "
+            f"divide among the processes, of which there are {world.size}"
+        )
+    model = ElasticModel.load(args.base, dtype=args.dtype, device=world.device)
+    if args.window > model.context:
+        raise RunError(f"--window {args.window}: the context of this model is {model.context}")
+    text = read_text(args, tokenizer_of(model))
+    options = {name: _plain(value) for name, value in vars(args).items() if name not in FREE}
+    options |= {"data_sha256": text.sha256, "base_revision": model.identity.revision}
+
+    folder = args.out.with_name(args.out.name + ".run")
+    found = latest_checkpoint(folder)
+    _refuse_mixing(args, found, options)
+    world.wait()  # nobody writes before everybody has looked
+    if found is None and world.leads:
+        shutil.rmtree(folder, ignore_errors=True)
+        blank_adapter(args, model, text).save(folder / BLANK)
+    world.wait()
+    model.attach(SavedAdapter.load(folder / BLANK).fit(model.layout, model.identity))
+    tolerance = folder / TOLERANCE
+    if world.leads and not tolerance.exists():
+        write_json(tolerance, _named(probed_losses(model, text, args.probe_windows)))
+    world.wait()
+    losses = {_place(name): loss for name, loss in json.loads(tolerance.read_text()).items()}
+    if args.shard_base and world.size > 1:
+        shard_base(world, model.base, model.layout.layers_path)
+    distillation = Distillation(args, world, folder, model, text, options, tolerances(losses))
+    if found is not None:
+        distillation.restore(found)
+    return distillation
+
+
+def _refuse_mixing(
+    args: argparse.Namespace, found: Checkpoint | None, options: Mapping[str, object]
+) -> None:
+    """Never train over an adapter or a run that something else has left."""
+    if not args.resume:
+        if found is not None:
+            raise RunError(
+                f"{args.out}: a run of {found.step} steps is there; --resume goes on with it, "
+                "another --out begins a new one"
+            )
+        if (args.out / "adapter.json").exists():
+            raise RunError(f"{args.out}: holds an adapter already; choose another --out")
+    elif found is not None:
+        before = found.state["options"]
+        changed = [
+            f"  {name}: was {before.get(name)}, now {options.get(name)}"
+            for name in sorted(before.keys() | options.keys())
+            if before.get(name) != options.get(name)
+        ]
+        if changed:
+            raise RunError("\n".join(["this is not the run that was stopped:", *changed]))
+
+
+def blank_adapter(args: argparse.Namespace, model: ElasticModel, text: Text) -> Adapter:
+    """The untrained adapter that the options ask for."""
+    torch.manual_seed(seed_of("weights", args.seed))
+    chosen = torch.Generator().manual_seed(seed_of("experts", args.seed))
+    windows = torch.randperm(len(text.train_WT), generator=chosen)[:EXPERT_WINDOWS]
+    return model.blank_adapter(
+        units=args.units,
+        experts=args.experts if Unit.EXPERTS in args.units else 0,
+        expert_split=args.expert_split,
+        token_gate=args.token_gate,
+        part_gate=args.part_gate,
+        kv=args.kv,
+        lora_rank=args.lora_rank,
+        lora_parts=tuple(args.lora_modules.split(",")) if args.lora_rank else (),
+        lora_phases=args.lora_phases,
+        calibration_ids=text.train_WT[windows],
+    )
+
+
+def probed_losses(model: ElasticModel, text: Text, windows: int) -> dict[tuple[int, str], float]:
+    """What lowering each share alone loses, before any training; empty without windows."""
+    if windows == 0:
+        return {}
+    assert model.adapter is not None, "nothing to probe without an adapter"
+    units = model.adapter.units
+    layers, window = len(model.shape.layers), text.train_WT.shape[1]
+    meter = Meter(model, text.train_WT[:windows], window // 2)
+    places = [(layer, name) for layer in range(layers) for name in fields_of(units)]
+    losses = {}
+    for layer, name in track(places, label="finding what must stay whole"):
+        plan = Probe(Phase.OUTPUT, layer, name, probe_share(name)).plan(layers)
+        losses[layer, name] = meter.kl(Phase.OUTPUT, plan, layer)
+    return losses
+
+
+def _named(losses: Mapping[tuple[int, str], float]) -> dict[str, float]:
+    return {f"{layer}.{name}": loss for (layer, name), loss in losses.items()}
+
+
+def _place(name: str) -> tuple[int, str]:
+    layer, _, field = name.partition(".")
+    return int(layer), field
+
+
+def _plain(value: object) -> object:
+    """An option as JSON gives it back."""
+    return [str(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _units(text: str) -> tuple[Unit, ...]:
+    try:
+        return tuple(dict.fromkeys(Unit(name.strip()) for name in text.split(",")))
+    except ValueError as error:
+        known = ", ".join(Unit)
+        raise argparse.ArgumentTypeError(f"{error}; known: {known}") from error

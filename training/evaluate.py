@@ -1,0 +1,262 @@
+"""The report: quality and cost at each capacity, beside baselines at equal cost.
+
+    python -m training evaluate --base BASE --adapter DIR --data DATA --capacities 1.0,0.8,0.6
+                                --out REPORT_DIR
+
+Every number is taken through the form that is served, except those of the two baselines that
+only pick otherwise (training/baselines.py). Three settings: the prompt routed and its
+continuation whole; both routed, which is what a user gets; every token scored. Written are
+report.json, report.md and pictures; with --update-adapter the adapter's own table as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from elastiformer import AdapterError, Calibration, CapacityError, ElasticModel, Phase
+from elastiformer.calibration import DataRecord, Measured
+from training.baselines import (
+    BASELINES,
+    RANDOM,
+    STATIC,
+    baseline_paths,
+    calibrated_as,
+    mean_sizes,
+    measure_picked,
+)
+from training.calibrate import CAPACITIES, capacities
+from training.data import Corpus, Windows, pack, read_corpus
+from training.files import DataError
+from training.progress import track
+from training.quality import Quality, Setting, Window, measure, windows_of
+from training.reports import Report, write_report
+from training.stopwatch import Greedy, Timing, greedy_texts, time_capacities
+
+SIZING_WINDOWS = 4  # texts that static pruning learns its channels from; none is evaluated
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, help="folder, Hub id or embedded name")
+    parser.add_argument("--adapter", required=True, help="folder or Hub id")
+    parser.add_argument("--data", required=True, help="text that was never seen")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the report")
+    parser.add_argument("--capacities", type=capacities, default=capacities(CAPACITIES))
+    parser.add_argument("--windows", type=int, default=6, help="texts")
+    parser.add_argument("--window", type=int, default=192, help="tokens of a text")
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=None, help="of a text; default: two thirds"
+    )
+    parser.add_argument(
+        "--baselines",
+        type=baselines,
+        default=list(BASELINES),
+        help=f"comma-separated, of: {', '.join(BASELINES)}; or none",
+    )
+    parser.add_argument("--greedy-tokens", type=int, default=32, help="0: none")
+    parser.add_argument("--repeats", type=int, default=5, help="of each timing; 0: none")
+    parser.add_argument("--time-prompt-tokens", type=int, default=256, help="timed in each repeat")
+    parser.add_argument("--decode-tokens", type=int, default=16, help="timed in each repeat")
+    parser.add_argument(
+        "--update-adapter", action="store_true", help="write the measured rows into the adapter"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+
+
+def baselines(text: str) -> list[str]:
+    names = [] if text == "none" else text.split(",")
+    if stray := [name for name in names if name not in BASELINES]:
+        raise argparse.ArgumentTypeError(
+            f"unknown baseline {', '.join(stray)}; known: {', '.join(BASELINES)}"
+        )
+    return names
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    started = time.monotonic()
+    model = ElasticModel.load(args.base, args.adapter, dtype=args.dtype, device=args.device)
+    adapter, calibration = model.adapter, model.calibration
+    if adapter is None or calibration is None or model.tokenizer is None:
+        raise AdapterError(f"{args.adapter}: not calibrated; run python -m training calibrate")
+    corpus = read_corpus(args.data, model.tokenizer)
+    prompt_tokens = args.prompt_tokens or args.window * 2 // 3
+    if not 2 <= prompt_tokens < args.window:
+        raise DataError(f"--prompt-tokens: from 2 to below --window; got {prompt_tokens}")
+    served = [each for each in args.capacities if each >= calibration.lowest - 1e-9]
+    ids_WT, sizing_WT = texts(corpus, model, args)
+    windows = windows_of(model, ids_WT, prompt_tokens)
+
+    pairs = [(capacity, setting) for capacity in served for setting in Setting]
+    ours = [
+        measure(model, windows, capacity, setting)
+        for capacity, setting in track(pairs, label="quality")
+    ]
+    beside = {
+        name: rows
+        for name in args.baselines
+        if (rows := measure_baseline(model, name, windows, served, sizing_WT, args))
+    }
+    prompts = [window.ids_T[:prompt_tokens].tolist() for window in windows]
+    greedy = greedy_texts(model, prompts, served, args.greedy_tokens) if args.greedy_tokens else []
+    timed = timings(model, windows, served, args) if args.repeats else []
+    report = Report(
+        about=describe(model, corpus, args, prompt_tokens),
+        ours=ours,
+        baselines=beside,
+        greedy=greedy,
+        timed=timed,
+        kept={
+            f"{phase}, capacity {capacity:g}": calibration.schedule(
+                capacity, phase, model.shape, args.window
+            ).nearest
+            for phase in Phase
+            for capacity in served
+            if capacity < 1
+        },
+        refused=[each for each in args.capacities if each not in served],
+    )
+    files = write_report(args.out, report)
+    if args.update_adapter:
+        adapter.calibration = updated(calibration, report, corpus, args)
+        adapter.save(args.adapter)
+    return {
+        "report": str(args.out),
+        "files": files,
+        "adapter": adapter.identity,
+        "capacities": served,
+        "kl": {f"{row.capacity:g}": row.kl for row in ours if row.setting is Setting.BOTH},
+        "worst_miss": worst_miss(ours, greedy),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def timings(
+    model: ElasticModel, windows: list[Window], served: list[float], args: argparse.Namespace
+) -> list[Timing]:
+    ids_T = torch.cat([window.ids_T for window in windows])
+    most = min(len(ids_T), model.context) - args.decode_tokens
+    prompt_tokens = min(args.time_prompt_tokens, most)
+    return time_capacities(model, ids_T, served, prompt_tokens, args.decode_tokens, args.repeats)
+
+
+def texts(corpus: Corpus, model: ElasticModel, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """The windows to evaluate on, and a few others for the baseline that needs to learn."""
+    assert model.tokenizer is not None
+    packed_WT = pack(corpus, model.tokenizer, args.window)
+    wanted = args.windows + (SIZING_WINDOWS if STATIC in args.baselines else 0)
+    if len(packed_WT) < wanted:
+        raise DataError(
+            f"{corpus.source}: {len(packed_WT)} windows of {args.window} tokens, {wanted} wanted; "
+            "give more text, or smaller --windows or --window"
+        )
+    chosen_WT = Windows(packed_WT, args.seed).take(wanted)
+    return chosen_WT[: args.windows], chosen_WT[args.windows :]
+
+
+def measure_baseline(
+    model: ElasticModel,
+    name: str,
+    windows: list[Window],
+    served: list[float],
+    sizing_WT: Tensor,
+    args: argparse.Namespace,
+) -> list[Quality]:
+    """The rows of one baseline; a capacity that it cannot reach has none."""
+    assert model.calibration is not None
+    asked = [(capacity, setting) for capacity in served if capacity < 1 for setting in Setting]
+    rows: list[Quality] = []
+    if name in (RANDOM, STATIC):
+        sizes = mean_sizes(model, sizing_WT) if name == STATIC else {}
+        return [
+            measure_picked(model, windows, capacity, setting, name, sizes, args.seed)
+            for capacity, setting in track(asked, label=f"baseline {name}")
+        ]
+    paths = baseline_paths(model, Path(args.adapter) / "sensitivity.jsonl", args.window).get(name)
+    if paths is None:
+        return rows
+    with calibrated_as(model, replace(model.calibration, lowest=0.01, paths=paths)):
+        for capacity, setting in track(asked, label=f"baseline {name}"):
+            try:
+                rows.append(measure(model, windows, capacity, setting))
+            except CapacityError:
+                continue  # this baseline's path ends above that capacity
+    return rows
+
+
+def describe(
+    model: ElasticModel, corpus: Corpus, args: argparse.Namespace, prompt_tokens: int
+) -> dict[str, Any]:
+    assert model.adapter is not None and model.calibration is not None
+    return {
+        "base": asdict(model.adapter.base),
+        "adapter": model.adapter.identity,
+        "units": [unit.value for unit in model.adapter.units],
+        "lowest": model.calibration.lowest,
+        "data": {"name": Path(corpus.source).name, "sha256": corpus.sha256},
+        "windows": args.windows,
+        "window_tokens": args.window,
+        "prompt_tokens": prompt_tokens,
+        "seed": args.seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def updated(
+    calibration: Calibration, report: Report, corpus: Corpus, args: argparse.Namespace
+) -> Calibration:
+    """The calibration with this report's rows for its table."""
+    by_setting = {(row.capacity, row.setting): row for row in report.ours}
+    greedy = {row.capacity: row for row in report.greedy}
+    timed = {row.capacity: row for row in report.timed}
+    rows = []
+    for capacity in sorted({row.capacity for row in report.ours}, reverse=True):
+        both = by_setting[capacity, Setting.BOTH]
+        scored = by_setting[capacity, Setting.SCORED]
+        rows.append(
+            Measured(
+                capacity=capacity,
+                spent=both.spent,
+                kl=both.kl,
+                kl_prompt=by_setting[capacity, Setting.PROMPT].kl,
+                kl_scored=scored.kl,
+                kl_p95=scored.kl_p95,
+                perplexity=scored.perplexity,
+                perplexity_ratio=scored.perplexity_ratio,
+                greedy_agreement=_of(greedy, capacity, "agreement"),
+                prefill_time_ratio=_of(timed, capacity, "prefill_ratio"),
+                decode_time_ratio=_of(timed, capacity, "decode_ratio"),
+            )
+        )
+    data = DataRecord(Path(corpus.source).name, corpus.sha256, args.windows, args.window, args.seed)
+    return replace(calibration, measured=tuple(rows), data=data)
+
+
+def worst_miss(ours: list[Quality], greedy: list[Greedy]) -> float:
+    """By how much the worst request missed its capacity, where all its tokens were routed."""
+    rows: list[Quality | Greedy] = [row for row in ours if row.setting is not Setting.PROMPT]
+    return max(
+        max(abs(row.spent_least - row.capacity), abs(row.spent_most - row.capacity))
+        for row in [*rows, *greedy]
+    )
+
+
+def _of(rows: Mapping[float, Greedy | Timing], capacity: float, name: str) -> float | None:
+    return float(getattr(rows[capacity], name)) if capacity in rows else None

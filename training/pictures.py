@@ -1,0 +1,142 @@
+"""Pictures of what was measured: what matters, what is kept, and what it buys.
+
+matplotlib is loaded only when something is drawn.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from elastiformer import Phase
+from elastiformer.capacity import Plan
+from training.allotment import FIELDS, TOKEN_FIELDS
+from training.files import write_atomically
+from training.sensitivity import LATE, Probe
+
+Curve = Sequence[tuple[float, float]]  # (x, y)
+
+
+def draw_calibration(
+    path: Path,
+    answers: Mapping[Probe, float],
+    kept: Mapping[Phase, Mapping[float, Plan]],
+    layers: int,
+) -> None:
+    """The sensitivity of each layer and unit, and below it what is kept at a few capacities."""
+    pyplot = _pyplot()
+    shown = {phase: _some(list(plans), 3) for phase, plans in kept.items()}
+    rows = 1 + max((len(each) for each in shown.values()), default=0)
+    figure, axes = pyplot.subplots(
+        rows, 2, squeeze=False, figsize=(4 + 0.36 * layers, 2.9 * rows), constrained_layout=True
+    )
+    for column, phase in enumerate(Phase):
+        grid, labels = _sensitivity(answers, phase, layers)
+        _heatmap(figure, axes[0][column], grid, labels, f"{phase}: log10 KL of a probe", "magma")
+        for row, capacity in enumerate(shown.get(phase, ()), start=1):
+            kept_grid, kept_labels = kept_grid_of(kept[phase][capacity])
+            title = f"{phase}: kept at capacity {capacity:g}"
+            _heatmap(figure, axes[row][column], kept_grid, kept_labels, title, "viridis", (0, 1))
+    for axis in axes.flat:
+        axis.set_visible(bool(axis.has_data()))
+    _save(figure, path)
+
+
+def draw_kept(path: Path, kept: Mapping[str, Plan]) -> None:
+    """What each layer keeps of each unit, one panel per name."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(
+        len(kept), 1, squeeze=False, figsize=(10, 2.6 * len(kept)), constrained_layout=True
+    )
+    for axis, (title, plan) in zip(axes[:, 0], kept.items(), strict=True):
+        grid, labels = kept_grid_of(plan)
+        _heatmap(figure, axis, grid, labels, title, "viridis", (0, 1))
+    _save(figure, path)
+
+
+def draw_curves(
+    path: Path, panels: Mapping[str, Mapping[str, Curve]], x: str, y: str, log_y: bool = False
+) -> None:
+    """One panel per title, one line per name, points marked."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(
+        1, len(panels), squeeze=False, figsize=(5.2 * len(panels), 4), constrained_layout=True
+    )
+    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
+        for name, curve in curves.items():
+            points = sorted(point for point in curve if not log_y or point[1] > 0)
+            axis.plot([at for at, _ in points], [value for _, value in points], "o-", label=name)
+        if log_y:
+            axis.set_yscale("log")
+        axis.set(title=title, xlabel=x, ylabel=y)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    _save(figure, path)
+
+
+def kept_grid_of(plan: Plan) -> tuple[list[list[float]], list[str]]:
+    """Rows of units, columns of layers; units that every layer keeps whole are left out."""
+    labels = [name for name in FIELDS if any(getattr(layer, name) < 1 for layer in plan)]
+    labels = labels or list(TOKEN_FIELDS)
+    return [[getattr(layer, name) for layer in plan] for name in labels], labels
+
+
+def _sensitivity(
+    answers: Mapping[Probe, float], phase: Phase, layers: int
+) -> tuple[list[list[float]], list[str]]:
+    rows: dict[str, list[float]] = {}
+    for probe, kl in answers.items():
+        if probe.phase is phase and probe.field != LATE:
+            label = f"{probe.field} {probe.share:g}"
+            rows.setdefault(label, [math.nan] * layers)[probe.layer] = math.log10(max(kl, 1e-6))
+    late = [math.nan] * layers
+    for probe, kl in answers.items():
+        if probe.phase is phase and probe.field == LATE:
+            late[probe.layer] = math.log10(max(kl, 1e-6))
+    if not all(map(math.isnan, late)):
+        rows["all from here on"] = late
+    return list(rows.values()), list(rows)
+
+
+def _heatmap(
+    figure: Any,
+    axis: Any,
+    grid: list[list[float]],
+    labels: list[str],
+    title: str,
+    colours: str,
+    limits: tuple[float | None, float | None] = (None, None),
+) -> None:
+    if not grid:
+        return
+    image = axis.imshow(grid, aspect="auto", cmap=colours, vmin=limits[0], vmax=limits[1])
+    axis.set(title=title, xlabel="layer", yticks=range(len(labels)), yticklabels=labels)
+    figure.colorbar(image, ax=axis)
+
+
+def _some(values: Sequence[float], most: int) -> list[float]:
+    """At most so many of them, the first and the last included."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(at * (len(values) - 1) / (most - 1))] for at in range(most)]
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=100, metadata={"Software": None})
+    pyplot.close(figure)
+    write_atomically(path, drawn.getvalue())

@@ -1,0 +1,154 @@
+"""What a capacity loses and spends, measured through the sparse form: the one that is served.
+
+A window of held-out text is a prompt and its continuation. The pretrained model's logits on it
+are made once; then each capacity runs the same tokens, with a cache, and is compared.
+
+Shape letters: T tokens of a window   N tokens compared   V vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from elastiformer import Calibration, Capacity, Chunk, ElasticModel
+from training.losses import Divergence, kl_per_token
+
+ROWS_AT_ONCE = 256  # of the vocabulary's width: bounds what a comparison holds in memory
+
+
+class Setting(StrEnum):
+    """Which tokens of a window are routed, and which are compared."""
+
+    PROMPT = "prompt"  # the prompt is routed, the continuation is whole; compared on it
+    BOTH = "both"  # prompt and continuation are routed: what a user gets
+    SCORED = "scored"  # every token is an output token, routed and compared
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One held-out text, and what the pretrained model makes of it."""
+
+    ids_T: Tensor
+    prompt_tokens: int
+    teacher_TV: Tensor  # logits, in float32
+
+    def first_output(self, setting: Setting) -> int:
+        """The first token of phase output."""
+        return 0 if setting is Setting.SCORED else self.prompt_tokens - 1
+
+    def compared(self, setting: Setting) -> slice:
+        """The tokens whose next-token distribution is judged: each has a next token to judge by."""
+        return slice(self.first_output(setting), len(self.ids_T) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """One capacity in one setting over a set of windows; KL in nats per token."""
+
+    capacity: float
+    setting: Setting
+    tokens: int
+    kl: float
+    kl_p95: float
+    same_top: float  # share of tokens whose likeliest next token is the pretrained model's
+    perplexity: float
+    perplexity_ratio: float  # over the pretrained model's on the same tokens
+    spent: float  # the mean over requests of their spent share
+    spent_least: float
+    spent_most: float
+
+
+def recalibrate(model: ElasticModel, calibration: Calibration | None) -> None:
+    """From now on the model runs under this calibration."""
+    assert model.adapter is not None
+    model.adapter.calibration = calibration
+    model.attach(model.adapter)  # which forgets the schedules of the one before
+
+
+@torch.inference_mode()
+def windows_of(model: ElasticModel, ids_WT: Tensor, prompt_tokens: int) -> list[Window]:
+    """Run the pretrained model on each window."""
+    return [
+        Window(ids_T.cpu(), prompt_tokens, model.teacher(ids_T[None].to(model.device))[0].float())
+        for ids_T in ids_WT
+    ]
+
+
+@torch.inference_mode()
+def measure(
+    model: ElasticModel, windows: Sequence[Window], capacity: float, setting: Setting
+) -> Quality:
+    """Run every window at a capacity and compare with the pretrained model.
+
+    Raises:
+        CapacityError: when the adapter cannot be run at this capacity.
+    """
+    found = (routed(model, window, capacity, setting) for window in windows)
+    return compare(windows, found, capacity, setting)
+
+
+def compare(
+    windows: Sequence[Window],
+    found: Iterable[tuple[Tensor, float]],
+    capacity: float,
+    setting: Setting,
+) -> Quality:
+    """Sum up (logits of the compared tokens, share spent), one of each for every window."""
+    kls: list[Tensor] = []
+    spent: list[float] = []
+    same, loss, teacher_loss = 0, 0.0, 0.0
+    for window, (student_NV, share) in zip(windows, found, strict=True):
+        spent.append(share)
+        at = window.compared(setting)
+        teacher_NV = window.teacher_TV[at]
+        next_N = window.ids_T[at.start + 1 : at.stop + 1].to(student_NV.device)
+        for teacher, student, following in zip(
+            torch.split(teacher_NV, ROWS_AT_ONCE),
+            torch.split(student_NV, ROWS_AT_ONCE),
+            torch.split(next_N, ROWS_AT_ONCE),
+            strict=True,
+        ):
+            kls.append(kl_per_token(teacher, student, Divergence()).cpu())
+            same += int((teacher.argmax(-1) == student.argmax(-1)).sum())
+            loss += _loss_sum(student, following)
+            teacher_loss += _loss_sum(teacher, following)
+    kl_N = torch.cat(kls)
+    return Quality(
+        capacity=capacity,
+        setting=setting,
+        tokens=len(kl_N),
+        kl=float(kl_N.mean()),
+        kl_p95=float(kl_N.quantile(0.95)),
+        same_top=same / len(kl_N),
+        perplexity=math.exp(loss / len(kl_N)),
+        perplexity_ratio=math.exp((loss - teacher_loss) / len(kl_N)),
+        spent=sum(spent) / len(spent),
+        spent_least=min(spent),
+        spent_most=max(spent),
+    )
+
+
+def routed(
+    model: ElasticModel, window: Window, capacity: float, setting: Setting
+) -> tuple[Tensor, float]:
+    """The logits of the compared tokens, [N, V], and the share of the block FLOPs spent."""
+    asked = Capacity(capacity, 1.0 if setting is Setting.PROMPT else capacity)
+    scored = setting is Setting.SCORED
+    ids = window.ids_T.tolist()
+    sequence = model.sequence(asked, window.prompt_tokens, len(ids), scored=scored)
+    try:
+        (first,) = model.step([Chunk(sequence, ids[: window.prompt_tokens])])
+        (then,) = model.step([Chunk(sequence, ids[window.prompt_tokens :])])
+        return torch.cat([first, then])[:-1], sequence.usage.capacity_spent
+    finally:
+        sequence.release()
+
+
+def _loss_sum(logits_NV: Tensor, next_N: Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits_NV.float(), next_N, reduction="sum"))

@@ -1,0 +1,117 @@
+"""One training step: the student's losses against its teacher, and the gradient of a whole batch.
+
+The teacher is the same model with nothing left out; no second copy of the weights exists. Every
+row is cut into prompt and output and runs under its lesson's plans; the loss is taken on output
+tokens, where a user would see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elastiformer import ElasticModel
+from elastiformer.masked import Selection
+from elastiformer.routers import TOKEN_UNITS
+from training.lessons import Lesson
+from training.losses import Divergence, Losses, Weights, kl_divergence, router_losses
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is minimised, and how tokens are chosen while it is."""
+
+    divergence: Divergence
+    weights: Weights
+    selection: Selection
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The whole batch, of which a pass or a process holds a part: what losses are divided by."""
+
+    rows: int
+    output_tokens: int
+    token_routers: int
+    part_routers: int
+
+    @classmethod
+    def of(cls, model: ElasticModel, lessons: Sequence[Lesson], window: int) -> Whole:
+        adapter = model.adapter
+        assert adapter is not None, "a student without an adapter"
+        layers, units = len(model.shape.layers), adapter.routers.units
+        of_tokens = sum(unit in TOKEN_UNITS for unit in units)
+        return cls(
+            rows=len(lessons),
+            output_tokens=sum(each.output_tokens(window) for each in lessons),
+            token_routers=layers * of_tokens,
+            part_routers=layers * (len(units) - of_tokens),
+        )
+
+
+def student_losses(
+    model: ElasticModel,
+    ids_BT: Tensor,
+    lessons: Sequence[Lesson],
+    objective: Objective,
+    whole: Whole,
+) -> Losses:
+    """The part of the whole batch's losses that these rows make."""
+    ids_BT = ids_BT.to(model.device)
+    first_B1 = torch.tensor([[each.first_output] for each in lessons], device=model.device)
+    output_BT = torch.arange(ids_BT.shape[1], device=model.device) >= first_B1
+    with torch.no_grad():
+        teacher_BTV = model.teacher(ids_BT)
+    plans = [(each.prompt, each.output) for each in lessons]
+    result = model.masked(ids_BT, plans, output_BT, selection=objective.selection)
+    distil = kl_divergence(
+        teacher_BTV, result.logits_BTV, output_BT, objective.divergence, whole.output_tokens
+    )
+    balance, agreement = router_losses(
+        result.routes, whole.rows, whole.token_routers, whole.part_routers
+    )
+    weights = objective.weights
+    total = distil + weights.balance * balance + weights.agreement * agreement
+    return Losses(distil, balance, agreement, total)
+
+
+def learn(
+    model: ElasticModel,
+    ids_RT: Tensor,
+    lessons: Sequence[Lesson],
+    objective: Objective,
+    whole: Whole,
+    rows_at_once: int,
+) -> Tensor:
+    """Add this process's part of the gradient; the parts of the losses, [4], not yet summed.
+
+    Args:
+        ids_RT: the windows of this process, R of them; `lessons` are theirs.
+        rows_at_once: of one forward and backward: bounds the memory, changes only rounding.
+    """
+    parts = torch.zeros(4, device=model.device)
+    for start in range(0, len(lessons), rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        losses = student_losses(model, ids_RT[rows], lessons[rows], objective, whole)
+        if losses.total.requires_grad:  # plans of whole sub-layers only, and no LoRA: no router ran
+            losses.total.backward()  # type: ignore[no-untyped-call]
+        parts += torch.stack([part.detach().float() for part in losses.parts])
+    return parts
+
+
+@torch.no_grad()
+def held_out_kl(
+    model: ElasticModel, ids_WT: Tensor, lessons: Sequence[Lesson], rows_at_once: int
+) -> float:
+    """KL on held-out windows under lessons of their own, in nats per output token."""
+    objective = Objective(Divergence(), Weights(0.0, 0.0), Selection.RANK)
+    whole = Whole.of(model, lessons, ids_WT.shape[1])
+    total = 0.0
+    for start in range(0, len(lessons), rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        losses = student_losses(model, ids_WT[rows], lessons[rows], objective, whole)
+        total += float(losses.distil)
+    return total
