@@ -51,10 +51,16 @@ check_python() {
         fail "'$python' cannot make virtual environments (ensurepip is missing). On Debian or Ubuntu: apt install python3-venv"
 }
 
+# Whether another process is at work in the folder right now.
+another() {
+    [ -e "$busy" ] || return 1
+    [ -s "$busy" ] || sleep 1 # it is just being written
+    other=$(cat "$busy" 2>/dev/null) && [ -n "$other" ] && kill -0 "$other" 2>/dev/null
+}
+
 wait_for_another() {
-    local other told=
-    [ ! -e "$busy" ] || [ -s "$busy" ] || sleep 1 # it is just being written
-    while other=$(cat "$busy" 2>/dev/null) && [ -n "$other" ] && kill -0 "$other" 2>/dev/null; do
+    local told=
+    while another; do
         [ -n "$told" ] || say "process $other is setting up $venv; waiting for it"
         told=yes
         sleep 1
@@ -76,10 +82,10 @@ pip_install() {
 }
 
 fresh && exit 0
+another || check_python
 wait_for_another
 fresh && exit 0
 
-check_python
 if [ -e "$busy" ]; then
     say "an earlier setup was cut off: starting over"
     rm -rf "$venv"

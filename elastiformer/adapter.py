@@ -399,9 +399,7 @@ def _from_hub(repository: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(
-                repository, allow_patterns=["*.json", "*.safetensors", "README.md"]
-            )
+            snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "README.md"])
         )
     except Exception as error:  # the Hub client raises many kinds; all mean the same here
         raise AdapterError(
@@ -448,5 +446,3 @@ def _order_misfits(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _misfit_message(misfits: list[str]) -> str:
     return "adapter does not fit this base model:\n  " + "\n  ".join(misfits)
-
-

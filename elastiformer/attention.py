@@ -97,16 +97,14 @@ def _softcapped(
     return weights_GRK @ values_GKH
 
 
-@register_flop_formula(  # type: ignore[untyped-decorator]
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-)
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
 def _sdpa_cpu_flops(
     query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
 ) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
-@register_flop_formula(torch.ops.aten._embedding_bag)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.aten._embedding_bag)
 def _embedding_bag_flops(weight: Any, indices: Any, *_: Any, **__: Any) -> int:
     chosen = 1
     for size in indices:
@@ -114,8 +112,6 @@ def _embedding_bag_flops(weight: Any, indices: Any, *_: Any, **__: Any) -> int:
     return int(2 * chosen * weight[1])
 
 
-@register_flop_formula(  # type: ignore[untyped-decorator]
-    torch.ops.aten._embedding_bag_forward_only
-)
+@register_flop_formula(torch.ops.aten._embedding_bag_forward_only)
 def _embedding_bag_forward_flops(weight: Any, indices: Any, *_: Any, **__: Any) -> int:
-    return _embedding_bag_flops(weight, indices)  # type: ignore[no-any-return]
+    return _embedding_bag_flops(weight, indices)

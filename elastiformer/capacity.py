@@ -66,7 +66,8 @@ class LayerPlan:
 
     def kept(self, name: str, of: int) -> int:
         """How many of `of` things the share `name` keeps: rounded, and at least one."""
-        return max(1, round(getattr(self, name) * of))
+        share: float = getattr(self, name)
+        return max(1, round(share * of))
 
 
 WHOLE_LAYER = LayerPlan()

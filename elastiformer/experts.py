@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from elastiformer.capacity import Site
 from elastiformer.families import Layout
@@ -21,7 +22,9 @@ _ROUNDS = 12
 
 
 @torch.inference_mode()
-def coactivation_order(base: nn.Module, layout: Layout, ids_BT: Tensor, experts: int) -> list[Tensor]:
+def coactivation_order(
+    base: nn.Module, layout: Layout, ids_BT: Tensor, experts: int
+) -> list[Tensor]:
     """Per layer, the neurons sorted by expert, int64 [mlp width]; deterministic.
 
     Args:
@@ -41,7 +44,9 @@ def coactivation_order(base: nn.Module, layout: Layout, ids_BT: Tensor, experts:
         for handle in handles:
             handle.remove()
     return [
-        balanced_clusters(_features(seen[layer.index], layout.column_norms(layer, Site.MLP_OUT)), experts)
+        balanced_clusters(
+            _features(seen[layer.index], layout.column_norms(layer, Site.MLP_OUT)), experts
+        )
         for layer in layout.layers
     ]
 
@@ -50,13 +55,13 @@ def _features(a_NI: Tensor, norms_I: Tensor) -> Tensor:
     """One row per neuron: how much it adds to which token, of unit length."""
     strength_NI = a_NI.abs() * norms_I
     # What matters is which tokens a neuron is strong for, beside the token's own strength.
-    strength_NI = strength_NI / strength_NI.norm(dim=1, keepdim=True).clamp_min(1e-9)
+    strength_NI = F.normalize(strength_NI, dim=1, eps=1e-9)
     features_IN = strength_NI.T
     if features_IN.shape[1] > _FEATURES:
         mixer = torch.Generator().manual_seed(0)
         mix_NF = torch.randn(features_IN.shape[1], _FEATURES, generator=mixer)
         features_IN = features_IN @ mix_NF.to(features_IN.device) / _FEATURES**0.5
-    return features_IN / features_IN.norm(dim=1, keepdim=True).clamp_min(1e-9)
+    return F.normalize(features_IN, dim=1, eps=1e-9)
 
 
 def balanced_clusters(features_IF: Tensor, experts: int) -> Tensor:

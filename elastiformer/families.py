@@ -262,9 +262,7 @@ def _layer(base: PreTrainedModel, family: Family, layer: nn.Module, index: int) 
         window = None
     # Only the eager attention of Transformers caps the scores; its SDPA leaves them alone.
     eager = config._attn_implementation == "eager"
-    softcap = (
-        attention_any.attn_logit_softcapping if family.softcaps_attention and eager else None
-    )
+    softcap = attention_any.attn_logit_softcapping if family.softcaps_attention and eager else None
     return Layer(
         index=index,
         shape=LayerShape(
@@ -342,4 +340,3 @@ def _has(base: nn.Module, path: str) -> bool:
 
 def _is_dict(value: object) -> bool:
     return isinstance(value, dict)
-

@@ -45,9 +45,7 @@ class Lora(nn.Module):
         parts: which projections are repaired; a fused module is repaired when any of its parts is.
     """
 
-    def __init__(
-        self, layout: Layout, rank: int, parts: Sequence[str], phases: LoraPhases
-    ) -> None:
+    def __init__(self, layout: Layout, rank: int, parts: Sequence[str], phases: LoraPhases) -> None:
         super().__init__()
         self.rank, self.parts, self.phases = rank, tuple(parts), phases
         self.scale = 2.0  # alpha / rank
@@ -79,9 +77,7 @@ class Lora(nn.Module):
         return {key.replace("/", "."): pair for key, pair in of_layer.items()}  # type: ignore[misc]
 
     def pair(self, layer: int, path: str, phase: Phase) -> LoraPair | None:
-        of_layer: nn.ModuleDict = self.sets[self.set_name(phase)][layer]  # type: ignore[index]
-        key = _key(path)
-        return of_layer[key] if key in of_layer else None  # type: ignore[return-value]
+        return self.set_of(layer, self.set_name(phase)).get(path)
 
 
 def _key(path: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -124,12 +124,10 @@ class MaskedPass:
             [[getattr(layer, unit.value) for unit in TOKEN_UNITS] for layer in plan]
             for plan in grid.plans
         ]
-        # The base's own shapes know nothing of experts: the adapter divides its MLPs.
-        shapes = [replace(at.shape, experts=adapter.spec.experts) for at in layout.layers]
         counts = [
             [
-                [getattr(layer_counts(shape, layer), name) for name in _COUNTS]
-                for shape, layer in zip(shapes, plan, strict=True)
+                [getattr(layer_counts(at, layer), name) for name in _COUNTS]
+                for at, layer in zip(shape.layers, plan, strict=True)
             ]
             for plan in grid.plans
         ]

@@ -102,11 +102,13 @@ class ElasticModel:
 
     @property
     def device(self) -> torch.device:
-        return self.base.device
+        device: torch.device = self.base.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.base.dtype
+        dtype: torch.dtype = self.base.dtype
+        return dtype
 
     @property
     def context(self) -> int:
@@ -313,5 +315,3 @@ class ElasticModel:
                     f"capacity {share:g}: this model has no calibration, so only 1.0 can be asked"
                 )
             self._schedule(share, phase, context)
-
-

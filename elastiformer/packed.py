@@ -151,7 +151,9 @@ class Taken:
         keys_NL = torch.tensor(self._keys).T.repeat_interleave(lengths, 0)
 
         linear_N = torch.where(
-            attention_NL, cost_NLC[..., Column.ATTENTION_KEPT], cost_NLC[..., Column.ATTENTION_SKIPPED]
+            attention_NL,
+            cost_NLC[..., Column.ATTENTION_KEPT],
+            cost_NLC[..., Column.ATTENTION_SKIPPED],
         ).sum(1) + torch.where(
             mlp_NL, cost_NLC[..., Column.MLP_KEPT], cost_NLC[..., Column.MLP_SKIPPED]
         ).sum(1)
@@ -224,5 +226,3 @@ def _stacked(kept: list[Tensor | None], count: int) -> Tensor:
     """Per layer which rows were kept, as bool [N, L] on the CPU."""
     everything = torch.ones(count, dtype=torch.bool)
     return torch.stack([everything if k is None else k.cpu() for k in kept], dim=1)
-
-

@@ -4,6 +4,7 @@ A product over picked channels reads only those columns of the weight: per token
 the largest size x column norm. In PyTorch that is `embedding_bag` over the transposed weight,
 which is made once, when a plan first needs it. Experts need their neurons side by side, so their
 matrices are laid out anew, once, too; the base's own weights stay as they are.
+`Products` holds all of this for one model; `Repair` is the low-rank addition to some rows.
 
 Shape letters: R rows   I inputs   O outputs   M experts   S neurons of one expert
 """
@@ -17,12 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elastiformer.adapter import Adapter
-from elastiformer.families import Layer, Projection
-from elastiformer.routers import best
-
-
-def whole(projection: Projection, x_RI: Tensor) -> Tensor:
-    return F.linear(x_RI, projection.weight_OI, projection.bias_O)
+from elastiformer.capacity import Site, Unit
+from elastiformer.families import Layer, Layout, Projection
+from elastiformer.lora import LoraPair
+from elastiformer.packed import Kind
+from elastiformer.routers import PartGate, Router, best
 
 
 def largest(x_RI: Tensor, norms_I: Tensor, count: int) -> Tensor:
@@ -37,22 +37,6 @@ def largest(x_RI: Tensor, norms_I: Tensor, count: int) -> Tensor:
 def only(x_RI: Tensor, index_RK: Tensor) -> Tensor:
     """`x`, zero but for the picked channels: what a low-rank repair of a picked product reads."""
     return torch.zeros_like(x_RI).scatter_(1, index_RK, x_RI.gather(1, index_RK))
-
-
-class Transposes:
-    """Weights as inputs x outputs, so that a picked channel is one row; each made once."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[int, int, int], Tensor] = {}
-
-    def of(self, projection: Projection, outputs: slice = slice(None)) -> Tensor:
-        start = outputs.start or 0
-        stop = projection.stop - projection.start if outputs.stop is None else outputs.stop
-        key = (id(projection), start, stop)
-        if key not in self._made:
-            weight_IO = projection.weight_OI[start:stop].detach().T.contiguous()
-            self._made[key] = weight_IO
-        return self._made[key]
 
 
 def picked(weight_IO: Tensor, bias_O: Tensor | None, x_RI: Tensor, index_RK: Tensor) -> Tensor:
@@ -113,3 +97,97 @@ class ExpertTable:
             down_MOS,
             down_OI.T.contiguous(),
         )
+
+
+class Products:
+    """The products of one model: its layout, its adapter, and what was laid out anew for them."""
+
+    def __init__(self, layout: Layout, adapter: Adapter | None) -> None:
+        self.layout, self.adapter = layout, adapter
+        self._transposed: dict[tuple[int, int, int], Tensor] = {}
+        self._experts: dict[int, ExpertTable] = {}
+
+    def of(
+        self,
+        projection: Projection,
+        x_RI: Tensor,
+        channels: Tensor | None = None,
+        outputs: slice = slice(None),
+    ) -> Tensor:
+        """The product with a projection, or with one slice of its outputs, over some channels."""
+        weight_OI, bias_O = projection.weight_OI[outputs], projection.bias_O
+        if bias_O is not None:
+            bias_O = bias_O[outputs]
+        if channels is None:
+            return F.linear(x_RI, weight_OI, bias_O)
+        key = (id(projection), outputs.start or 0, len(weight_OI))
+        if key not in self._transposed:
+            self._transposed[key] = weight_OI.detach().T.contiguous()
+        return picked(self._transposed[key], bias_O, x_RI, channels)
+
+    def channels(self, layer: Layer, site: Site, x_RI: Tensor, count: int) -> Tensor | None:
+        """The channels to read, [R, count]; None for all of them."""
+        if count >= x_RI.shape[1]:
+            return None
+        return largest(x_RI, self.layout.column_norms(layer, site), count)
+
+    def experts(self, layer: Layer) -> ExpertTable:
+        assert self.adapter is not None, "experts without an adapter"
+        if layer.index not in self._experts:
+            self._experts[layer.index] = ExpertTable.of(layer, self.adapter)
+        return self._experts[layer.index]
+
+    def router(self, layer: Layer, unit: Unit) -> Router:
+        router = self.adapter.router(layer.index, unit) if self.adapter is not None else None
+        assert router is not None, f"a plan that routes {unit} without its routers"
+        return router
+
+    @property
+    def part_gate(self) -> PartGate:
+        assert self.adapter is not None, "gates without an adapter"
+        return self.adapter.spec.part_gate
+
+    def repair_name(self, kind: Kind) -> str | None:
+        """The set of low-rank pairs that rows of this kind use; none at capacity 1.0."""
+        if kind.is_dense or self.adapter is None or self.adapter.lora is None:
+            return None
+        return self.adapter.lora.set_name(kind.phase)
+
+    def repair(self, layer: Layer, name: str | None) -> Repair:
+        lora = self.adapter.lora if self.adapter is not None else None
+        return Repair(lora.set_of(layer.index, name) if lora is not None and name else {})
+
+
+class Repair:
+    """The low-rank pairs, by module path, of one group of rows in one layer; perhaps none."""
+
+    def __init__(self, pairs: dict[str, LoraPair]) -> None:
+        self._pairs = pairs
+        self._inner: dict[str, Tensor] = {}
+
+    @property
+    def active(self) -> bool:
+        return bool(self._pairs)
+
+    def read(self, projection: Projection, x_RI: Tensor) -> None:
+        """Take the input of a projection's module; parts fused in one module share it."""
+        pair = self._pairs.get(projection.path)
+        if pair is not None and projection.path not in self._inner:
+            self._inner[projection.path] = F.linear(x_RI, pair.a_RI.to(x_RI.dtype))
+
+    def add(
+        self,
+        projection: Projection,
+        out_RO: Tensor,
+        rows: Tensor | None = None,
+        outputs: slice | Tensor = slice(None),
+    ) -> Tensor:
+        """`out`, repaired; `rows` and `outputs` say which part of what was read it is."""
+        inner_RK = self._inner.get(projection.path)
+        if inner_RK is None:
+            return out_RO
+        pair = self._pairs[projection.path]
+        if rows is not None:
+            inner_RK = inner_RK[rows]
+        b_OK = pair.b_OR[projection.start : projection.stop][outputs].to(inner_RK.dtype)
+        return out_RO + pair.scale * F.linear(inner_RK, b_OK)

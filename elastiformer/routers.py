@@ -121,7 +121,7 @@ def by_rank(scores_BT: Tensor, share_BT: Tensor, among_BT: Tensor) -> Tensor:
 def best(scores_NM: Tensor, keep_N: Tensor) -> Tensor:
     """True for the `keep_N` best-scoring things of each token, exactly so many."""
     kept_NM = torch.ones_like(scores_NM, dtype=torch.bool)
-    for count in keep_N.unique().tolist():  # there are few different counts
+    for count in set(keep_N.flatten().tolist()):  # there are few different counts
         if count < scores_NM.shape[-1]:
             rows = keep_N == count
             kept_NM[rows] = _best(scores_NM[rows], count)

@@ -118,8 +118,10 @@ def bad_request(errors: Iterable[Mapping[str, object]]) -> BadRequest:
         assert isinstance(loc, tuple), "a place in the body"
         if each["type"] == "json_invalid":
             return BadRequest(f"the body is not JSON: {each.get('ctx', {})}", None)
+        if len(loc) == 1:
+            return BadRequest("the body is not a JSON object sent as application/json", None)
         # The names of a union's branches stand in the place too; only the field is shown.
-        name = str(loc[1]) if len(loc) > 1 else "body"
+        name = str(loc[1])
         said = str(each["msg"]).removeprefix("Value error, ")
         if each["type"] == "missing":
             said = f"{'.'.join(map(str, loc[1:]))} is missing" if len(loc) > 2 else "it is missing"
@@ -127,8 +129,7 @@ def bad_request(errors: Iterable[Mapping[str, object]]) -> BadRequest:
     message = "; ".join(
         f"{name}: {' or '.join(dict.fromkeys(texts))}" for name, texts in clauses.items()
     )
-    first = next(iter(clauses))
-    return BadRequest(message, None if first == "body" else first)
+    return BadRequest(message, next(iter(clauses)))
 
 
 def _count(request: Request, error: Exception) -> None:

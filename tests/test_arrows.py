@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOW_TO_HIGH = """
     elastiformer: errors capacity usage accounting calibration card plan_table families experts
         routers lora lora_files weights adapter masked cache attention sequence packed products
-        sparse sampling inputs model __init__
+        keeping sparse_attention sparse_mlp sparse sampling inputs model __init__
 
     service: __init__ errors settings schemas scheduler metrics knob orders middleware engine
         served zero_shot desk answers streams routes app server __main__

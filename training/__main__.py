@@ -25,6 +25,17 @@ from elastiformer.errors import ElastiError
 COMMANDS = ("synthesize", "distill", "calibrate", "evaluate")  # each a module of this package
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps the docstring's lines, and names the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.help or ""
+        unset = action.default is None or action.default is False
+        if unset or action.default == argparse.SUPPRESS or "default" in said:
+            return action.help
+        return f"{said} (default: %(default)s)".strip()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     top = argparse.ArgumentParser(
@@ -40,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=f"python -m training {command}",
         description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     module.add_arguments(parser)
     args = parser.parse_args(given[1:])

@@ -26,7 +26,7 @@ from torch import Tensor
 from elastiformer import AdapterError, Calibration, CapacityError, ElasticModel, Phase, Unit
 from elastiformer.accounting import ModelShape
 from elastiformer.calibration import QUANTILES, DataRecord, Measured, Step, walk
-from training.allotment import LEAST_KL, Allotment, Curves, fields_of, late_layers
+from training.allotment import LEAST_KL, Allotment, Curves, fields_of, late_layers, uniform
 from training.data import Corpus, Windows, pack, read_corpus
 from training.files import DataError
 from training.progress import track
@@ -42,7 +42,7 @@ from training.sensitivity import (
 )
 from training.tuning import Score, tune
 
-LATE_LAYERS = "late layers"
+LATE_LAYERS, UNIFORM = "late layers", "uniform"
 TOLERANCE = 0.02  # what a request spends lies so near to what it asked
 # Of the time allowed, when a phase's probes end, and when the tuning of its path does.
 PROBING = {Phase.OUTPUT: 0.35, Phase.PROMPT: 0.6}
@@ -273,7 +273,7 @@ class _Job:
             raise AdapterError(f"nothing that can be left out was measured for {phase} tokens")
         best = min(judged, key=lambda name: judged[name][0])
         self.chosen[phase] = best
-        if best == LATE_LAYERS or not fields:
+        if best in (LATE_LAYERS, UNIFORM) or not fields:  # no curve shaped it: nothing to turn
             return judged[best][1]
         path, _, knobs = tune(
             known,
@@ -300,6 +300,8 @@ class _Job:
             ).path()
 
         makers: dict[str, Maker] = {"greedy": greedy()}
+        if fields:
+            makers[UNIFORM] = lambda _: uniform(self._shape, fields)
         if phase is Phase.PROMPT:
             makers[LATE_LAYERS] = lambda _: late_layers(self._layers)
             if fields and late:

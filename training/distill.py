@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from elastiformer import Adapter, ElasticModel, Phase, SavedAdapter, Selection, Unit
+from elastiformer.lora import PARTS
 from elastiformer.routers import PART_GATES, TOKEN_GATES
 from training.allotment import fields_of, probe_share
 from training.checkpoint import Checkpoint, latest_checkpoint
@@ -48,31 +49,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, help=".txt, .jsonl, a folder of them, or hub:NAME[:split]")
     add("--out", type=Path, required=True, help="folder of the adapter to write")
     add("--resume", action="store_true", help="go on from the last checkpoint")
-    add("--units", type=_units, default=",".join(Unit), help="what may be left out (default: all)")
+    add("--units", type=_units, default=",".join(Unit), help="what may be left out")
     add("--experts", type=whole(2), default=16, help="blocks that each MLP is divided into")
-    add("--expert-split", default="coactivation", choices=["coactivation", "contiguous"])
+    add(
+        "--expert-split",
+        default="coactivation",
+        choices=["coactivation", "contiguous"],
+        help="neurons that work together, or neighbours",
+    )
     add("--token-gate", default="hard", choices=TOKEN_GATES, help="a kept token's multiplier")
     add("--part-gate", default="hard", choices=PART_GATES, help="a kept head's or expert's")
     add("--kv", default="complete", choices=["complete", "kept"], help="keys of skipped tokens")
     add("--lora-rank", type=whole(0), default=1, help="0: no repair")
-    add("--lora-modules", default="query,key,value,out,gate,up,down")
-    add("--lora-phases", default="shared", choices=["shared", "split"])
-    add("--steps", type=whole(1), default=400)
+    add("--lora-modules", default=",".join(PARTS), help="the projections that are repaired")
+    add(
+        "--lora-phases",
+        default="shared",
+        choices=["shared", "split"],
+        help="one repair, or one for prompt tokens and one for output tokens",
+    )
+    add("--steps", type=whole(1), default=400, help="of the optimizer")
     add("--batch-tokens", type=whole(1), default=1024, help="of one step, over all processes")
     add("--window", type=whole(2), default=256, help="tokens of one row")
-    add("--lr", type=real(above=0), default=1e-3)
+    add("--lr", type=real(above=0), default=1e-3, help="the highest learning rate")
     add("--warmup", type=real(least=0, below=1), default=0.05, help="share of the steps")
     add("--clip", type=real(above=0), default=1.0, help="gradient norm, at most")
-    add("--weight-decay", type=real(least=0), default=0.0)
+    add("--weight-decay", type=real(least=0), default=0.0, help="of AdamW")
     add(
         "--min-capacity",
         type=real(above=0, below=1),
         default=0.5,
         help="the lowest that is trained",
     )
-    add("--kl", default="forward", choices=list(Direction))
+    add("--kl", default="forward", choices=list(Direction), help="teacher to student, or back")
     add("--top-k", type=whole(0), default=0, help="teacher's likeliest tokens compared; 0: all")
-    add("--temperature", type=real(above=0), default=1.0)
+    add("--temperature", type=real(above=0), default=1.0, help="of both in the KL")
     add("--balance", type=real(least=0), default=0.1, help="weight of the load-balancing loss")
     add(
         "--agreement",
@@ -93,8 +104,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.02,
         help="share of documents; 0: measure nothing",
     )
-    add("--seed", type=int, default=0)
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    add("--seed", type=int, default=0, help="of everything random")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="of the base; what is trained is float32",
+    )
     add("--checkpoint-every", type=whole(1), default=50, help="steps")
     add("--pass-tokens", type=whole(1), default=2048, help="of one forward and backward: memory")
     add("--shard-base", action="store_true", help="FSDP2: spread the base over the processes")

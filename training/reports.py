@@ -131,7 +131,7 @@ def _quality_table(report: Report, setting: Setting) -> list[str]:
                 f"{row.capacity:g}",
                 name,
                 f"{row.spent:.3f} ({row.spent_least:.3f} to {row.spent_most:.3f})",
-                f"{row.kl:.4f}",
+                f"{abs(row.kl) if abs(row.kl) < 5e-5 else row.kl:.4f}",
                 f"{row.kl_p95:.4f}",
                 f"{row.same_top:.3f}",
                 f"{row.perplexity:.2f}",

@@ -63,14 +63,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, required=True, help=".txt or .jsonl")
     parser.add_argument("--tokens", type=whole(1), required=True, help="answer tokens to write")
     parser.add_argument("--out", type=Path, required=True, help="FILE.jsonl")
-    parser.add_argument("--temperature", type=real(least=0), default=1.0)
-    parser.add_argument("--top-p", type=real(above=0), default=0.95)
+    parser.add_argument("--temperature", type=real(least=0), default=1.0, help="0: the likeliest")
+    parser.add_argument("--top-p", type=real(above=0), default=0.95, help="share of the likeliest")
     parser.add_argument(
         "--max-new", type=whole(1), default=256, help="tokens of one answer, at most"
     )
     parser.add_argument("--batch", type=whole(1), default=8, help="answers written at once")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the base"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

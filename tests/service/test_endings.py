@@ -1,6 +1,7 @@
 """Promises of the engine: every request gets exactly one ending, and leaving ends the work."""
 
 import asyncio
+import contextlib
 import json
 
 import httpx
@@ -8,7 +9,10 @@ import pytest
 import torch
 
 from elastiformer import Capacity, ElasticModel
-from service.errors import EngineDead
+from service.desk import Caller
+from service.errors import Cancelled, EngineDead, StepFailed
+from service.orders import Done, Failed, Generated
+from service.schemas import CompletionRequest
 from tests.service.conftest import House, build, elastic_model, in_house
 from tests.tiny import tiny, tiny_tokenizer
 
@@ -105,52 +109,68 @@ def test_stopping_the_engine_ends_what_runs():
 
 
 def test_every_order_gets_one_ending_whatever_happens():
-    """Requests come, leave and fail at once; each ticket sees exactly one last event."""
+    """Orders come, are cancelled and fail at once; each ticket's last event is its only ending."""
 
     async def visit(house):
-        endings: dict[int, int] = {}
-
-        async def one(number: int) -> None:
-            body = LONG | {"max_tokens": 5 + number, "n": 1 + number % 3}
-            try:
-                async with asyncio.timeout(0.02 * (number % 4) or None):
-                    await house.post("/v1/completions", **body)
-            except TimeoutError:
-                pass
-            endings[number] = endings.get(number, 0) + 1
-
-        await asyncio.gather(*(one(number) for number in range(40)))
+        tickets = []
+        for number in range(40):
+            asked = CompletionRequest(
+                model="tiny", prompt="ab" * (1 + number), max_tokens=5 + number, n=1 + number % 3
+            )
+            tickets.append(house.engine.submit(house.hall.desk.completion(asked, Caller()).order))
+            if number % 4 == 1:
+                tickets[-1].cancel()
+            elif number % 4 == 2:
+                asyncio.get_running_loop().call_later(0.01 * number, tickets[-1].cancel)
+            await asyncio.sleep(0.002 * (number % 3))
         await house.until_idle()
-        assert endings == dict.fromkeys(range(40), 1)
-        jobs = sum(1 + number % 3 for number in range(40))
-        assert house.value("elasti_request_success_total") <= jobs
+        await asyncio.sleep(0.05)  # whatever a ticket could still get has arrived
+        kinds = set()
+        for ticket in tickets:
+            events = [ticket._events.get_nowait() for _ in range(ticket._events.qsize())]
+            endings = [event for event in events if isinstance(event, Done | Failed)]
+            assert len(endings) == 1 and events[-1] is endings[0]
+            ending = endings[0]
+            kinds.add(type(ending.error) if isinstance(ending, Failed) else Done)
+            ended = sum(isinstance(event, Generated) and bool(event.ended) for event in events)
+            assert ended == len(ticket.order.jobs) or isinstance(ending, Failed)
+        assert kinds == {Done, Cancelled, StepFailed}
+        jobs = sum(len(ticket.order.jobs) for ticket in tickets)
+        assert house.value("elasti_request_success_total") == jobs
         assert house.engine._scheduler.idle and not house.engine._rows
         assert house.engine._scheduler.reserved_tokens == 0
 
     in_house(visit, models={"tiny": Faulty(RuntimeError("boom"), 25)}, max_running=5)
 
 
+async def soon(condition) -> None:
+    """Wait until something is true of the server's other thread."""
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def leave(task: asyncio.Task[httpx.Response]) -> None:
+    """Hang up, as a caller does who has had enough."""
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_work_stops_when_its_caller_leaves(street, stream):
-    app = build()
-    house = House(app, None)
-    address = street(app)
+    house = House(build(), None)
+    address = street(house.app)
 
-    async def leave() -> None:
-        async with httpx.AsyncClient(base_url=address) as client:
+    async def visit() -> None:
+        async with httpx.AsyncClient(base_url=address, timeout=60) as client:
             body = LONG | {"model": "tiny", "stream": stream, "capacity": 0.7}
-            try:
-                async with (
-                    asyncio.timeout(0.15),
-                    client.stream("POST", "/v1/completions", json=body) as reply,
-                ):
-                    async for _ in reply.aiter_lines():
-                        break
-            except TimeoutError:
-                pass
+            asking = asyncio.create_task(client.post("/v1/completions", json=body))
+            await soon(lambda: house.engine._rows)
+            await leave(asking)
         await house.until_idle()
 
-    asyncio.run(leave())
+    asyncio.run(visit())
     assert house.value("elasti_request_success_total", finished_reason="abort") == 1
     assert house.value("elasti_generation_tokens_total") < 400
     assert house.value("elasti_num_requests_running") == 0
@@ -158,25 +178,22 @@ def test_work_stops_when_its_caller_leaves(street, stream):
 
 
 def test_a_waiting_caller_who_leaves_is_forgotten(street):
-    app = build(max_running=1)
-    house = House(app, None)
-    address = street(app)
+    house = House(build(max_running=1), None)
+    address = street(house.app)
 
-    async def leave() -> None:
+    async def visit() -> None:
         async with httpx.AsyncClient(base_url=address, timeout=60) as client:
             body = LONG | {"model": "tiny"}
             first = asyncio.create_task(client.post("/v1/completions", json=body))
-            while not house.engine._requests:
-                await asyncio.sleep(0.001)
-            try:
-                async with asyncio.timeout(0.1):
-                    await client.post("/v1/completions", json=body | {"stream": True})
-            except TimeoutError:
-                pass
+            await soon(lambda: house.engine._rows)
+            second = client.post("/v1/completions", json=body | {"stream": True})
+            waiting = asyncio.create_task(second)
+            await soon(lambda: house.engine._scheduler.waiting)
+            await leave(waiting)
+            await soon(lambda: not house.engine._scheduler.waiting)
             assert (await first).status_code == 200
-        await house.until_idle()
 
-    asyncio.run(leave())
+    asyncio.run(visit())
     assert house.value("elasti_request_success_total", finished_reason="abort") == 1
     assert house.value("elasti_generation_tokens_total") == 400
 
@@ -184,9 +201,6 @@ def test_a_waiting_caller_who_leaves_is_forgotten(street):
 def test_nothing_is_taken_by_an_engine_that_was_never_started():
     async def visit() -> None:
         house = House(build(), None)
-        from service.desk import Caller
-        from service.schemas import CompletionRequest
-
         asked = CompletionRequest(model="tiny", prompt="a", max_tokens=3)
         placed = house.hall.desk.completion(asked, Caller())
         assert placed.order.resolved.applied == Capacity()

@@ -190,7 +190,7 @@ def test_a_full_queue_says_so_and_health_still_answers():
         long = {"prompt": "a", "max_tokens": 300, "ignore_eos": True}
         running = [asyncio.create_task(house.post("/v1/completions", **long)) for _ in range(6)]
         async with asyncio.timeout(10):
-            while house.engine._scheduler.waiting.__len__() < 2:
+            while len(house.engine._scheduler.waiting) < 2:
                 await asyncio.sleep(0.005)
         replies = [await house.post("/v1/completions", **COMPLETION) for _ in range(3)]
         assert (await house.client.get("/health")).status_code == 200
