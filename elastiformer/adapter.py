@@ -155,7 +155,8 @@ class Adapter:
             "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         }
         if self.calibration is not None:
-            files["calibration.json"] = _json(self.calibration.as_json())
+            # A path has hundreds of steps: one line holds them better than a thousand.
+            files["calibration.json"] = json.dumps(self.calibration.as_json()).encode() + b"\n"
         files["README.md"] = model_card(header, self.calibration).encode()
         files["adapter.json"] = _json(header)
         for name, content in files.items():

@@ -272,7 +272,7 @@ class _Reader:
             context=self._count(value.get("context"), "context"),
             paths={phase: self._path(paths.get(phase.value), phase) for phase in Phase},
             thresholds={
-                phase: self._thresholds(thresholds.get(phase.value), phase) for phase in Phase
+                phase: self._thresholds(thresholds.get(phase.value, {}), phase) for phase in Phase
             },
             measured=tuple(
                 self._measured(row, f"measured[{index}]")

@@ -148,7 +148,7 @@ class ElasticModel:
             )
         if not scored:
             self._check(capacity.prompt, Phase.PROMPT, prompt_tokens)
-        for context in (prompt_tokens, most_tokens):
+        for context in (prompt_tokens, output_context(most_tokens - 1)):
             self._check(capacity.output, Phase.OUTPUT, context)
 
         def plan_at(phase: Phase, position: int) -> int:

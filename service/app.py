@@ -31,6 +31,7 @@ from service.served import Catalogue
 from service.settings import Key, Settings
 
 log = logging.getLogger("elasti.http")
+SHOWN_CHARACTERS = 60  # of a refused value
 
 
 def create_app(
@@ -99,9 +100,12 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 async def _http(request: Request, error: Exception) -> JSONResponse:
     """What the framework refuses by itself: no such route, no such method, no JSON at all."""
     assert isinstance(error, HTTPException)
+    said = str(error.detail)
+    if error.status_code in (404, 405):
+        said = f"{request.method} {request.url.path}: {said.lower()}; /docs lists the routes"
     body = {
         "error": {
-            "message": str(error.detail),
+            "message": said,
             "type": "invalid_request_error",
             "param": None,
             "code": None,
@@ -111,25 +115,37 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 
 def bad_request(errors: Iterable[Mapping[str, object]]) -> BadRequest:
-    """All that is wrong, one clause per field; `param` is the first field."""
-    clauses: dict[str, list[str]] = {}
+    """All that is wrong, one clause per field and value; `param` is the first field."""
+    clauses: dict[tuple[str, str], list[str]] = {}
     for each in errors:
         loc = each["loc"]
         assert isinstance(loc, tuple), "a place in the body"
         if each["type"] == "json_invalid":
-            return BadRequest(f"the body is not JSON: {each.get('ctx', {})}", None)
+            context = each.get("ctx")
+            why = context.get("error") if isinstance(context, Mapping) else None
+            return BadRequest(f"the body is not JSON: {why}, at character {loc[-1]}", None)
         if len(loc) == 1:
             return BadRequest("the body is not a JSON object sent as application/json", None)
         # The names of a union's branches stand in the place too; only the field is shown.
-        name = str(loc[1])
-        said = str(each["msg"]).removeprefix("Value error, ")
+        name, got = str(loc[1]), f"; got {_shown(each['input'])}"
+        said = str(each["msg"]).removeprefix("Value error, ").removeprefix("Input ")
         if each["type"] == "missing":
             said = f"{'.'.join(map(str, loc[1:]))} is missing" if len(loc) > 2 else "it is missing"
-        clauses.setdefault(name, []).append(said)
+            got = ""
+        clauses.setdefault((name, got), []).append(said)
     message = "; ".join(
-        f"{name}: {' or '.join(dict.fromkeys(texts))}" for name, texts in clauses.items()
+        f"{name}: {' or '.join(dict.fromkeys(texts))}{got}"
+        for (name, got), texts in clauses.items()
     )
-    return BadRequest(message, next(iter(clauses)))
+    return BadRequest(message, next(iter(clauses))[0])
+
+
+def _shown(value: object) -> str:
+    """A refused value, short enough for a message."""
+    if isinstance(value, Mapping):
+        return "an object"
+    text = repr(value[:SHOWN_CHARACTERS] if isinstance(value, str | list) else value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 
 
 def _count(request: Request, error: Exception) -> None:

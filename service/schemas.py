@@ -7,9 +7,10 @@ there. `capacity` is read by knob.py, which knows its forms.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, field_validator
 
 from elastiformer.sampling import MOST_LOGPROBS
 
@@ -49,6 +50,17 @@ class _Asked(BaseModel):
         description="share of the dense compute to pay, above 0 and at most 1; 'auto'; keep "
         "shares per unit; or one of these for each of prompt and output",
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_unicode(cls, value: object) -> object:
+        # JSON can spell half of a surrogate pair, which neither a tokenizer nor an answer can hold.
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ord(error.object[error.start])
+            raise ValueError(f"text should be Unicode; \\u{half:x} is no character") from None
+        return value
 
 
 class Knobbed(_Asked):

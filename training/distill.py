@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder of the adapter to write")
     add("--resume", action="store_true", help="go on from the last checkpoint")
     add("--units", type=_units, default=",".join(Unit), help="what may be left out")
+    add("--prompt-units", type=_units, help="of them, in prompts (default: all of --units)")
+    add("--output-units", type=_units, help="of them, in outputs (default: all of --units)")
     add("--experts", type=whole(2), default=16, help="blocks that each MLP is divided into")
     add(
         "--expert-split",
@@ -152,6 +154,11 @@ def _begin(args: argparse.Namespace, world: World) -> Distillation:
             f"--batch-tokens {args.batch_tokens}: a multiple of --window {args.window} whose rows "
             f"divide among the processes, of which there are {world.size}"
         )
+    for name in ("prompt_units", "output_units"):
+        asked = getattr(args, name) or args.units
+        setattr(args, name, asked)
+        if stray := [unit for unit in asked if unit not in args.units]:
+            raise RunError(f"--{name.replace('_', '-')}: {', '.join(stray)} is not among --units")
     model = ElasticModel.load(args.base, dtype=args.dtype, device=world.device)
     if args.window > model.context:
         raise RunError(f"--window {args.window}: the context of this model is {model.context}")

@@ -53,7 +53,8 @@ class Teacher:
     """
 
     shape: ModelShape
-    units: tuple[Unit, ...]
+    prompt_units: tuple[Unit, ...]  # what may be left out, by phase
+    output_units: tuple[Unit, ...]
     least: float  # the lowest capacity drawn
     window: int
     seed: int
@@ -71,14 +72,18 @@ class Teacher:
         return Lesson(
             prompt_tokens,
             prompt=self.prompt_plan(rng, lowest) if routed_prompt else dense,
-            output=self.plan(rng, self._capacity(rng, lowest)) if routed_output else dense,
+            output=(
+                self.plan(rng, self._capacity(rng, lowest), self.output_units)
+                if routed_output
+                else dense
+            ),
         )
 
     def prompt_plan(self, rng: random.Random, lowest: bool) -> Plan:
         capacity = self._capacity(rng, lowest)
-        fields = [name for name in TOKEN_FIELDS if name in self.units]
+        fields = [name for name in TOKEN_FIELDS if name in self.prompt_units]
         if not fields or rng.random() >= LATE_LAYERS:
-            return self.plan(rng, capacity)
+            return self.plan(rng, capacity, self.prompt_units)
         if len(fields) > 1 and rng.random() < 0.25:
             fields = [rng.choice(fields)]
         plan = list(dense_plan(len(self.shape.layers)))
@@ -88,11 +93,11 @@ class Teacher:
             plan[layer] = replace(plan[layer], **dict.fromkeys(fields, 0.0))
         return tuple(plan)
 
-    def plan(self, rng: random.Random, capacity: float) -> Plan:
+    def plan(self, rng: random.Random, capacity: float, units: Sequence[Unit]) -> Plan:
         """A plan that spends `capacity`, divided at random; the leanest there is when none can."""
-        weights = self._weights(rng, self._some_units(rng))
+        weights = self._weights(rng, _some(rng, units))
         if self._share(weights, MOST_STRENGTH) > capacity:
-            weights = self._weights(rng, self.units)
+            weights = self._weights(rng, units)
         low, high = 0.0, MOST_STRENGTH
         for _ in range(12):
             strength = (low + high) / 2
@@ -104,9 +109,6 @@ class Teacher:
 
     def _share(self, weights: Sequence[dict[str, float]], strength: float) -> float:
         return self.shape.planned_share(_plan(weights, strength), self.window)
-
-    def _some_units(self, rng: random.Random) -> Sequence[Unit]:
-        return [unit for unit in self.units if rng.random() < 0.5] or [rng.choice(self.units)]
 
     def _weights(self, rng: random.Random, units: Sequence[Unit]) -> list[dict[str, float]]:
         """How much each layer's fields give: at random by field, and half the time by layer too."""
@@ -127,6 +129,10 @@ class Teacher:
 
     def _capacity(self, rng: random.Random, lowest: bool) -> float:
         return self.least if lowest else rng.uniform(self.least, 1.0)
+
+
+def _some(rng: random.Random, units: Sequence[Unit]) -> Sequence[Unit]:
+    return [unit for unit in units if rng.random() < 0.5] or [rng.choice(units)]
 
 
 def _plan(weights: Sequence[dict[str, float]], strength: float) -> Plan:

@@ -79,7 +79,13 @@ class Distillation:
         )
         self._windows = Windows(text.train_WT, args.seed)
         self._teacher = Teacher(
-            model.shape, args.units, args.min_capacity, args.window, args.seed, tolerance
+            model.shape,
+            args.prompt_units,
+            args.output_units,
+            args.min_capacity,
+            args.window,
+            args.seed,
+            tolerance,
         )
         self._objective = Objective(
             Divergence(Direction(args.kl), args.top_k, args.temperature),

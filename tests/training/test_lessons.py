@@ -20,7 +20,8 @@ def shape():
 
 
 def lessons(shape, count=200, **changes):
-    settings = {"units": UNITS, "least": LEAST, "window": WINDOW, "seed": 0} | changes
+    settings = {"prompt_units": UNITS, "output_units": UNITS, "least": LEAST}
+    settings |= {"window": WINDOW, "seed": 0, **changes}
     teacher = Teacher(shape, **settings)
     return [teacher.lesson(step, row, 4) for step in range(count // 4) for row in range(4)]
 
@@ -72,10 +73,13 @@ def test_each_unit_is_routed_by_itself_and_with_others(shape):
         assert any(unit in units and len(units) > 1 for units in met)
 
 
-def test_only_units_of_the_adapter_are_lowered(shape):
-    for lesson in lessons(shape, units=(Unit.HEADS,)):
+def test_each_phase_lowers_its_own_units_only(shape):
+    drawn = lessons(shape, prompt_units=(Unit.HEADS,), output_units=(Unit.EXPERTS,))
+    for lesson in drawn:
         for layer in (*lesson.prompt, *lesson.output):
-            assert layer.attention_tokens == layer.mlp_tokens == layer.experts == layer.mlp_in == 1
+            assert layer.attention_tokens == layer.mlp_tokens == layer.mlp_in == 1
+        assert all(layer.experts == 1 for layer in lesson.prompt)
+        assert all(layer.heads == 1 for layer in lesson.output)
 
 
 def test_windows_are_cut_everywhere(shape):
@@ -90,8 +94,8 @@ def test_what_ruins_the_model_is_spared(shape):
     losses = {(layer, Unit.MLP_TOKENS.value): 0.1 for layer in range(LAYERS)}
     losses[0, "mlp_tokens"] = 10.0
 
-    teacher = Teacher(shape, (Unit.MLP_TOKENS,), LEAST, WINDOW, 0, tolerances(losses))
-    plan = teacher.plan(random.Random(0), capacity=0.7)
+    teacher = Teacher(shape, UNITS, UNITS, LEAST, WINDOW, 0, tolerances(losses))
+    plan = teacher.plan(random.Random(0), 0.7, (Unit.MLP_TOKENS,))
 
     assert plan[0] == dense_plan(1)[0]
     assert all(layer.mlp_tokens < 1 for layer in plan[1:])

@@ -1,0 +1,103 @@
+"""The promises on the embedded model and the adapter that ships with it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import elastiformer
+from elastiformer import DENSE, Capacity, Chunk, ElasticModel, Phase, PlanGrid
+
+BASE = "smollm2-135m-instruct"
+ADAPTER = Path(elastiformer.__file__).parent / "adapters" / BASE
+PROMPT_TEXT = (
+    "The lighthouse stood at the end of the long stone pier, and every evening at dusk the keeper "
+    "climbed its two hundred steps to light the lamp. Ships from the north knew its slow double "
+    "flash, and fishermen set their course by it when the fog came in from the open sea. "
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ElasticModel.load(BASE, ADAPTER, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def ids(model):
+    return model.tokenizer(PROMPT_TEXT * 4)["input_ids"]
+
+
+def greedy(model, sequence, prompt, tokens):
+    logits = model.step([Chunk(sequence, prompt)])[0]
+    made = []
+    for _ in range(tokens):
+        made.append(int(logits[-1].argmax()))
+        logits = model.step([Chunk(sequence, made[-1:])])[0]
+    return made
+
+
+def test_greedy_text_at_capacity_one_is_what_transformers_generates(model, ids):
+    prompt, tokens = ids[:40], 12
+    expected = model.base.generate(
+        torch.tensor([prompt]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+    )[0, len(prompt) :].tolist()
+    sequence = model.sequence(DENSE, len(prompt), len(prompt) + tokens + 1)
+
+    assert greedy(model, sequence, prompt, tokens) == expected
+    assert sequence.usage.capacity_spent == 1.0
+
+
+def test_logits_at_capacity_one_are_the_base_model_bit_for_bit(model, ids):
+    ids_BT = torch.tensor([ids[:24], ids[24:48]])
+    with torch.inference_mode():
+        expected = model.teacher(ids_BT)
+        plans = [model.plans(DENSE, 24)] * 2
+        actual = model.masked(ids_BT, plans, torch.ones_like(ids_BT, dtype=torch.bool)).logits_BTV
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.65])
+def test_a_capacity_is_kept_and_counted_as_pytorch_counts_it(model, ids, share):
+    prompt, tokens = ids[:140], 4
+    capacity = Capacity(share, share)
+    sequence = model.sequence(capacity, len(prompt), len(prompt) + tokens + 1)
+    with FlopCounterMode(display=False) as counter:
+        greedy(model, sequence, prompt, tokens)
+
+    assert sequence.usage.capacity_spent == pytest.approx(share, abs=0.02)
+    assert sequence.usage.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_the_sparse_form_serves_what_the_masked_form_measured(model, ids):
+    tokens, prompt = 60, 40
+    capacity = Capacity(0.7, 0.7)
+    sequence = model.sequence(capacity, prompt, tokens)
+    numbers = [sequence.plan_at(position) for position in range(tokens)]
+    plans = model._table.plans
+    output_BT = torch.arange(tokens)[None] >= prompt - 1
+    with torch.no_grad():
+        grid = PlanGrid(plans, torch.tensor([numbers]))
+        expected = model.masked(torch.tensor([ids[:tokens]]), grid, output_BT).logits_BTV
+    actual = model.step([Chunk(sequence, ids[:prompt])])
+    for token in ids[prompt:tokens]:
+        actual += model.step([Chunk(sequence, [token])])
+
+    expected_RV = expected[0, prompt - 1 :]
+    actual_RV = torch.cat(actual)
+    # A rounding may turn one close choice of a channel; the distributions stay the same.
+    kl = (expected_RV.softmax(-1) * (expected_RV.log_softmax(-1) - actual_RV.log_softmax(-1))).sum(
+        -1
+    )
+    assert float(kl.max()) < 1e-3
+    assert sequence.phase_at(prompt - 1) is Phase.OUTPUT
+
+
+def test_more_capacity_is_measured_as_no_worse(model):
+    rows = sorted(model.calibration.measured, key=lambda row: row.capacity)
+    assert len(rows) >= 4
+    losses = [row.kl for row in rows]
+    assert all(more <= less + 0.01 for less, more in pairwise(losses))
