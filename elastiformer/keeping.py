@@ -8,7 +8,6 @@ from torch import Tensor
 from elastiformer.capacity import Phase, Unit
 from elastiformer.families import Layer
 from elastiformer.packed import Kind, Packed
-from elastiformer.plan_table import PlanTable
 from elastiformer.products import Products
 from elastiformer.routers import by_threshold, token_gate
 
@@ -16,16 +15,15 @@ from elastiformer.routers import by_threshold, token_gate
 class Keeping:
     """Takes the token units' decisions for one model."""
 
-    def __init__(self, products: Products, table: PlanTable) -> None:
-        self.adapter, self.table = products.adapter, table
+    def __init__(self, products: Products) -> None:
+        self.adapter = products.adapter
 
     def of_rows(
         self, layer: Layer, unit: Unit, x_ND: Tensor, packed: Packed
     ) -> tuple[Tensor | None, Tensor | None]:
         """Which rows keep this sub-layer, and the gate of their branch; None where all do."""
         shares = {
-            kind: getattr(self.table.layer(kind.plan, layer.index), unit.value)
-            for kind in packed.distinct_kinds
+            kind: getattr(kind.plan.plan[layer.index], unit.value) for kind in packed.distinct_kinds
         }
         if all(share == 1 for share in shares.values()):
             return None, None

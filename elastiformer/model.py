@@ -39,7 +39,7 @@ from elastiformer.experts import coactivation_order
 from elastiformer.families import Layout, describe
 from elastiformer.lora import PARTS, LoraPhases
 from elastiformer.masked import MaskedResult, PlanGrid, Selection, run_masked
-from elastiformer.plan_table import DENSE_PLAN, PlanTable
+from elastiformer.priced import PricedPlan, Pricing
 from elastiformer.routers import TOKEN_UNITS, PartGate, TokenGate
 from elastiformer.sequence import Chunk, Sequence
 from elastiformer.sparse import SparseForm
@@ -92,8 +92,8 @@ class ElasticModel:
         """Use this adapter from now on; sequences made before must not be used after."""
         self.adapter = adapter.to(self.device) if adapter is not None else None
         self.shape = elastic_shape(self.layout, adapter)
-        self._table = PlanTable(self.shape)
-        self._sparse = SparseForm(self.layout, adapter, self._table)
+        self._pricing = Pricing(self.shape)
+        self._sparse = SparseForm(self.layout, adapter, self._pricing)
         self._schedule = lru_cache(maxsize=4096)(self._make_schedule)
 
     @property
@@ -151,17 +151,17 @@ class ElasticModel:
         for context in (prompt_tokens, output_context(most_tokens - 1)):
             self._check(capacity.output, Phase.OUTPUT, context)
 
-        def plan_at(phase: Phase, position: int) -> int:
+        def plan_at(phase: Phase, position: int) -> PricedPlan:
             share = capacity.of(phase)
             if share == 1.0:
-                return DENSE_PLAN
+                return self._pricing.dense
             # A prompt is run whole, and each of its tokens owes all of its keys.
             within = position < prompt_tokens
             context = prompt_tokens if within else output_context(position)
             if isinstance(share, UnitShares):
-                return self._table.number((share.layer_plan(),) * len(self.layout.layers))
+                return self._pricing.of((share.layer_plan(),) * len(self.layout.layers))
             schedule = self._schedule(share, phase, context)
-            return self._table.number(schedule.plan_at(position))
+            return self._pricing.of(schedule.plan_at(position))
 
         return Sequence(
             self.shape, plan_at, prompt_tokens, most_tokens, scored, self.dtype, self.device

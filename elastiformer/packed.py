@@ -3,7 +3,7 @@
 Rows that a layer treats alike form a group, and a group is computed in one go. What the rows
 spent is summed up at the end of a step, from the routes that were really taken.
 
-Shape letters: N packed tokens   L layers   C columns of the plan table
+Shape letters: N packed tokens   L layers   C columns of a priced plan
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from elastiformer.capacity import Phase, Unit
-from elastiformer.plan_table import DENSE_PLAN, Column, PlanTable
+from elastiformer.priced import Column, PricedPlan, Pricing
 from elastiformer.routers import TOKEN_UNITS
 from elastiformer.sequence import Chunk
 from elastiformer.usage import Usage
@@ -28,12 +28,12 @@ S = TypeVar("S", bound=Hashable)
 class Kind:
     """What decides how a row is computed, beside its router's scores."""
 
-    plan: int
+    plan: PricedPlan
     phase: Phase
 
     @property
     def is_dense(self) -> bool:
-        return self.plan == DENSE_PLAN
+        return self.plan.is_dense
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,8 +126,8 @@ class Packed:
 class Taken:
     """The routes of one step, noted layer by layer, and settled into usages at its end."""
 
-    def __init__(self, packed: Packed, table: PlanTable) -> None:
-        self._packed, self._table = packed, table
+    def __init__(self, packed: Packed, pricing: Pricing) -> None:
+        self._packed, self._pricing = packed, pricing
         self._attention: list[Tensor | None] = []
         self._mlp: list[Tensor | None] = []
         self._keys: list[list[int]] = []
@@ -141,10 +141,10 @@ class Taken:
 
     def settle(self, output_rows: list[list[int]], units: Sequence[Unit]) -> None:
         """Add to each sequence what its rows spent."""
-        packed, table = self._packed, self._table
-        columns_PLC = table.columns_PLC
-        plan_N = torch.tensor([kind.plan for kind in packed.kinds])
-        cost_NLC = columns_PLC[plan_N]
+        packed, pricing = self._packed, self._pricing
+        number = {kind: at for at, kind in enumerate(packed.distinct_kinds)}
+        columns_KLC = torch.stack([kind.plan.columns_LC for kind in number])
+        cost_NLC = columns_KLC[torch.tensor([number[kind] for kind in packed.kinds])]
         attention_NL = _stacked(self._attention, packed.count)
         mlp_NL = _stacked(self._mlp, packed.count)
         lengths = torch.tensor([span.stop - span.start for span in packed.spans])
@@ -158,12 +158,12 @@ class Taken:
             mlp_NL, cost_NLC[..., Column.MLP_KEPT], cost_NLC[..., Column.MLP_SKIPPED]
         ).sum(1)
         scores_N = (attention_NL * keys_NL * cost_NLC[..., Column.ATTENTION_PER_KEY]).sum(1)
-        dense_LC = columns_PLC[DENSE_PLAN]
+        dense_LC = pricing.dense.columns_LC
         dense_linear = int(
             (dense_LC[:, Column.ATTENTION_KEPT] + dense_LC[:, Column.MLP_KEPT]).sum()
         )
         dense_per_key = int(dense_LC[:, Column.ATTENTION_PER_KEY].sum())
-        head = table.shape.head_flops
+        head = pricing.shape.head_flops
         for chunk, span, outputs in zip(packed.chunks, packed.spans, output_rows, strict=True):
             tokens = span.stop - span.start
             linear, scores = int(linear_N[span].sum()), int(scores_N[span].sum())
@@ -195,7 +195,7 @@ class Taken:
         for row in range(span.start, span.stop):
             if not self._packed.kinds[row].is_dense:
                 by_phase.setdefault(self._packed.kinds[row].phase, []).append(row)
-        shape = self._table.shape.layers[0]
+        shape = self._pricing.shape.layers[0]
         channels = (
             shape.width + shape.attention_width,
             shape.width + shape.mlp_width,

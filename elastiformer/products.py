@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from elastiformer.accounting import KVPolicy
 from elastiformer.adapter import Adapter
 from elastiformer.capacity import Site, Unit
 from elastiformer.families import Layer, Layout, Projection
@@ -56,6 +57,27 @@ def picked(weight_IO: Tensor, bias_O: Tensor | None, x_RI: Tensor, index_RK: Ten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class FrontMatrix:
+    """The gate or up projection of one layer, expert by expert."""
+
+    weight_MSI: Tensor
+    bias_MS: Tensor | None
+
+    @classmethod
+    def of(cls, projection: Projection, order_I: Tensor, experts: int) -> FrontMatrix:
+        weight_OI, bias_O = projection.weight_OI.detach()[order_I], projection.bias_O
+        bias_MS = None if bias_O is None else bias_O.detach()[order_I].view(experts, -1)
+        return cls(weight_OI.view(experts, -1, weight_OI.shape[1]), bias_MS)
+
+    def run(self, expert: int, x_RI: Tensor, channels: Tensor | None) -> Tensor:
+        weight_SI = self.weight_MSI[expert]
+        bias_S = None if self.bias_MS is None else self.bias_MS[expert]
+        if channels is None:
+            return F.linear(x_RI, weight_SI, bias_S)
+        return picked(weight_SI.T.contiguous(), bias_S, x_RI, channels)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ExpertTable:
     """One layer's MLP with the neurons of each expert side by side.
 
@@ -63,40 +85,25 @@ class ExpertTable:
     """
 
     order_I: Tensor
-    gate_MSI: Tensor | None
-    gate_bias_MS: Tensor | None
-    up_MSI: Tensor
-    up_bias_MS: Tensor | None
+    gate: FrontMatrix | None
+    up: FrontMatrix
     down_MOS: Tensor
     down_IO: Tensor  # all neurons, in the experts' order: for picking among them
 
     @classmethod
     def of(cls, layer: Layer, adapter: Adapter) -> ExpertTable:
-        assert adapter.neuron_order is not None
-        order_I = adapter.neuron_order[layer.index]
-        experts = adapter.spec.experts
-
-        def fronts(projection: Projection | None) -> tuple[Tensor | None, Tensor | None]:
-            if projection is None:
-                return None, None
-            weight_OI, bias_O = projection.weight_OI.detach()[order_I], projection.bias_O
-            bias_MS = None if bias_O is None else bias_O.detach()[order_I].view(experts, -1)
-            return weight_OI.view(experts, -1, weight_OI.shape[1]), bias_MS
-
-        gate_MSI, gate_bias_MS = fronts(layer.gate)
-        up_MSI, up_bias_MS = fronts(layer.up)
-        assert up_MSI is not None
+        assert adapter.neuron_order is not None, "experts without an order of the neurons"
+        order_I, experts = adapter.neuron_order[layer.index], adapter.spec.experts
+        gate = None if layer.gate is None else FrontMatrix.of(layer.gate, order_I, experts)
         down_OI = layer.down.weight_OI.detach()[:, order_I]
         down_MOS = down_OI.view(len(down_OI), experts, -1).transpose(0, 1).contiguous()
-        return cls(
-            order_I,
-            gate_MSI,
-            gate_bias_MS,
-            up_MSI,
-            up_bias_MS,
-            down_MOS,
-            down_OI.T.contiguous(),
-        )
+        up = FrontMatrix.of(layer.up, order_I, experts)
+        return cls(order_I, gate, up, down_MOS, down_OI.T.contiguous())
+
+    def neurons(self, expert: int) -> slice:
+        """The expert's place in the experts' order."""
+        size = self.down_MOS.shape[2]
+        return slice(expert * size, (expert + 1) * size)
 
 
 class Products:
@@ -141,6 +148,10 @@ class Products:
         router = self.adapter.router(layer.index, unit) if self.adapter is not None else None
         assert router is not None, f"a plan that routes {unit} without its routers"
         return router
+
+    @property
+    def kv(self) -> KVPolicy:
+        return self.adapter.kv if self.adapter is not None else "complete"
 
     @property
     def part_gate(self) -> PartGate:

@@ -10,6 +10,7 @@ import torch
 from elastiformer.accounting import ModelShape
 from elastiformer.cache import LayerCache
 from elastiformer.capacity import Phase, Unit
+from elastiformer.priced import PricedPlan
 from elastiformer.routers import Debt
 from elastiformer.usage import Usage
 
@@ -31,7 +32,7 @@ class Sequence:
     def __init__(
         self,
         shape: ModelShape,
-        plan_at: Callable[[Phase, int], int],
+        plan_at: Callable[[Phase, int], PricedPlan],
         prompt_tokens: int,
         most_tokens: int,
         scored: bool,
@@ -50,8 +51,8 @@ class Sequence:
             return Phase.OUTPUT
         return Phase.PROMPT
 
-    def plan_at(self, position: int) -> int:
-        """The number, in the model's table, of the plan that this position runs under."""
+    def plan_at(self, position: int) -> PricedPlan:
+        """The plan that this position runs under."""
         return self._plan_at(self.phase_at(position), position)
 
     def debt(self, layer: int, unit: Unit, phase: Phase) -> Debt:

@@ -20,7 +20,7 @@ from elastiformer.adapter import Adapter
 from elastiformer.families import Layout
 from elastiformer.keeping import Keeping
 from elastiformer.packed import Packed, Taken
-from elastiformer.plan_table import PlanTable
+from elastiformer.priced import Pricing
 from elastiformer.products import Products
 from elastiformer.sequence import Chunk
 from elastiformer.sparse_attention import Rotations, SparseAttention
@@ -30,18 +30,18 @@ from elastiformer.sparse_mlp import SparseMlp
 class SparseForm:
     """Runs steps of packed rows for one model. One thread owns it."""
 
-    def __init__(self, layout: Layout, adapter: Adapter | None, table: PlanTable) -> None:
-        self.layout, self.adapter, self.table = layout, adapter, table
+    def __init__(self, layout: Layout, adapter: Adapter | None, pricing: Pricing) -> None:
+        self.layout, self.adapter, self.pricing = layout, adapter, pricing
         products = Products(layout, adapter)
-        keeping = Keeping(products, table)
-        self._attention = SparseAttention(products, table, keeping)
-        self._mlp = SparseMlp(products, table, keeping)
+        keeping = Keeping(products)
+        self._attention = SparseAttention(products, keeping)
+        self._mlp = SparseMlp(products, keeping)
 
     @torch.inference_mode()
     def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Run the chunks; float32 logits [output rows, vocabulary] of each."""
         packed = Packed(chunks, self.layout.head.weight.device)  # type: ignore[arg-type]
-        taken = Taken(packed, self.table)
+        taken = Taken(packed, self.pricing)
         h_ND = self._embed(packed)
         rotations = self._rotations(packed, h_ND)
         for layer in self.layout.layers:

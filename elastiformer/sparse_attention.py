@@ -20,7 +20,6 @@ from elastiformer.capacity import Site, Unit
 from elastiformer.families import Layer
 from elastiformer.keeping import Keeping
 from elastiformer.packed import Kind, Packed, Rows, Taken
-from elastiformer.plan_table import PlanTable
 from elastiformer.products import Products, largest, only
 from elastiformer.routers import best, part_gate
 
@@ -37,8 +36,8 @@ class AttentionGroup(NamedTuple):
 class SparseAttention:
     """Runs the attention of one model's layers."""
 
-    def __init__(self, products: Products, table: PlanTable, keeping: Keeping) -> None:
-        self.products, self.table, self.keeping = products, table, keeping
+    def __init__(self, products: Products, keeping: Keeping) -> None:
+        self.products, self.keeping = products, keeping
 
     def run(
         self,
@@ -50,7 +49,7 @@ class SparseAttention:
     ) -> Tensor:
         x_ND = layer.attention_norm(h_ND)
         kept_N, gate_N = self.keeping.of_rows(layer, Unit.ATTENTION_TOKENS, x_ND, packed)
-        cached_N = None if self.table.shape.kv == "complete" else kept_N
+        cached_N = None if self.products.kv == "complete" else kept_N
         shape = layer.shape
         query_NA = x_ND.new_zeros(packed.count, shape.attention_width)
         key_NE = x_ND.new_zeros(packed.count, shape.kv_width)
@@ -95,7 +94,7 @@ class SparseAttention:
         return h_ND
 
     def _group(self, layer: Layer, kind: Kind) -> AttentionGroup:
-        counts = self.table.counts(kind.plan, layer.index)
+        counts = kind.plan.counts[layer.index]
         return AttentionGroup(
             counts.heads, counts.attention_in, counts.attention_out, self.products.repair_name(kind)
         )

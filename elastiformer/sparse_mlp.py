@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elastiformer.capacity import Site, Unit
-from elastiformer.families import Layer, Projection
+from elastiformer.families import Layer
 from elastiformer.keeping import Keeping
 from elastiformer.packed import Kind, Packed, Taken
-from elastiformer.plan_table import PlanTable
-from elastiformer.products import Products, largest, only, picked
+from elastiformer.products import ExpertTable, Products, Repair, largest, only, picked
 from elastiformer.routers import best, part_gate
 
 
@@ -32,8 +31,8 @@ class MlpGroup(NamedTuple):
 class SparseMlp:
     """Runs the MLPs of one model's layers."""
 
-    def __init__(self, products: Products, table: PlanTable, keeping: Keeping) -> None:
-        self.products, self.table, self.keeping = products, table, keeping
+    def __init__(self, products: Products, keeping: Keeping) -> None:
+        self.products, self.keeping = products, keeping
 
     def run(self, layer: Layer, h_ND: Tensor, packed: Packed, taken: Taken) -> Tensor:
         groups = list(packed.groups(lambda kind: self._group(layer, kind)))
@@ -57,20 +56,25 @@ class SparseMlp:
         return h_ND
 
     def _group(self, layer: Layer, kind: Kind) -> MlpGroup:
-        counts = self.table.counts(kind.plan, layer.index)
+        counts = kind.plan.counts[layer.index]
         # All experts kept is the undivided MLP, in the base's own order of neurons.
         experts = counts.experts if counts.neurons < layer.shape.mlp_width else 0
         return MlpGroup(
             experts, counts.mlp_in, counts.mlp_out, counts.neurons, self.products.repair_name(kind)
         )
 
-    def _undivided(self, layer: Layer, group: MlpGroup, x_RD: Tensor) -> Tensor:
+    def _inputs(self, layer: Layer, group: MlpGroup, x_RD: Tensor) -> tuple[Tensor | None, Repair]:
+        """The channels that the front projections read, and their repair, which has read them."""
         channels = self.products.channels(layer, Site.MLP_IN, x_RD, group.channels_in)
         repair = self.products.repair(layer, group.repair)
         if repair.active:
             seen_RD = x_RD if channels is None else only(x_RD, channels)
             for projection in layer.at_site(Site.MLP_IN):
                 repair.read(projection, seen_RD)
+        return channels, repair
+
+    def _undivided(self, layer: Layer, group: MlpGroup, x_RD: Tensor) -> Tensor:
+        channels, repair = self._inputs(layer, group, x_RD)
         a_RI = repair.add(layer.up, self.products.of(layer.up, x_RD, channels))
         if layer.gate is None:
             a_RI = layer.activation(a_RI)
@@ -83,70 +87,55 @@ class SparseMlp:
         return repair.add(layer.down, self.products.of(layer.down, a_RI, channels))
 
     def _by_expert(self, layer: Layer, group: MlpGroup, x_RD: Tensor) -> Tensor:
-        """Only the experts that each row keeps; its neurons are then in the experts' order."""
+        """Only the experts that each row keeps."""
         experts = self.products.experts(layer)
         scores_RM = self.products.router(layer, Unit.EXPERTS)(x_RD)
         chosen_RM = best(scores_RM, torch.full((len(x_RD),), group.experts, device=x_RD.device))
         gate_RM = part_gate(scores_RM, chosen_RM, self.products.part_gate).to(x_RD.dtype)
-        channels = self.products.channels(layer, Site.MLP_IN, x_RD, group.channels_in)
-        repair = self.products.repair(layer, group.repair)
-        if repair.active:
-            seen_RD = x_RD if channels is None else only(x_RD, channels)
-            for projection in layer.at_site(Site.MLP_IN):
-                repair.read(projection, seen_RD)
+        channels, repair = self._inputs(layer, group, x_RD)
         picking = group.channels_out < group.neurons
-        a_RI = x_RD.new_zeros(len(x_RD), layer.shape.mlp_width)
+        a_RI = x_RD.new_zeros(len(x_RD), layer.shape.mlp_width)  # in the experts' order
         out_RD = x_RD.new_zeros(len(x_RD), layer.shape.width)
-        size = layer.shape.mlp_width // len(experts.up_MSI)
         for expert, chosen_R in enumerate(chosen_RM.T):
             (rows_T,) = torch.nonzero(chosen_R, as_tuple=True)
             if len(rows_T) == 0:
                 continue
-            x_TD = x_RD[rows_T]
             picks = None if channels is None else channels[rows_T]
-            part = slice(expert * size, (expert + 1) * size)
-            neurons_S = experts.order_I[part]
-
-            def front(
-                projection: Projection,
-                weight_SD: Tensor,
-                bias_S: Tensor | None,
-                x_TD: Tensor = x_TD,
-                picks: Tensor | None = picks,
-                rows_T: Tensor = rows_T,
-                neurons_S: Tensor = neurons_S,
-            ) -> Tensor:
-                out_TS = (
-                    F.linear(x_TD, weight_SD, bias_S)
-                    if picks is None
-                    else picked(weight_SD.T.contiguous(), bias_S, x_TD, picks)
-                )
-                return repair.add(projection, out_TS, rows_T, neurons_S)
-
-            up_bias, gate_bias = experts.up_bias_MS, experts.gate_bias_MS
-            a_TS = front(
-                layer.up, experts.up_MSI[expert], None if up_bias is None else up_bias[expert]
-            )
-            if layer.gate is None or experts.gate_MSI is None:
-                a_TS = layer.activation(a_TS)
-            else:
-                bias_S = None if gate_bias is None else gate_bias[expert]
-                a_TS = layer.activation(front(layer.gate, experts.gate_MSI[expert], bias_S)) * a_TS
+            a_TS = self._neurons(layer, experts, expert, x_RD[rows_T], picks, rows_T, repair)
             a_TS = a_TS * gate_RM[rows_T, expert, None]
             if picking or repair.active:
-                a_RI[rows_T, part] = a_TS
+                a_RI[rows_T, experts.neurons(expert)] = a_TS
             if not picking:
                 out_RD.index_add_(0, rows_T, F.linear(a_TS, experts.down_MOS[expert]))
-        bias_D = layer.down.bias_O
         if picking:
             norms_I = self.products.layout.column_norms(layer, Site.MLP_OUT)[experts.order_I]
             index_RK = largest(a_RI, norms_I, group.channels_out)
             out_RD = picked(experts.down_IO, None, a_RI, index_RK)
-            a_RI = only(a_RI, index_RK) if repair.active else a_RI
-        if bias_D is not None:
-            out_RD = out_RD + bias_D
+            a_RI = only(a_RI, index_RK)
+        if layer.down.bias_O is not None:
+            out_RD = out_RD + layer.down.bias_O
         if repair.active:
             base_order_RI = torch.zeros_like(a_RI)
             base_order_RI[:, experts.order_I] = a_RI
             repair.read(layer.down, base_order_RI)
         return repair.add(layer.down, out_RD)
+
+    def _neurons(
+        self,
+        layer: Layer,
+        experts: ExpertTable,
+        expert: int,
+        x_TD: Tensor,
+        channels: Tensor | None,
+        rows_T: Tensor,
+        repair: Repair,
+    ) -> Tensor:
+        """One expert's activations for its rows; `rows_T` is where `repair` has read them."""
+        neurons_S = experts.order_I[experts.neurons(expert)]
+        a_TS = experts.up.run(expert, x_TD, channels)
+        a_TS = repair.add(layer.up, a_TS, rows_T, neurons_S)
+        if layer.gate is None or experts.gate is None:
+            activated: Tensor = layer.activation(a_TS)
+            return activated
+        gate_TS = experts.gate.run(expert, x_TD, channels)
+        return layer.activation(repair.add(layer.gate, gate_TS, rows_T, neurons_S)) * a_TS

@@ -101,6 +101,7 @@ REFUSALS: dict[type[Exception], Refusal] = {
     EngineDead: Refusal(503, "service_unavailable", "engine_dead", retry_after_seconds=10),
     TimedOut: Refusal(503, "service_unavailable", "timeout", retry_after_seconds=10),
 }
+MOST_CHARACTERS = 1000  # of a message
 UNEXPECTED = Refusal(500, "server_error", "internal_error")
 
 
@@ -116,6 +117,8 @@ def error_object(error: Exception) -> dict[str, object]:
         message = "the server failed on this request; its log says why"
     else:
         message = str(error)
+    if len(message) > MOST_CHARACTERS:  # a caller's own value is in it, of any length
+        message = f"{message[:MOST_CHARACTERS]}…"
     return {
         "error": {
             "message": message,

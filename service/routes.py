@@ -12,10 +12,10 @@ import re
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.answers import (
@@ -36,10 +36,13 @@ from service.knob import HEADER
 from service.metrics import Metrics
 from service.orders import Ticket
 from service.schemas import (
+    Answered,
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
+    Prediction,
     PredictRequest,
+    Wrong,
 )
 from service.served import Catalogue, Served
 from service.settings import Key
@@ -49,7 +52,20 @@ SPENT_HEADER = "X-Elasti-Capacity-Spent"
 PAGE = Path(__file__).with_name("page.html")
 _BEARER = re.compile(r"Bearer\s+(\S+)", re.IGNORECASE)
 
-router = APIRouter()
+# What OpenAPI says about answers.
+_REFUSED: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": Wrong, "description": "Refused; 429 comes with Retry-After"},
+    "5XX": {"model": Wrong, "description": "Failed; 503 comes with Retry-After"},
+}
+_ANSWERED: dict[int | str, dict[str, Any]] = {200: {"model": Answered}}
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"model": Answered, "content": {"text/event-stream": {}}}
+}
+_PREDICTED: dict[int | str, dict[str, Any]] = {
+    200: {"model": list[Prediction] | list[list[Prediction]]}
+}
+
+router = APIRouter(responses=_REFUSED)
 
 
 @dataclass(slots=True)
@@ -102,7 +118,7 @@ async def caller_of(request: Request, hall: TheHall) -> Caller:
 TheCaller = Annotated[Caller, Depends(caller_of)]
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=_STREAMED)
 async def completions(
     request: Request, asked: CompletionRequest, hall: TheHall, caller: TheCaller
 ) -> Response:
@@ -111,7 +127,7 @@ async def completions(
     return await _generate(request, hall, placed, CompletionShape(placed), asked)
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=_STREAMED)
 async def chat_completions(
     request: Request, asked: ChatRequest, hall: TheHall, caller: TheCaller
 ) -> Response:
@@ -120,8 +136,8 @@ async def chat_completions(
     return await _generate(request, hall, placed, ChatShape(placed), asked)
 
 
-@router.post("/v1/classify")
-@router.post("/classify")
+@router.post("/v1/classify", responses=_ANSWERED)
+@router.post("/classify", responses=_ANSWERED)
 async def classify(
     request: Request, asked: ClassifyRequest, hall: TheHall, caller: TheCaller
 ) -> Response:
@@ -131,7 +147,7 @@ async def classify(
     return _json(classification_json(placed, answer), placed, answer)
 
 
-@router.post("/predict")
+@router.post("/predict", responses=_PREDICTED)
 async def predict(
     request: Request, asked: PredictRequest, hall: TheHall, caller: TheCaller
 ) -> Response:
@@ -187,7 +203,7 @@ async def version_of_server() -> Json:
     return {"version": installed_version()}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(hall: TheHall) -> Response:
     """Prometheus."""
     return Response(hall.metrics.page(), media_type=CONTENT_TYPE_LATEST)

@@ -1,8 +1,9 @@
-"""The HTTP contract of requests: shapes and bounds, no logic.
+"""The HTTP contract: shapes and bounds, no logic.
 
 Fields that are not named here are accepted and ignored, because real clients send them; a field
 that is named here and holds something else is refused, never clamped. `null` is as good as not
-there. `capacity` is read by knob.py, which knows its forms.
+there. `capacity` is read by knob.py, which knows its forms. Answers are written by answers.py and
+errors.py; their classes here are what OpenAPI says about them.
 """
 
 from __future__ import annotations
@@ -192,3 +193,75 @@ class PredictRequest(_Asked):
     )
     raw_scores: bool | None = Field(None, description="log-likelihoods instead of probabilities")
     truncate: bool | None = Field(None, description="cut a text that is longer than the context")
+
+
+class Compute(BaseModel):
+    """What a request spent, counted where it was spent, beside what the dense model would have."""
+
+    flops: int = Field(description="of every matrix product of the request")
+    dense_flops: int
+    block_flops: int = Field(description="of the transformer blocks, their routers and LoRA")
+    dense_block_flops: int
+    parameters_used: int = Field(description="parameters touched, once per token")
+    dense_parameters: int
+    tokens_routed: dict[str, int] = Field(description="decisions by unit: token x layer")
+    tokens_skipped: dict[str, int]
+    heads_skipped: int
+    experts_skipped: int
+    channels_skipped: int
+
+
+class Usage(BaseModel):
+    """OpenAI's counts, and the compute behind them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    compute: Compute
+
+
+class Elasti(BaseModel):
+    """Which capacity was asked for, applied and spent, and how long it took."""
+
+    capacity_requested: Any = Field(json_schema_extra=CAPACITY_SCHEMA)
+    capacity_applied: Any = Field(json_schema_extra=CAPACITY_SCHEMA)
+    capacity_spent: float = Field(description="block_flops / dense_block_flops")
+    limited_by: str | None
+    queue_ms: float
+    time_to_first_token_ms: float | None
+    total_ms: float
+
+
+class Answered(BaseModel):
+    """What every answer holds beside OpenAI's own fields, and a stream's last chunk too."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: str
+    created: int
+    model: str = Field(description="as the caller wrote it")
+    usage: Usage
+    elasti: Elasti
+
+
+class Prediction(BaseModel):
+    """A label and its probability, or its log-likelihood with `raw_scores`."""
+
+    label: str
+    score: float
+
+
+class WrongDetail(BaseModel):
+    """Inside of an error."""
+
+    message: str = Field(description="the thing, the value and the bound")
+    type: str
+    param: str | None = Field(description="the field or header it is about")
+    code: str | None
+
+
+class Wrong(BaseModel):
+    """OpenAI's error object."""
+
+    error: WrongDetail

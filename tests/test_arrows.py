@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LOW_TO_HIGH = """
-    elastiformer: errors capacity usage accounting calibration card plan_table families experts
+    elastiformer: errors capacity usage accounting calibration card priced families experts
         routers lora lora_files weights adapter masked cache attention sequence packed products
         keeping sparse_attention sparse_mlp sparse sampling inputs model __init__
 

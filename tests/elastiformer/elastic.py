@@ -56,8 +56,8 @@ def any_plan(seed: int, layers: int, units: Many[Unit] = EVERY_UNIT) -> Plan:
 def planned(model: ElasticModel, plans: tuple[Plan, Plan], prompt: int, most: int) -> Sequence:
     """A sequence that runs under the given (prompt plan, output plan), whatever its capacity."""
     sequence = model.sequence(DENSE, prompt, most)
-    numbers = [model._table.number(plan) for plan in plans]
-    sequence._plan_at = lambda phase, position: numbers[phase is Phase.OUTPUT]
+    priced = [model._pricing.of(plan) for plan in plans]
+    sequence._plan_at = lambda phase, position: priced[phase is Phase.OUTPUT]
     return sequence
 
 

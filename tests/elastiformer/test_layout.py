@@ -104,13 +104,11 @@ def test_all_experts_together_are_the_dense_mlp_whatever_their_order(family):
         experts = model._sparse._mlp.products.experts(layer)
         total = torch.zeros_like(expected)
         for expert in range(EXPERTS):
-            up_TS = x_RD @ experts.up_MSI[expert].T
-            if experts.up_bias_MS is not None:
-                up_TS = up_TS + experts.up_bias_MS[expert]
-            if experts.gate_MSI is not None:
-                a_TS = layer.activation(x_RD @ experts.gate_MSI[expert].T) * up_TS
+            a_TS = experts.up.run(expert, x_RD, None)
+            if experts.gate is None:
+                a_TS = layer.activation(a_TS)
             else:
-                a_TS = layer.activation(up_TS)
+                a_TS = layer.activation(experts.gate.run(expert, x_RD, None)) * a_TS
             total += a_TS @ experts.down_MOS[expert].T
         if layer.down.bias_O is not None:
             total = total + layer.down.bias_O

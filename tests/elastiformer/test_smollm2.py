@@ -76,11 +76,12 @@ def test_the_sparse_form_serves_what_the_masked_form_measured(model, ids):
     tokens, prompt = 60, 40
     capacity = Capacity(0.7, 0.7)
     sequence = model.sequence(capacity, prompt, tokens)
-    numbers = [sequence.plan_at(position) for position in range(tokens)]
-    plans = model._table.plans
+    priced = [sequence.plan_at(position) for position in range(tokens)]
+    plans = list({id(each): each.plan for each in priced}.values())
+    plan_T = torch.tensor([plans.index(each.plan) for each in priced])
     output_BT = torch.arange(tokens)[None] >= prompt - 1
     with torch.no_grad():
-        grid = PlanGrid(plans, torch.tensor([numbers]))
+        grid = PlanGrid(plans, plan_T[None])
         expected = model.masked(torch.tensor([ids[:tokens]]), grid, output_BT).logits_BTV
     actual = model.step([Chunk(sequence, ids[:prompt])])
     for token in ids[prompt:tokens]:

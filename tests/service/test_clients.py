@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import openai
 import pytest
 
 from service.routes import PAGE
-from tests.service.conftest import build
+from service.schemas import Answered, Prediction, Wrong
+from tests.service.conftest import build, in_house
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,6 +103,44 @@ def test_classification_agrees_with_the_likelihood_of_each_label(client):
 def test_the_page_needs_nothing_from_elsewhere():
     text = PAGE.read_text()
     assert "http://" not in text and "https://" not in text and "src=" not in text
+
+
+def test_answers_and_refusals_are_what_openapi_says():
+    async def visit(house):
+        paths = (await house.client.get("/openapi.json")).json()["paths"]
+        for operation in (each for path in paths.values() for each in path.values()):
+            assert {"200", "4XX", "5XX"} == operation["responses"].keys()
+
+        chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+        labels = {"labels": ["a", "b"]}
+        for route, body in (
+            ("completions", {"prompt": "hi", "max_tokens": 2, "capacity": 0.7}),
+            ("chat/completions", chat | {"capacity": {"prompt": 0.6}}),
+            ("classify", {"input": "hi", "capacity": "auto"} | labels),
+        ):
+            answer = (await house.post(f"/v1/{route}", **body)).json()
+            held = Answered.model_validate(answer, strict=True)
+            assert held.usage.compute.model_dump() == answer["usage"]["compute"]
+            assert held.elasti.model_dump() == answer["elasti"]
+        for label in (await house.post("/predict", inputs="hi", **labels)).json():
+            Prediction.model_validate(label, strict=True)
+        refusal = (await house.post("/v1/completions", prompt="hi", capacity=2)).json()
+        assert Wrong.model_validate(refusal, strict=True).model_dump() == refusal
+
+    in_house(visit)
+
+
+def test_the_page_reads_only_what_answers_hold():
+    text = PAGE.read_text()
+
+    async def visit(house):
+        assert (await house.client.get("/")).text == text
+        answer = await house.complete(max_tokens=2, capacity=0.8)
+        for held, name in ((answer["usage"]["compute"], "compute"), (answer["elasti"], "elasti")):
+            read = set(re.findall(rf"\b{name}\.(\w+)", text))
+            assert read and read <= held.keys()
+
+    in_house(visit)
 
 
 def test_the_command_serves_tells_a_line_to_try_and_drains(tiny_folder):

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from elastiformer import Capacity, ElasticModel
+from service.errors import MOST_CHARACTERS
 from service.settings import Key
 from tests.service.conftest import elastic_model, in_house
 from tests.tiny import CONTEXT, VOCAB, tiny, tiny_tokenizer
@@ -24,6 +25,7 @@ WRONG = [
     bad("completions", "capacity", "above 0", **COMPLETION, capacity=0),
     bad("completions", "capacity", "at most 1", **COMPLETION, capacity=1.2),
     bad("completions", "capacity", "'fast'", **COMPLETION, capacity="fast"),
+    bad("completions", "capacity", "got 'xxx", **COMPLETION, capacity="x" * 9999),
     bad("completions", "capacity", "nan", **COMPLETION, capacity=float("nan")),
     bad("completions", "capacity", "inf", **COMPLETION, capacity=float("inf")),
     bad("completions", "capacity", "True", **COMPLETION, capacity=True),
@@ -43,12 +45,16 @@ WRONG = [
     bad("completions", "max_tokens", str(CONTEXT), prompt="abc", max_tokens=CONTEXT),
     bad("completions", "max_tokens", "echo", prompt="abc", max_tokens=0),
     bad("completions", "max_tokens", "greater", prompt="abc", max_tokens=-1),
-    bad("completions", "temperature", "less", **COMPLETION, temperature=2.1),
+    bad("completions", "prompt", "\\ud800 is no character", prompt=["a", "\ud800"]),
+    bad("completions", "model", "Unicode", **COMPLETION | {"model": "tiny\udfff"}),
+    bad("completions", "capacity", "Unicode", **COMPLETION, capacity={"\ud800": 1, "prompt": 1}),
+    bad("completions", "temperature", "equal to 2; got 2.1", **COMPLETION, temperature=2.1),
     bad("completions", "temperature", "finite", **COMPLETION, temperature=float("nan")),
     bad("completions", "temperature", "number", **COMPLETION, temperature="hot"),
     bad("completions", "top_p", "greater", **COMPLETION, top_p=0),
     bad("completions", "stop", "at most 4", **COMPLETION, stop=list("abcde")),
     bad("completions", "n", "greater", **COMPLETION, n=0),
+    bad("completions", "n", "got 'xxx", **COMPLETION, n="x" * 9999),
     bad("completions", "seed", "less", **COMPLETION, seed=1 << 63),
     bad("completions", "min_tokens", "max_tokens", **COMPLETION, min_tokens=4),
     bad("completions", "logprobs", "less", **COMPLETION, logprobs=21),
@@ -75,6 +81,7 @@ def test_a_wrong_value_is_refused_by_name_and_the_server_goes_on(route, param, s
         assert error.keys() == {"message", "type", "param", "code"}
         assert error["param"] == param
         assert says.lower() in error["message"].lower()
+        assert len(error["message"]) <= MOST_CHARACTERS + 1
         assert error["type"] == "invalid_request_error"
 
         assert (await house.complete(**COMPLETION))["usage"]["completion_tokens"] == 3
@@ -103,7 +110,8 @@ def test_an_unknown_model_is_not_found(stream):
         assert "tiny" in reply.json()["error"]["message"]
         assert (await house.client.get("/v1/models/gpt-4")).status_code == 404
         assert (await house.client.get("/v1/models/tiny@0.123")).status_code == 404
-        assert (await house.client.get("/no/such/route")).json()["error"]["message"]
+        elsewhere = (await house.client.get("/no/such/route")).json()["error"]["message"]
+        assert elsewhere.startswith("GET /no/such/route: not found")
         assert (await house.client.get("/v1/completions")).status_code == 405
 
     in_house(visit)
