@@ -117,7 +117,10 @@ def _told(error: Exception) -> str:
     told = []
     for each in error.errors():
         name = flag(str(each["loc"][0])) if each["loc"] else "settings"
-        told.append(f"{name}: {each['msg'].removeprefix('Value error, ')}")
+        if each["type"] == "value_error":
+            told.append(f"{name}: {each['msg'].removeprefix('Value error, ')}")
+        else:
+            told.append(f"{name}: {each['msg'].removeprefix('Input ')}; got {each['input']!r}")
     return "\n".join(told)
 
 
