@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -226,6 +227,8 @@ class SavedAdapter:
         """
         folder = Path(source)
         if not folder.is_dir():
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
+                raise AdapterError(f"adapter {str(source)!r}: there is no such folder")
             folder = _from_hub(str(source))
         header = _read_json(folder / "adapter.json")
         if header.get("format") != FORMAT:
@@ -446,4 +449,31 @@ def _order_misfits(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _misfit_message(misfits: list[str]) -> str:
-    return "adapter does not fit this base model:\n  " + "\n  ".join(misfits)
+    return "adapter does not fit this base model:\n  " + "\n  ".join(_by_layer(misfits))
+
+
+def _by_layer(misfits: list[str]) -> list[str]:
+    """The same, with what is amiss in the same way in several layers on one line."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for text in misfits:
+        found = re.match(r"(lora \w+: |layers\.)(\d+)(\..*)", text)
+        if found is None:
+            alike[text, ""] = []
+        else:
+            alike.setdefault((found[1], found[3]), []).append(int(found[2]))
+    return [
+        before + _ranges(layers) + after if layers else before
+        for (before, after), layers in alike.items()
+    ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`{0-3,7}`, or the only number there is."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return texts[0] if len(numbers) == 1 else "{" + ",".join(texts) + "}"

@@ -272,8 +272,11 @@ class ElasticModel:
             problems.append(f"lora parts: of {', '.join(PARTS)}; got {', '.join(stray)}")
         for layer in self.layout.layers:
             if spec.experts and layer.shape.mlp_width % spec.experts:
+                width = layer.shape.mlp_width
+                fitting = [n for n in range(2, min(width, 65)) if width % n == 0]
                 problems.append(
-                    f"experts: {spec.experts} do not divide {layer.shape.mlp_width} neurons"
+                    f"experts: {spec.experts} do not divide {width} neurons; these do: "
+                    f"{', '.join(map(str, fitting))}"
                 )
                 break
         if problems:

@@ -112,6 +112,7 @@ class Products:
     def __init__(self, layout: Layout, adapter: Adapter | None) -> None:
         self.layout, self.adapter = layout, adapter
         self._transposed: dict[tuple[int, int, int], Tensor] = {}
+        self._side_by_side: dict[tuple[int, Site], Tensor] = {}
         self._experts: dict[int, ExpertTable] = {}
 
     def of(
@@ -131,6 +132,24 @@ class Products:
         if key not in self._transposed:
             self._transposed[key] = weight_OI.detach().T.contiguous()
         return picked(self._transposed[key], bias_O, x_RI, channels)
+
+    def at_site(
+        self, layer: Layer, site: Site, x_RI: Tensor, channels: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """The products with all projections that read `site`, in their order.
+
+        Over picked channels they are one product: their rows of the weight lie side by side.
+        """
+        projections = layer.at_site(site)
+        if channels is None:
+            return tuple(self.of(projection, x_RI) for projection in projections)
+        if (layer.index, site) not in self._side_by_side:
+            weights = [projection.weight_OI.detach().T for projection in projections]
+            self._side_by_side[layer.index, site] = torch.cat(weights, 1)
+        outs_RO = picked(self._side_by_side[layer.index, site], None, x_RI, channels)
+        sizes = [len(projection.weight_OI) for projection in projections]
+        parts = zip(projections, torch.split(outs_RO, sizes, 1), strict=True)
+        return tuple(out if p.bias_O is None else out + p.bias_O for p, out in parts)
 
     def channels(self, layer: Layer, site: Site, x_RI: Tensor, count: int) -> Tensor | None:
         """The channels to read, [R, count]; None for all of them."""

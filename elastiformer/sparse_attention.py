@@ -120,6 +120,15 @@ class SparseAttention:
             seen_RD = x_RD if channels is None else only(x_RD, channels)
             repair.read(layer.key, seen_RD)
             repair.read(layer.value, seen_RD)
+        if kept.count == cached.count and group.heads == layer.shape.heads:
+            if repair.active:
+                repair.read(layer.query, seen_RD)
+            outs = self.products.at_site(layer, Site.ATTENTION_IN, x_RD, channels)
+            for projection, out_RO, into_NO in zip(
+                layer.at_site(Site.ATTENTION_IN), outs, into, strict=True
+            ):
+                cached.put(into_NO, repair.add(projection, out_RO))
+            return
         for projection, into_NE in ((layer.key, key_NE), (layer.value, value_NE)):
             out_RE = self.products.of(projection, x_RD, channels)
             cached.put(into_NE, repair.add(projection, out_RE))

@@ -75,12 +75,12 @@ class SparseMlp:
 
     def _undivided(self, layer: Layer, group: MlpGroup, x_RD: Tensor) -> Tensor:
         channels, repair = self._inputs(layer, group, x_RD)
-        a_RI = repair.add(layer.up, self.products.of(layer.up, x_RD, channels))
+        *gates_RI, a_RI = self.products.at_site(layer, Site.MLP_IN, x_RD, channels)
+        a_RI = repair.add(layer.up, a_RI)
         if layer.gate is None:
             a_RI = layer.activation(a_RI)
         else:
-            gate_RI = repair.add(layer.gate, self.products.of(layer.gate, x_RD, channels))
-            a_RI = layer.activation(gate_RI) * a_RI
+            a_RI = layer.activation(repair.add(layer.gate, gates_RI[0])) * a_RI
         channels = self.products.channels(layer, Site.MLP_OUT, a_RI, group.channels_out)
         if repair.active:
             repair.read(layer.down, a_RI if channels is None else only(a_RI, channels))

@@ -107,6 +107,16 @@ def test_every_misfit_is_named_at_once(saved):
     assert "layers.2.heads.bias: holds a number that is not finite" in message
 
 
+def test_what_is_amiss_alike_in_many_layers_stands_on_one_line(saved):
+    _, folder = saved
+    with pytest.raises(AdapterError) as refused:
+        refit(folder, tiny("llama", hidden_size=48))
+    message = str(refused.value)
+    last = LAYERS - 1
+    assert f"layers.{{0-{last}}}.heads.weight: saved (4, 24), this model has (4, 48)" in message
+    assert len(message.splitlines()) < 40
+
+
 def test_an_adapter_of_another_base_is_refused(saved):
     _, folder = saved
     with pytest.raises(AdapterError, match="config hash: saved"):
@@ -128,7 +138,7 @@ def test_a_file_that_is_cut_short_is_refused_by_name(saved, name):
 
 def test_a_missing_or_broken_folder_is_refused_by_name(tmp_path, saved):
     _, folder = saved
-    with pytest.raises(AdapterError, match="no such folder"):
+    with pytest.raises(AdapterError, match="there is no such folder"):
         SavedAdapter.load(tmp_path / "nowhere")
     (folder / "adapter.json").write_text('{"format": 1,')
     with pytest.raises(AdapterError, match=r"adapter\.json: cannot be read"):
