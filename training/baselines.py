@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from elastiformer import Calibration, ElasticModel, Phase
 from elastiformer.calibration import Step
-from elastiformer.capacity import Plan, Site, dense_plan, is_dense
+from elastiformer.capacity import Plan, Site, is_dense
 from elastiformer.families import Layer
 from elastiformer.masked import PlanGrid, Selection
 from elastiformer.routers import best
@@ -37,7 +37,7 @@ from training.allotment import (
     late_layers,
     uniform,
 )
-from training.quality import Quality, Setting, Window, compare, recalibrate
+from training.quality import Quality, Setting, Window, asked_of, compare, recalibrate
 from training.sensitivity import LATE, remembered
 
 DROP, LAST, UNIFORM = "drop by sensitivity", "last layers", "uniform"
@@ -134,29 +134,23 @@ class _Under:
 
 
 def _under(model: ElasticModel, window: Window, capacity: float, setting: Setting) -> _Under:
-    """Our own plans at a capacity: both levels of each phase's schedule, position by position."""
-    assert model.calibration is not None
+    """The very plans that our own run of this window is under, position by position."""
     tokens = len(window.ids_T)
-    plans = [dense_plan(len(model.shape.layers))]
-    shares = [1.0]
-    places: dict[Phase, tuple[int, int]] = {}
-    schedules = {
-        phase: model.calibration.schedule(capacity, phase, model.shape, tokens) for phase in Phase
-    }
-    for phase, schedule in schedules.items():
-        places[phase] = (len(plans), len(plans) + 1)
-        plans += [schedule.fuller, schedule.leaner]
-        shares += [schedule.fuller_spent, schedule.leaner_spent]
-    if setting is Setting.PROMPT:
-        places[Phase.OUTPUT] = (0, 0)
-    first_output = window.first_output(setting)
-    plan_of = []
+    sequence = model.sequence(
+        asked_of(capacity, setting), window.prompt_tokens, tokens, setting is Setting.SCORED
+    )
+    plan_of: dict[Plan, int] = {}
+    plan_T = []
+    spent, dense = 0.0, 0
     for position in range(tokens):
-        phase = Phase.OUTPUT if position >= first_output else Phase.PROMPT
-        fuller, leaner = places[phase]
-        plan_of.append(fuller if schedules[phase].is_fuller(position) else leaner)
-    spent = sum(shares[plan] for plan in plan_of) / tokens
-    return _Under(plans, torch.tensor(plan_of, device=model.device), spent)
+        plan = sequence.plan_at(position).plan
+        plan_T.append(plan_of.setdefault(plan, len(plan_of)))
+        # As in our own run: the prompt in one chunk, the continuation in another.
+        keys = window.prompt_tokens if position < window.prompt_tokens else tokens
+        spent += model.shape.planned_token_flops(plan, keys)
+        dense += model.shape.dense_token_flops(keys)
+    sequence.release()
+    return _Under(list(plan_of), torch.tensor(plan_T, device=model.device), spent / dense)
 
 
 def _picked(

@@ -134,13 +134,16 @@ def compare(
     )
 
 
+def asked_of(capacity: float, setting: Setting) -> Capacity:
+    return Capacity(capacity, 1.0 if setting is Setting.PROMPT else capacity)
+
+
 def routed(
     model: ElasticModel, window: Window, capacity: float, setting: Setting
 ) -> tuple[Tensor, float]:
     """The logits of the compared tokens, [N, V], and the share of the block FLOPs spent."""
-    asked = Capacity(capacity, 1.0 if setting is Setting.PROMPT else capacity)
-    scored = setting is Setting.SCORED
     ids = window.ids_T.tolist()
+    asked, scored = asked_of(capacity, setting), setting is Setting.SCORED
     sequence = model.sequence(asked, window.prompt_tokens, len(ids), scored=scored)
     try:
         (first,) = model.step([Chunk(sequence, ids[: window.prompt_tokens])])

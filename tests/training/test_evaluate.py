@@ -118,6 +118,15 @@ def test_the_paths_own_picks_lose_less_than_chance_at_the_same_cost(calibrated):
     assert ours.kl < chance.kl
 
 
+@pytest.mark.parametrize("setting", list(Setting))
+def test_whoever_picks_otherwise_pays_what_we_pay(calibrated, setting):
+    windows = windows_of(calibrated, torch.randint(97, (2, 96)), prompt_tokens=64)
+    ours = measure(calibrated, windows, 0.7, setting)
+    chance = measure_picked(calibrated, windows, 0.7, setting, RANDOM, {}, seed=0)
+
+    assert chance.spent == pytest.approx(ours.spent, abs=0.005)
+
+
 def test_static_channels_are_the_same_for_every_token_and_leave_no_trace(calibrated, tiny_llama):
     ids_WT = torch.randint(97, (3, 96))
     windows = windows_of(calibrated, ids_WT, prompt_tokens=64)
