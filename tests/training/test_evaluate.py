@@ -124,7 +124,8 @@ def test_whoever_picks_otherwise_pays_what_we_pay(calibrated, setting):
     ours = measure(calibrated, windows, 0.7, setting)
     chance = measure_picked(calibrated, windows, 0.7, setting, RANDOM, {}, seed=0)
 
-    assert chance.spent == pytest.approx(ours.spent, abs=0.005)
+    # Position 0 is never skipped, and a router may be two tokens off: on 96 tokens, so much.
+    assert chance.spent == pytest.approx(ours.spent, abs=0.01)
 
 
 def test_static_channels_are_the_same_for_every_token_and_leave_no_trace(calibrated, tiny_llama):
