@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from elastiformer.errors import ElastiError
@@ -55,7 +56,9 @@ def create_app(
         for served in catalogue:
             served.engine.stop()
 
-    app = FastAPI(
+    # The pages of /docs with their scripts inside: nothing is loaded from elsewhere.
+    app = FastAPIOffline(
+        redoc_url=None,
         title="Elastiformer Serve",
         version=installed_version(),
         description="A compute capacity per request. OpenAI-compatible.",

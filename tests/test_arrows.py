@@ -42,6 +42,7 @@ DOORS = {
     "datasets": {"training.data"},
     "matplotlib": {"training.pictures", "training.progress"},
     "fastapi": {"service"},
+    "fastapi_offline": {"service.app"},
     "starlette": {"service"},
     "uvicorn": {"service.server"},
     "pydantic": {"service"},

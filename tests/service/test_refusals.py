@@ -1,6 +1,7 @@
 """Promises of every refusal: a status, OpenAI's error object, and a server that goes on."""
 
 import asyncio
+import re
 import json
 
 import pytest
@@ -192,6 +193,18 @@ def test_keys_let_in_and_bring_their_default_and_ceiling():
         assert full["elasti"]["capacity_applied"] == 1.0
 
     in_house(visit, keys=keys)
+
+
+def test_the_pages_load_nothing_from_elsewhere():
+    async def visit(house):
+        for path in ("/", "/docs"):
+            page = (await house.client.get(path)).text
+            for place in re.findall(r"""(?:src|href)=["']([^"']+)["']""", page):
+                assert not place.startswith(("http:", "https:", "//")), place
+                if not place.startswith(("#", "data:")):
+                    assert (await house.client.get(place)).status_code == 200, place
+
+    in_house(visit)
 
 
 def test_a_full_queue_says_so_and_health_still_answers():
