@@ -1,8 +1,8 @@
 """Promises of every refusal: a status, OpenAI's error object, and a server that goes on."""
 
 import asyncio
-import re
 import json
+import re
 
 import pytest
 
