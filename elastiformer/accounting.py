@@ -7,11 +7,11 @@ Norms, activations and rotations are not matrix products and are not counted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from elastiformer.capacity import WHOLE_LAYER, LayerPlan, Plan, is_dense
+from elastiformer.capacity import WHOLE_LAYER, LayerPlan, Phase, Plan, is_dense
 
 KVPolicy = Literal["complete", "kept"]
 
@@ -184,6 +184,13 @@ class ModelShape:
     width: int
     vocabulary: int
     kv: KVPolicy = "complete"
+    repaired: tuple[Phase, ...] = ()  # the phases in which low-rank repair runs
+
+    def of_phase(self, phase: Phase) -> ModelShape:
+        """The shape as tokens of one phase meet it: without a repair that is not theirs."""
+        if phase in self.repaired or not any(layer.lora for layer in self.layers):
+            return self
+        return replace(self, layers=tuple(replace(layer, lora=()) for layer in self.layers))
 
     @property
     def head_flops(self) -> int:

@@ -278,7 +278,9 @@ class SavedAdapter:
         expected = {name: tuple(tensor.shape) for name, tensor in adapter._tensors().items()}
         misfits += _shape_misfits(self.tensors, expected)
         for name, tensors in self.lora.items():
-            of_set = adapter.lora.sets[name].state_dict() if adapter.lora is not None else {}
+            of_set = {}
+            if adapter.lora is not None and name in adapter.lora.sets:
+                of_set = adapter.lora.sets[name].state_dict()
             expected = {key: tuple(tensor.shape) for key, tensor in of_set.items()}
             misfits += [f"lora {name}: {text}" for text in _shape_misfits(tensors, expected)]
         if adapter.lora is not None:
@@ -322,7 +324,7 @@ def elastic_shape(layout: Layout, adapter: Adapter | None) -> ModelShape:
         if adapter is not None:
             pairs = []
             for path, held in layer.modules.items():
-                if adapter.lora is not None and adapter.lora.pair(layer.index, path, Phase.OUTPUT):
+                if adapter.lora is not None and adapter.lora.repairs(layer.index, path):
                     pairs.append(LoraShape(tuple(p.part for p in held), adapter.lora.rank))
             routed = tuple(unit.value for unit in TOKEN_UNITS if unit in adapter.routers.units)
             shape = replace(
@@ -330,7 +332,9 @@ def elastic_shape(layout: Layout, adapter: Adapter | None) -> ModelShape:
             )
         layers.append(shape)
     kv: KVPolicy = adapter.spec.kv if adapter is not None else "complete"
-    return ModelShape(tuple(layers), layout.width, layout.vocabulary, kv)
+    lora = adapter.lora if adapter is not None else None
+    repaired = lora.repaired_phases if lora is not None else ()
+    return ModelShape(tuple(layers), layout.width, layout.vocabulary, kv, repaired)
 
 
 def write_beside(path: Path, content: bytes) -> None:

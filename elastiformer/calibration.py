@@ -142,6 +142,7 @@ class Calibration:
             CapacityError: below the calibrated range, or out of this path's reach at `context`.
         """
         levels = self.levels(phase, len(shape.layers))
+        shape = shape.of_phase(phase)
         if share >= 1.0:
             return Schedule(levels[0], levels[0], 1.0, 1.0, 1.0)
         if share < self.lowest - 1e-9:

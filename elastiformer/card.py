@@ -40,7 +40,7 @@ def model_card(header: Mapping[str, Any], calibration: Calibration | None) -> st
     ]
     if lora := header["lora"]:
         lines.append(
-            f"- LoRA: rank {lora['rank']} on {', '.join(lora['parts'])}, {lora['phases']} phases"
+            f"- LoRA: rank {lora['rank']} on {', '.join(lora['parts'])}; phases: {lora['phases']}"
         )
     if calibration is not None and calibration.measured:
         lines += ["", "## Measured on held-out text", "", *measured_table(calibration)]

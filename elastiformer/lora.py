@@ -1,8 +1,8 @@
 """Low-rank repair of the frozen weights, active only for tokens below capacity 1.
 
-The two phases may have a repair each ("split") or share one. On disk it is PEFT's own format, so
-that PEFT loads it too; here it is a plain module, because PEFT applies an adapter to whole
-sequences and a mixed batch needs it token by token.
+The two phases may have a repair each ("split"), share one, or only prompts have one. On disk it
+is PEFT's own format, so that PEFT loads it too; here it is a plain module, because PEFT applies an
+adapter to whole sequences and a mixed batch needs it token by token.
 
 Source: LoRA (arXiv:2106.09685); in ElastiFormer rank 1 (arXiv:2411.15281).
 """
@@ -21,7 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from elastiformer.capacity import Phase
 from elastiformer.families import Layer, Layout
 
-LoraPhases = Literal["shared", "split"]
+LoraPhases = Literal["shared", "split", "prompt"]
+_SETS: dict[LoraPhases, tuple[str, ...]] = {
+    "shared": ("shared",),
+    "split": (Phase.PROMPT.value, Phase.OUTPUT.value),
+    "prompt": (Phase.PROMPT.value,),
+}
 PARTS = ("query", "key", "value", "out", "gate", "up", "down")
 
 
@@ -53,8 +58,7 @@ class Lora(nn.Module):
         layers = layout.layers
         # How PEFT must be told that the base keeps its weights as inputs x outputs.
         self.transposed = isinstance(layers[0].out.module, Conv1D)
-        names = ["shared"] if phases == "shared" else [phase.value for phase in Phase]
-        self.sets = nn.ModuleDict({name: self._set(layers) for name in names})
+        self.sets = nn.ModuleDict({name: self._set(layers) for name in _SETS[phases]})
 
     def _set(self, layers: Sequence[Layer]) -> nn.ModuleList:
         pairs = []
@@ -68,8 +72,11 @@ class Lora(nn.Module):
             pairs.append(nn.ModuleDict(of_layer))
         return nn.ModuleList(pairs)
 
-    def set_name(self, phase: Phase) -> str:
-        return "shared" if self.phases == "shared" else phase.value
+    def set_name(self, phase: Phase) -> str | None:
+        """The set that repairs tokens of this phase; None when nothing does."""
+        if self.phases == "shared":
+            return "shared"
+        return phase.value if phase.value in self.sets else None
 
     def set_of(self, layer: int, name: str) -> dict[str, LoraPair]:
         """The pairs of one layer and set, by the path of the base's module."""
@@ -77,7 +84,16 @@ class Lora(nn.Module):
         return {key.replace("/", "."): pair for key, pair in of_layer.items()}  # type: ignore[misc]
 
     def pair(self, layer: int, path: str, phase: Phase) -> LoraPair | None:
-        return self.set_of(layer, self.set_name(phase)).get(path)
+        name = self.set_name(phase)
+        return None if name is None else self.set_of(layer, name).get(path)
+
+    def repairs(self, layer: int, path: str) -> bool:
+        """Whether this module is repaired, in any phase."""
+        return any(self.pair(layer, path, phase) is not None for phase in Phase)
+
+    @property
+    def repaired_phases(self) -> tuple[Phase, ...]:
+        return tuple(phase for phase in Phase if self.set_name(phase) is not None)
 
 
 def _key(path: str) -> str:

@@ -174,7 +174,7 @@ class MaskedPass:
                 yield before(module, hook)
         if self.adapter.lora is not None:
             for path, held in layer.modules.items():
-                if self.adapter.lora.pair(layer.index, path, Phase.OUTPUT) is not None:
+                if self.adapter.lora.repairs(layer.index, path):
                     yield held[0].module.register_forward_hook(self._lora_hook(layer, path))
 
     # The units, in the order in which a layer meets them.

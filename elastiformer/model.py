@@ -92,8 +92,8 @@ class ElasticModel:
         """Use this adapter from now on; sequences made before must not be used after."""
         self.adapter = adapter.to(self.device) if adapter is not None else None
         self.shape = elastic_shape(self.layout, adapter)
-        self._pricing = Pricing(self.shape)
-        self._sparse = SparseForm(self.layout, adapter, self._pricing)
+        self._pricing = {phase: Pricing(self.shape.of_phase(phase)) for phase in Phase}
+        self._sparse = SparseForm(self.layout, adapter, self.shape)
         self._schedule = lru_cache(maxsize=4096)(self._make_schedule)
 
     @property
@@ -152,16 +152,16 @@ class ElasticModel:
             self._check(capacity.output, Phase.OUTPUT, context)
 
         def plan_at(phase: Phase, position: int) -> PricedPlan:
-            share = capacity.of(phase)
+            share, pricing = capacity.of(phase), self._pricing[phase]
             if share == 1.0:
-                return self._pricing.dense
+                return pricing.dense
             # A prompt is run whole, and each of its tokens owes all of its keys.
             within = position < prompt_tokens
             context = prompt_tokens if within else output_context(position)
             if isinstance(share, UnitShares):
-                return self._pricing.of((share.layer_plan(),) * len(self.layout.layers))
+                return pricing.of((share.layer_plan(),) * len(self.layout.layers))
             schedule = self._schedule(share, phase, context)
-            return self._pricing.of(schedule.plan_at(position))
+            return pricing.of(schedule.plan_at(position))
 
         return Sequence(
             self.shape, plan_at, prompt_tokens, most_tokens, scored, self.dtype, self.device

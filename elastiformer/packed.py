@@ -15,8 +15,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from elastiformer.accounting import ModelShape
 from elastiformer.capacity import Phase, Unit
-from elastiformer.priced import Column, PricedPlan, Pricing
+from elastiformer.priced import Column, PricedPlan
 from elastiformer.routers import TOKEN_UNITS
 from elastiformer.sequence import Chunk
 from elastiformer.usage import Usage
@@ -126,8 +127,8 @@ class Packed:
 class Taken:
     """The routes of one step, noted layer by layer, and settled into usages at its end."""
 
-    def __init__(self, packed: Packed, pricing: Pricing) -> None:
-        self._packed, self._pricing = packed, pricing
+    def __init__(self, packed: Packed, shape: ModelShape) -> None:
+        self._packed, self._shape = packed, shape
         self._attention: list[Tensor | None] = []
         self._mlp: list[Tensor | None] = []
         self._keys: list[list[int]] = []
@@ -141,7 +142,7 @@ class Taken:
 
     def settle(self, output_rows: list[list[int]], units: Sequence[Unit]) -> None:
         """Add to each sequence what its rows spent."""
-        packed, pricing = self._packed, self._pricing
+        packed = self._packed
         number = {kind: at for at, kind in enumerate(packed.distinct_kinds)}
         columns_KLC = torch.stack([kind.plan.columns_LC for kind in number])
         cost_NLC = columns_KLC[torch.tensor([number[kind] for kind in packed.kinds])]
@@ -158,12 +159,9 @@ class Taken:
             mlp_NL, cost_NLC[..., Column.MLP_KEPT], cost_NLC[..., Column.MLP_SKIPPED]
         ).sum(1)
         scores_N = (attention_NL * keys_NL * cost_NLC[..., Column.ATTENTION_PER_KEY]).sum(1)
-        dense_LC = pricing.dense.columns_LC
-        dense_linear = int(
-            (dense_LC[:, Column.ATTENTION_KEPT] + dense_LC[:, Column.MLP_KEPT]).sum()
-        )
-        dense_per_key = int(dense_LC[:, Column.ATTENTION_PER_KEY].sum())
-        head = pricing.shape.head_flops
+        dense_linear = self._shape.dense_token_flops(context=0)
+        dense_per_key = self._shape.dense_token_flops(context=1) - dense_linear
+        head = self._shape.head_flops
         for chunk, span, outputs in zip(packed.chunks, packed.spans, output_rows, strict=True):
             tokens = span.stop - span.start
             linear, scores = int(linear_N[span].sum()), int(scores_N[span].sum())
@@ -195,7 +193,7 @@ class Taken:
         for row in range(span.start, span.stop):
             if not self._packed.kinds[row].is_dense:
                 by_phase.setdefault(self._packed.kinds[row].phase, []).append(row)
-        shape = self._pricing.shape.layers[0]
+        shape = self._shape.layers[0]
         channels = (
             shape.width + shape.attention_width,
             shape.width + shape.mlp_width,

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from elastiformer.accounting import ModelShape
 from elastiformer.adapter import Adapter
 from elastiformer.families import Layout
 from elastiformer.keeping import Keeping
 from elastiformer.packed import Packed, Taken
-from elastiformer.priced import Pricing
 from elastiformer.products import Products
 from elastiformer.sequence import Chunk
 from elastiformer.sparse_attention import Rotations, SparseAttention
@@ -30,8 +30,8 @@ from elastiformer.sparse_mlp import SparseMlp
 class SparseForm:
     """Runs steps of packed rows for one model. One thread owns it."""
 
-    def __init__(self, layout: Layout, adapter: Adapter | None, pricing: Pricing) -> None:
-        self.layout, self.adapter, self.pricing = layout, adapter, pricing
+    def __init__(self, layout: Layout, adapter: Adapter | None, shape: ModelShape) -> None:
+        self.layout, self.adapter, self.shape = layout, adapter, shape
         products = Products(layout, adapter)
         keeping = Keeping(products)
         self._attention = SparseAttention(products, keeping)
@@ -41,7 +41,7 @@ class SparseForm:
     def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Run the chunks; float32 logits [output rows, vocabulary] of each."""
         packed = Packed(chunks, self.layout.head.weight.device)  # type: ignore[arg-type]
-        taken = Taken(packed, self.pricing)
+        taken = Taken(packed, self.shape)
         h_ND = self._embed(packed)
         rotations = self._rotations(packed, h_ND)
         for layer in self.layout.layers:

@@ -147,7 +147,8 @@ def _under(model: ElasticModel, window: Window, capacity: float, setting: Settin
         plan_T.append(plan_of.setdefault(plan, len(plan_of)))
         # As in our own run: the prompt in one chunk, the continuation in another.
         keys = window.prompt_tokens if position < window.prompt_tokens else tokens
-        spent += model.shape.planned_token_flops(plan, keys)
+        shape = model.shape.of_phase(sequence.phase_at(position))
+        spent += shape.planned_token_flops(plan, keys)
         dense += model.shape.dense_token_flops(keys)
     sequence.release()
     return _Under(list(plan_of), torch.tensor(plan_T, device=model.device), spent / dense)

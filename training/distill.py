@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--lora-phases",
         default="shared",
-        choices=["shared", "split"],
+        choices=["shared", "split", "prompt"],
         help="one repair, or one for prompt tokens and one for output tokens",
     )
     add("--steps", type=whole(1), default=400, help="of the optimizer")

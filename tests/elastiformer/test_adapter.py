@@ -43,7 +43,7 @@ def refit(folder, base=None, identity=None):
     return SavedAdapter.load(folder).fit(model.layout, model.identity)
 
 
-@pytest.mark.parametrize("phases", ["shared", "split"])
+@pytest.mark.parametrize("phases", ["shared", "split", "prompt"])
 def test_a_saved_and_reloaded_adapter_gives_the_same_logits(family, phases, tmp_path):
     model = elastic(family, lora_phases=phases)
     expected = masked_logits(model, text(), PLANS)

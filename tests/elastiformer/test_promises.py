@@ -78,9 +78,9 @@ def test_no_router_and_no_repair_runs_for_a_dense_row_beside_a_routed_one(family
 # 2. Skipping is skipping.
 
 
-@pytest.mark.parametrize("kv", ["complete", "kept"])
-def test_usage_counts_what_pytorch_counts(family, kv):
-    model, ids = elastic(family, kv=kv), text()[0].tolist()
+@pytest.mark.parametrize(("kv", "phases"), [("complete", "prompt"), ("kept", "shared")])
+def test_usage_counts_what_pytorch_counts(family, kv, phases):
+    model, ids = elastic(family, kv=kv, lora_phases=phases), text()[0].tolist()
     sequence = planned(model, PLANS, PROMPT, TOKENS)
     with FlopCounterMode(display=False) as counter:
         run(model, sequence, cut(ids, PROMPT))
@@ -114,7 +114,7 @@ def _first_token_flops(model: ElasticModel) -> int:
 
 
 @pytest.mark.parametrize("kv", ["complete", "kept"])
-@pytest.mark.parametrize("phases", ["shared", "split"])
+@pytest.mark.parametrize("phases", ["shared", "split", "prompt"])
 def test_cached_decoding_is_the_masked_form_over_the_whole_text(family, kv, phases):
     model, ids_BT = elastic(family, kv=kv, lora_phases=phases), text()
     expected = masked_logits(model, ids_BT, PLANS)
