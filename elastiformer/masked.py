@@ -131,7 +131,8 @@ class MaskedPass:
             ]
             for plan in grid.plans
         ]
-        self._shares_PLU = torch.tensor(shares, device=device)
+        # In float64, as Python has them: a debt summed up otherwise would decide otherwise.
+        self._shares_PLU = torch.tensor(shares, dtype=torch.float64, device=device)
         self._counts_PLC = torch.tensor(counts, device=device)
         self._gates: dict[tuple[int, Unit], Tensor] = {}
         self._picked: dict[tuple[int, Site], Tensor | None] = {}

@@ -106,6 +106,9 @@ def test_a_command_in_the_readme_exists(command):
         parser = argparse.ArgumentParser()
         module.add_arguments(parser)
         parser.parse_args(words[4:])
+    elif words[:3] == ["python", "-m", "training.corpora"]:
+        assert {"brown", "--out"} <= set(words[3:])
+        importlib.import_module("training.corpora")
     else:
         assert words[0] in ("source", "torchrun"), command
 

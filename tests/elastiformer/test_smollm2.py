@@ -72,10 +72,12 @@ def test_a_capacity_is_kept_and_counted_as_pytorch_counts_it(model, ids, share):
     assert sequence.usage.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_the_sparse_form_serves_what_the_masked_form_measured(model, ids):
+def test_the_sparse_form_takes_the_decisions_that_the_masked_form_measured(ids):
+    """In float64: in float32 two ways to compute differ by rounding, and close choices turn."""
+    model = ElasticModel.load(BASE, ADAPTER, dtype="float32")
+    model.base.double()
     tokens, prompt = 60, 40
-    capacity = Capacity(0.7, 0.7)
-    sequence = model.sequence(capacity, prompt, tokens)
+    sequence = model.sequence(Capacity(0.7, 0.7), prompt, tokens)
     priced = [sequence.plan_at(position) for position in range(tokens)]
     plans = list({id(each): each.plan for each in priced}.values())
     plan_T = torch.tensor([plans.index(each.plan) for each in priced])
@@ -87,13 +89,8 @@ def test_the_sparse_form_serves_what_the_masked_form_measured(model, ids):
     for token in ids[prompt:tokens]:
         actual += model.step([Chunk(sequence, [token])])
 
-    expected_RV = expected[0, prompt - 1 :]
-    actual_RV = torch.cat(actual)
-    # A rounding may turn one close choice of a channel; the distributions stay the same.
-    kl = (expected_RV.softmax(-1) * (expected_RV.log_softmax(-1) - actual_RV.log_softmax(-1))).sum(
-        -1
-    )
-    assert float(kl.max()) < 1e-3
+    expected_RV = expected[0, prompt - 1 :].float()
+    torch.testing.assert_close(torch.cat(actual), expected_RV, atol=1e-3, rtol=1e-3)
     assert sequence.phase_at(prompt - 1) is Phase.OUTPUT
 
 
