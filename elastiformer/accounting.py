@@ -184,7 +184,7 @@ class ModelShape:
     width: int
     vocabulary: int
     kv: KVPolicy = "complete"
-    repaired: tuple[Phase, ...] = ()  # the phases in which low-rank repair runs
+    repaired: tuple[Phase, ...] = tuple(Phase)  # the phases in which low-rank repair runs
 
     def of_phase(self, phase: Phase) -> ModelShape:
         """The shape as tokens of one phase meet it: without a repair that is not theirs."""

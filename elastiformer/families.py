@@ -120,7 +120,7 @@ class Layer:
     shape: LayerShape
     attention: nn.Module
     attention_norm: nn.Module
-    attention_end: nn.Module  # whose output joins the residual: the attention, or its post-norm
+    after_attention: nn.Module | None  # a norm on the branch, before it joins the residual
     query: Projection
     key: Projection
     value: Projection
@@ -134,7 +134,7 @@ class Layer:
     layer_type: str | None
     mlp: nn.Module
     mlp_norm: nn.Module
-    mlp_end: nn.Module
+    after_mlp: nn.Module | None
     gate: Projection | None
     up: Projection
     down: Projection
@@ -275,7 +275,7 @@ def _layer(base: PreTrainedModel, family: Family, layer: nn.Module, index: int) 
         ),
         attention=attention,
         attention_norm=layer.get_submodule(family.attention_norm),
-        attention_end=layer.get_submodule(family.after_attention or family.attention),
+        after_attention=_optional(layer, family.after_attention),
         query=query,
         key=key,
         value=value,
@@ -291,12 +291,16 @@ def _layer(base: PreTrainedModel, family: Family, layer: nn.Module, index: int) 
         layer_type=types[index] if types is not None else None,
         mlp=mlp,
         mlp_norm=layer.get_submodule(family.mlp_norm),
-        mlp_end=layer.get_submodule(family.after_mlp or family.mlp),
+        after_mlp=_optional(layer, family.after_mlp),
         gate=front[0] if family.gated else None,
         up=front[-1],
         down=down,
         activation=mlp.get_submodule(family.activation),
     )
+
+
+def _optional(layer: nn.Module, path: str | None) -> nn.Module | None:
+    return None if path is None else layer.get_submodule(path)
 
 
 def _split(

@@ -1,15 +1,31 @@
-"""Which rows of a packed batch keep a sub-layer: the plan's word, or the token router's."""
+"""Which rows of a packed batch keep a sub-layer, and how its branch joins their residual."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastiformer.capacity import Phase, Unit
 from elastiformer.families import Layer
-from elastiformer.packed import Kind, Packed
+from elastiformer.packed import Kind, Packed, Rows
 from elastiformer.products import Products
 from elastiformer.routers import by_threshold, token_gate
+
+
+def joined(
+    h_ND: Tensor, branch_RD: Tensor, rows: Rows, gate_N: Tensor | None, after: nn.Module | None
+) -> Tensor:
+    """The residual with a sub-layer's branch added to its rows alone.
+
+    Args:
+        after: the norm that some families put on the branch. The gate multiplies what it gives:
+            a norm would undo a gate that came before it.
+    """
+    if after is not None:
+        branch_RD = after(branch_RD)
+    if gate_N is not None:
+        branch_RD = branch_RD * rows.of(gate_N)[:, None].to(branch_RD.dtype)
+    return rows.add(h_ND, branch_RD)
 
 
 class Keeping:

@@ -162,9 +162,9 @@ class MaskedPass:
             return module.register_forward_hook(lambda _, args, out: hook(layer, args, out))
 
         yield before(layer.attention, self._before_attention, with_kwargs=True)
-        yield after(layer.attention_end, self._after_attention)
+        yield after(layer.after_attention or layer.attention, self._after_attention)
         yield before(layer.mlp, self._before_mlp)
-        yield after(layer.mlp_end, self._after_mlp)
+        yield after(layer.after_mlp or layer.mlp, self._after_mlp)
         for site, hook in (
             (Site.ATTENTION_IN, self._before_queries),
             (Site.ATTENTION_OUT, self._before_out),

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from elastiformer.attention import attend
 from elastiformer.capacity import Site, Unit
 from elastiformer.families import Layer
-from elastiformer.keeping import Keeping
+from elastiformer.keeping import Keeping, joined
 from elastiformer.packed import Kind, Packed, Rows, Taken
 from elastiformer.products import Products, largest, only
 from elastiformer.routers import best, part_gate
@@ -86,11 +86,7 @@ class SparseAttention:
             rows = rows.where(kept_N)
             if rows.count:
                 branch_RD = self._out(layer, group, rows, out_NA, heads_NM)
-                if layer.attention_end is not layer.attention:
-                    branch_RD = layer.attention_end(branch_RD)
-                if gate_N is not None:
-                    branch_RD = branch_RD * rows.of(gate_N)[:, None].to(branch_RD.dtype)
-                h_ND = rows.add(h_ND, branch_RD)
+                h_ND = joined(h_ND, branch_RD, rows, gate_N, layer.after_attention)
         return h_ND
 
     def _group(self, layer: Layer, kind: Kind) -> AttentionGroup:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from elastiformer.capacity import Site, Unit
 from elastiformer.families import Layer
-from elastiformer.keeping import Keeping
+from elastiformer.keeping import Keeping, joined
 from elastiformer.packed import Kind, Packed, Taken
 from elastiformer.products import ExpertTable, Products, Repair, largest, only, picked
 from elastiformer.routers import best, part_gate
@@ -48,11 +48,7 @@ class SparseMlp:
                     if group.experts
                     else self._undivided(layer, group, x_RD)
                 )
-                if layer.mlp_end is not layer.mlp:
-                    branch_RD = layer.mlp_end(branch_RD)
-                if gate_N is not None:
-                    branch_RD = branch_RD * rows.of(gate_N)[:, None].to(branch_RD.dtype)
-                h_ND = rows.add(h_ND, branch_RD)
+                h_ND = joined(h_ND, branch_RD, rows, gate_N, layer.after_mlp)
         return h_ND
 
     def _group(self, layer: Layer, kind: Kind) -> MlpGroup:

@@ -12,7 +12,7 @@ from service.settings import Key
 from tests.service.conftest import elastic_model, in_house
 from tests.tiny import CONTEXT, VOCAB, tiny, tiny_tokenizer
 
-COMPLETION = {"prompt": "Once upon a time", "max_tokens": 3}
+COMPLETION = {"prompt": "Once upon a time", "max_tokens": 3, "ignore_eos": True}
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 IMAGE_MESSAGE = {"role": "user", "content": [IMAGE]}
@@ -210,10 +210,15 @@ def test_the_pages_load_nothing_from_elsewhere():
 def test_a_full_queue_says_so_and_health_still_answers():
     async def visit(house):
         long = {"prompt": "a", "max_tokens": 300, "ignore_eos": True}
-        running = [asyncio.create_task(house.post("/v1/completions", **long)) for _ in range(6)]
-        async with asyncio.timeout(10):
-            while len(house.engine._scheduler.waiting) < 2:
-                await asyncio.sleep(0.005)
+        scheduler = house.engine._scheduler
+        running = []
+        async with asyncio.timeout(30):
+            for place in (lambda: scheduler.running, lambda: scheduler.waiting):
+                running += [
+                    asyncio.create_task(house.post("/v1/completions", **long)) for _ in range(2)
+                ]
+                while len(place()) < 2:
+                    await asyncio.sleep(0.005)
         replies = [await house.post("/v1/completions", **COMPLETION) for _ in range(3)]
         assert (await house.client.get("/health")).status_code == 200
         assert (await house.client.get("/metrics")).status_code == 200
