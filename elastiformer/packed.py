@@ -89,6 +89,10 @@ class Packed:
         self.count = len(ids)
         self.ids_N = torch.tensor(ids, dtype=torch.long, device=device)
         self.position_N = torch.tensor(self.positions, dtype=torch.long, device=device)
+        self.rows_of_chunk = [
+            Rows(torch.arange(span.start, span.stop, device=device), span.stop - span.start)
+            for span in self.spans
+        ]
         self._rows_of_kind: dict[Kind, list[int]] = {}
         for row, kind in enumerate(self.kinds):
             self._rows_of_kind.setdefault(kind, []).append(row)

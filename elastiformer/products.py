@@ -114,6 +114,7 @@ class Products:
         self._transposed: dict[tuple[int, int, int], Tensor] = {}
         self._side_by_side: dict[tuple[int, Site], Tensor] = {}
         self._experts: dict[int, ExpertTable] = {}
+        self._pairs: dict[tuple[int, str], dict[str, LoraPair]] = {}
 
     def of(
         self,
@@ -184,8 +185,12 @@ class Products:
         return self.adapter.lora.set_name(kind.phase)
 
     def repair(self, layer: Layer, name: str | None) -> Repair:
-        lora = self.adapter.lora if self.adapter is not None else None
-        return Repair(lora.set_of(layer.index, name) if lora is not None and name else {})
+        if name is None or self.adapter is None or self.adapter.lora is None:
+            return Repair({})
+        key = (layer.index, name)
+        if key not in self._pairs:  # asked for in every layer of every step
+            self._pairs[key] = self.adapter.lora.set_of(*key)
+        return Repair(self._pairs[key])
 
 
 class Repair:

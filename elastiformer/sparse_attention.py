@@ -174,9 +174,8 @@ class SparseAttention:
         out_NMH = torch.zeros_like(query_NMH)
         keys_of_chunk = []
         rotated_GNH, values_GNH = key_NGH.transpose(0, 1), value_NGH.transpose(0, 1)
-        for chunk, span in zip(packed.chunks, packed.spans, strict=True):
+        for chunk, rows in zip(packed.chunks, packed.rows_of_chunk, strict=True):
             cache = chunk.sequence.caches[layer.index]
-            rows = Rows(torch.arange(span.start, span.stop, device=packed.device), len(chunk.ids))
             cached = rows.where(cached_N).index_R
             kept = rows.where(kept_N).index_R
             assert cached is not None and kept is not None

@@ -3,7 +3,8 @@
 Three of them are paths of their own, run through the form that is served:
     drop by sensitivity   whole sub-layers for every token, the least sensitive first
     last layers           whole layers for every token, the last first
-    uniform               the same keep share of every unit in every layer: the paper's recipe
+    uniform               the same keep share in every layer, of the units that we lower ourselves:
+                          the paper's recipe
 Two take our own plans, and only pick otherwise, through the masked form:
     random                which tokens, heads, experts and channels are kept is left to chance
     static channels       each place keeps the same channels for every token: those with the
@@ -53,10 +54,9 @@ def baseline_paths(
     assert model.adapter is not None
     shape, layers = model.shape, len(model.shape.layers)
     last = late_layers(layers)
-    same = uniform(shape, fields_of(model.adapter.units))
     found = {
         LAST: dict.fromkeys(Phase, last),
-        UNIFORM: dict.fromkeys(Phase, same),
+        UNIFORM: {phase: uniform(shape, _lowered(model, phase)) for phase in Phase},
     }
     probed: dict[Phase, dict[tuple[int, str], dict[float, float]]] = {p: {} for p in Phase}
     for probe, kl in remembered(notes).items():
@@ -70,6 +70,17 @@ def baseline_paths(
             for phase, points in probed.items()
         }
     return found
+
+
+def _lowered(model: ElasticModel, phase: Phase) -> tuple[str, ...]:
+    """The fields that our own path lowers in this phase: a baseline gets no worse units than we.
+
+    All of the adapter's, where our path leaves out whole sub-layers only.
+    """
+    assert model.adapter is not None and model.calibration is not None
+    used = {step.field for step in model.calibration.paths[phase] if step.share > 0}
+    every = fields_of(model.adapter.units)
+    return tuple(name for name in every if name in used) or every
 
 
 @contextmanager

@@ -38,24 +38,17 @@ def test_wrapping_and_running_leaves_the_base_as_it_was(family):
 
 
 def test_an_unknown_architecture_is_named_with_what_it_lacks():
-    config = GPTNeoXConfig(
-        vocab_size=50,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
+    small = {
+        "vocab_size": 50,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     with pytest.raises(UnsupportedModel, match=r"GPTNeoXForCausalLM .* lacks model\.embed_tokens"):
-        ElasticModel(GPTNeoXForCausalLM(config))
-    small = BertConfig(
-        vocab_size=50,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
+        ElasticModel(GPTNeoXForCausalLM(GPTNeoXConfig(**small)))
     with pytest.raises(UnsupportedModel, match="BertModel has no entry"):
-        ElasticModel(BertModel(small))
+        ElasticModel(BertModel(BertConfig(**small)))
 
 
 def test_costs_add_up_to_the_count_by_hand():
