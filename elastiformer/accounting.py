@@ -7,6 +7,7 @@ Norms, activations and rotations are not matrix products and are not counted.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -107,10 +108,15 @@ class LayerCost:
 
 
 @lru_cache(maxsize=65536)
-def layer_cost(shape: LayerShape, plan: LayerPlan, kv: KVPolicy, dense: bool) -> LayerCost:
-    """`dense`: the token's plan keeps all of every layer, so no router and no LoRA runs for it.
+def layer_cost(
+    shape: LayerShape, plan: LayerPlan, kv: KVPolicy, dense: bool, unread: bool = False
+) -> LayerCost:
+    """What one layer costs one token.
 
-    A plan that keeps all of this layer only is not dense in this sense: its LoRA still runs.
+    Args:
+        dense: the token's plan keeps all of every layer, so no router and no LoRA runs for it. A
+            plan that keeps all of this layer only is not dense in this sense: its LoRA still runs.
+        unread: nobody reads what the token leaves this layer with, only its keys and values.
     """
     width = shape.width
     counts = layer_counts(shape, plan)
@@ -154,6 +160,10 @@ def layer_cost(shape: LayerShape, plan: LayerPlan, kv: KVPolicy, dense: bool) ->
     if kv == "complete":
         attention_skipped += keys_values + lora("key", "value")
 
+    if unread:
+        attention = router_tokens + keys_values + lora("key", "value")
+        return LayerCost(attention, attention_skipped, 0, 0, 0)
+
     router_mlp = 0
     if "mlp_tokens" in shape.token_routers and 0 < plan.mlp_tokens < 1:
         router_mlp = 2 * width
@@ -185,12 +195,25 @@ class ModelShape:
     vocabulary: int
     kv: KVPolicy = "complete"
     repaired: tuple[Phase, ...] = tuple(Phase)  # the phases in which low-rank repair runs
+    last_unread: bool = False  # only keys and values of the last layer are ever read
 
     def of_phase(self, phase: Phase) -> ModelShape:
-        """The shape as tokens of one phase meet it: without a repair that is not theirs."""
-        if phase in self.repaired or not any(layer.lora for layer in self.layers):
-            return self
-        return replace(self, layers=tuple(replace(layer, lora=()) for layer in self.layers))
+        """The shape as tokens of one phase meet it.
+
+        Without a repair that is not theirs; and what a prompt token leaves the last layer with
+        is read by nobody.
+        """
+        layers = self.layers
+        if phase not in self.repaired:
+            layers = tuple(replace(layer, lora=()) for layer in layers)
+        return replace(self, layers=layers, last_unread=phase is Phase.PROMPT)
+
+    def costs(self, plan: Plan, dense: bool) -> Iterator[LayerCost]:
+        """What each layer costs one token under a plan."""
+        last = len(self.layers) - 1
+        for place, (shape, layer) in enumerate(zip(self.layers, plan, strict=True)):
+            unread = self.last_unread and place == last
+            yield layer_cost(shape, layer, self.kv, dense, unread)
 
     @property
     def head_flops(self) -> int:
@@ -213,9 +236,7 @@ class ModelShape:
         share keeps.
         """
         total = 0.0
-        dense = is_dense(plan)
-        for shape, layer in zip(self.layers, plan, strict=True):
-            cost = layer_cost(shape, layer, self.kv, dense)
+        for cost, layer in zip(self.costs(plan, is_dense(plan)), plan, strict=True):
             keys = context * layer.attention_tokens if self.kv == "kept" else context
             kept = layer.attention_tokens
             total += kept * (cost.attention_kept + keys * cost.attention_per_key)

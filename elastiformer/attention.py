@@ -1,80 +1,177 @@
-"""Attention of one request's tokens over its own cache, by PyTorch's SDPA.
+"""Attention of packed queries over each request's own cache, behind one small interface.
 
-It also registers what PyTorch's FlopCounterMode does not know: the formulas of SDPA on a CPU and
-of `embedding_bag`, as the rectangle of queries and keys, and as chosen rows times their width.
+A back end takes all of a layer's queries at once and says its name. `Portable` runs PyTorch's
+scaled dot product attention, one call a request, on any device. `Varlen` runs PyTorch's
+variable-length attention, one call a layer, on CUDA devices that have it. Which one runs is
+decided once (`backend`), and what it cannot express (a capped score, some heads only) is the
+portable one's.
 
-Shape letters: Q queries   K keys   A query heads   G key/value heads   H head size
+Shape letters: N packed queries   Q queries of a request   K keys   A query heads
+    G key/value heads   H head size
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
+from torch.nn.attention.varlen import varlen_attn
 
-from elastiformer.cache import LayerCache
+from elastiformer.families import Layer
 
 
-def attend(
-    query_QAH: Tensor,
-    positions_Q: Tensor,
-    cache: LayerCache,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    heads: slice | None = None,
-    fresh: bool = False,
-) -> Tensor:
-    """The attention output [Q, A, H] of queries at `positions_Q` over all that `cache` holds.
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What the queries of one request read in one layer.
 
-    Args:
-        heads: the key/value heads that the query heads read, all by default.
-        fresh: the queries are exactly the tokens that the cache holds, in order.
+    `positions_K` is None where the keys are those of positions 0, 1, …, K - 1.
     """
-    keys_GKH, values_GKH = cache.keys_GTH, cache.values_GTH
-    if heads is not None:
-        keys_GKH, values_GKH = keys_GKH[heads], values_GKH[heads]
-    queries, query_heads, size = query_QAH.shape
-    kv_heads = len(keys_GKH)
-    group = query_heads // kv_heads
-    if softcap is None and fresh and window is None and queries > 1:
+
+    queries: slice  # among the packed ones, in order of position
+    first: int  # position of the first query
+    last: int
+    sees_all: bool  # a single query, after which there is no key
+    keys_GKH: Tensor
+    values_GKH: Tensor
+    positions_K: Tensor | None
+
+    @property
+    def count(self) -> int:
+        count: int = self.queries.stop - self.queries.start
+        return count
+
+    @property
+    def in_order(self) -> bool:
+        """The queries are the latest tokens, with none left out, and no key comes after them."""
+        return (
+            self.sees_all or self.last == self.keys_GKH.shape[1] - 1 == self.first + self.count - 1
+        )
+
+    @property
+    def is_square(self) -> bool:
+        """The queries are exactly the tokens whose keys there are."""
+        return self.positions_K is None and self.count == self.keys_GKH.shape[1]
+
+
+class Backend(Protocol):
+    """Runs the attention of one layer for packed queries."""
+
+    name: str
+
+    def attend(
+        self, query_NAH: Tensor, position_N: Tensor, reads: Sequence[Read], layer: Layer
+    ) -> Tensor:
+        """The attention output [N, A, H]; a query sees the keys up to its own position."""
+
+
+class Portable:
+    """PyTorch's scaled dot product attention, request by request."""
+
+    name = "sdpa"
+
+    def attend(
+        self, query_NAH: Tensor, position_N: Tensor, reads: Sequence[Read], layer: Layer
+    ) -> Tensor:
+        outs = [self._one(query_NAH, position_N, read, layer) for read in reads]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _one(self, query_NAH: Tensor, position_N: Tensor, read: Read, layer: Layer) -> Tensor:
+        keys_GKH, values_GKH = read.keys_GKH, read.values_GKH
+        query_QAH = query_NAH[read.queries]
+        _, heads, size = query_QAH.shape
+        kv_heads = len(keys_GKH)
+        seen_QK: Tensor | None = None
+        if read.sees_all and (layer.window is None or read.last < layer.window):
+            if layer.softcap is None:
+                # The heads of a group read the same keys: as queries of one head.
+                out_GMH = F.scaled_dot_product_attention(
+                    query_QAH.view(1, kv_heads, -1, size),
+                    keys_GKH[None],
+                    values_GKH[None],
+                    scale=layer.scale,
+                )
+                return out_GMH.view(1, heads, size)
+        elif not (read.is_square and layer.window is None and layer.softcap is None):
+            seen_QK = _seen(position_N[read.queries], read, layer.window)
+        query_AQH = query_QAH.transpose(0, 1)
+        if layer.softcap is not None:
+            return _softcapped(query_AQH, keys_GKH, values_GKH, seen_QK, layer).transpose(0, 1)
         out_AQH = F.scaled_dot_product_attention(
-            query_QAH.transpose(0, 1)[None],
-            keys_GKH.repeat_interleave(group, 0)[None],
-            values_GKH.repeat_interleave(group, 0)[None],
-            is_causal=True,
-            scale=scale,
+            query_AQH[None],
+            keys_GKH[None],
+            values_GKH[None],
+            attn_mask=seen_QK,
+            is_causal=seen_QK is None,
+            scale=layer.scale,
+            enable_gqa=kv_heads < heads,
         )[0]
         return out_AQH.transpose(0, 1)
 
-    # The query heads of a group read the same keys: as more queries of one head, nothing is copied.
-    query_GRH = query_QAH.view(queries, kv_heads, group, size).permute(1, 2, 0, 3)
-    query_GRH = query_GRH.reshape(kv_heads, group * queries, size)
-    seen_QK = _seen(positions_Q, cache.positions_T, window)
-    seen_RK = None if seen_QK is None else seen_QK.repeat(group, 1)
-    if softcap is None:
-        out_GRH = F.scaled_dot_product_attention(
-            query_GRH[None],
-            keys_GKH[None],
-            values_GKH[None],
-            attn_mask=seen_RK,
-            scale=scale,
-        )[0]
-    else:
-        out_GRH = _softcapped(query_GRH, keys_GKH, values_GKH, seen_RK, scale, softcap)
-    out_GAQH = out_GRH.view(kv_heads, group, queries, size)
-    return out_GAQH.permute(2, 0, 1, 3).reshape(queries, query_heads, size)
+
+class Varlen:
+    """PyTorch's variable-length attention (FlashAttention): all requests in one call, on CUDA.
+
+    It needs every query's keys in order and up to the last query's position, which holds with
+    `kv: complete`; other reads, and capped scores, are the portable back end's.
+    """
+
+    name = "varlen"
+
+    def __init__(self) -> None:
+        self._portable = Portable()
+
+    @staticmethod
+    def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
+        if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+            return False
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+
+    def attend(
+        self, query_NAH: Tensor, position_N: Tensor, reads: Sequence[Read], layer: Layer
+    ) -> Tensor:
+        fits = all(read.positions_K is None and read.in_order for read in reads)
+        if not fits or layer.softcap is not None:
+            return self._portable.attend(query_NAH, position_N, reads, layer)
+        keys_SGH = torch.cat([read.keys_GKH.transpose(0, 1) for read in reads])
+        values_SGH = torch.cat([read.values_GKH.transpose(0, 1) for read in reads])
+        counts = [read.count for read in reads]
+        lengths = [read.keys_GKH.shape[1] for read in reads]
+        out_NAH = varlen_attn(
+            query_NAH,
+            keys_SGH,
+            values_SGH,
+            _bounds(counts, query_NAH.device),
+            _bounds(lengths, query_NAH.device),
+            max(counts),
+            max(lengths),
+            scale=layer.scale,
+            window_size=(-1 if layer.window is None else layer.window - 1, 0),
+            enable_gqa=True,
+        )
+        assert isinstance(out_NAH, Tensor)
+        return out_NAH
 
 
-def _seen(positions_Q: Tensor, positions_K: Tensor, window: int | None) -> Tensor | None:
-    """Which keys each query sees; None when a single query, the latest, sees them all."""
-    # A lone query may stand before keys of its own chunk whose tokens skipped this head or layer.
-    is_latest = len(positions_Q) == 1 and bool(positions_Q[-1] == positions_K[-1])
-    if is_latest and window is None:
-        return None
+def backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The fastest back end that runs here."""
+    return Varlen() if Varlen.runs_on(device, dtype) else Portable()
+
+
+def _bounds(counts: Sequence[int], device: torch.device) -> Tensor:
+    bounds = torch.zeros(len(counts) + 1, dtype=torch.int32)
+    bounds[1:] = torch.tensor(counts).cumsum(0)
+    return bounds.to(device, non_blocking=True)
+
+
+def _seen(positions_Q: Tensor, read: Read, window: int | None) -> Tensor:
+    """Which keys each query sees."""
+    positions_K = read.positions_K
+    if positions_K is None:
+        positions_K = torch.arange(read.keys_GKH.shape[1], device=positions_Q.device)
     back_QK = positions_Q[:, None] - positions_K[None, :]
     seen_QK = back_QK >= 0
     if window is not None:
@@ -83,35 +180,14 @@ def _seen(positions_Q: Tensor, positions_K: Tensor, window: int | None) -> Tenso
 
 
 def _softcapped(
-    query_GRH: Tensor,
-    keys_GKH: Tensor,
-    values_GKH: Tensor,
-    seen_RK: Tensor | None,
-    scale: float,
-    softcap: float,
+    query_AQH: Tensor, keys_GKH: Tensor, values_GKH: Tensor, seen_QK: Tensor | None, layer: Layer
 ) -> Tensor:
-    scores_GRK = softcap * torch.tanh(query_GRH @ keys_GKH.transpose(1, 2) * scale / softcap)
-    if seen_RK is not None:
-        scores_GRK = scores_GRK.masked_fill(~seen_RK, torch.finfo(scores_GRK.dtype).min)
-    weights_GRK = scores_GRK.softmax(-1, dtype=torch.float32).to(query_GRH.dtype)
-    return weights_GRK @ values_GKH
-
-
-@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
-def _sdpa_cpu_flops(
-    query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
-) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-
-@register_flop_formula(torch.ops.aten._embedding_bag)
-def _embedding_bag_flops(weight: Any, indices: Any, *_: Any, **__: Any) -> int:
-    chosen = 1
-    for size in indices:
-        chosen *= size
-    return int(2 * chosen * weight[1])
-
-
-@register_flop_formula(torch.ops.aten._embedding_bag_forward_only)
-def _embedding_bag_forward_flops(weight: Any, indices: Any, *_: Any, **__: Any) -> int:
-    return _embedding_bag_flops(weight, indices)
+    assert layer.softcap is not None
+    group = len(query_AQH) // len(keys_GKH)
+    keys_AKH = keys_GKH.repeat_interleave(group, 0)
+    scores_AQK = layer.scale * (query_AQH @ keys_AKH.transpose(1, 2))
+    scores_AQK = layer.softcap * torch.tanh(scores_AQK / layer.softcap)
+    if seen_QK is not None:
+        scores_AQK = scores_AQK.masked_fill(~seen_QK, torch.finfo(scores_AQK.dtype).min)
+    weights_AQK = scores_AQK.softmax(-1, dtype=torch.float32).to(query_AQH.dtype)
+    return weights_AQK @ values_GKH.repeat_interleave(group, 0)

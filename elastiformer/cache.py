@@ -1,70 +1,151 @@
-"""Keys and values of one request, each layer with an occupancy of its own.
+"""Keys and values of one sequence, each layer with an occupancy of its own.
 
 With `kv: complete` every layer holds every token; with `kv: kept` a layer holds only the tokens
-whose attention it kept, and the cache really is that much smaller.
+whose attention it kept, and the sequence takes that much less of the pool. How much a layer can
+come to hold is known beforehand: the controller of the token routers (routers.py) bounds it.
 
-Shape letters: G key/value heads   C room   H head size
+Shape letters: L layers   G key/value heads   H head size   C a layer's room   K keys   N rows
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from elastiformer.accounting import LayerShape
+from elastiformer.accounting import ModelShape
+from elastiformer.pool import BLOCK_TOKENS, Extent, Pool
 
-_FIRST_ROOM = 64  # tokens
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What one token leaves in one layer, and how many layers there are."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, shape: ModelShape) -> CacheShape:
+        first = shape.layers[0]
+        alike = {(layer.kv_heads, layer.head_dim) for layer in shape.layers}
+        assert len(alike) == 1, "layers with caches of different shapes"
+        return cls(len(shape.layers), first.kv_heads, first.head_dim)
+
+    @property
+    def rows_per_token(self) -> int:
+        return 2 * self.kv_heads
+
+    def pool(
+        self, tokens: int, dtype: torch.dtype, device: torch.device, grows: bool = False
+    ) -> Pool:
+        """A pool with room for so many tokens in every layer."""
+        blocks = self.layers * blocks_of(tokens)
+        rows = BLOCK_TOKENS * self.rows_per_token
+        return Pool(blocks, rows, self.head_dim, dtype, device, grows)
 
 
-class LayerCache:
-    """Keys, values and positions of one layer; grows by doubling, up to the request's bound."""
+def blocks_of(tokens: int) -> int:
+    """The blocks that hold so many tokens of one layer."""
+    return -(-tokens // BLOCK_TOKENS)
+
+
+class SequenceCache:
+    """The keys and values of one sequence, in one extent of a pool.
+
+    A layer's part of it is [2, G, C, H]: keys and values, head by head, token after token.
+    """
 
     def __init__(
-        self, shape: LayerShape, most_tokens: int, dtype: torch.dtype, device: torch.device
+        self,
+        pool: Pool,
+        shape: CacheShape,
+        rooms_L: Sequence[int],
+        complete: bool,
+        device: torch.device,
     ) -> None:
-        self.length = 0
-        self._most = most_tokens
-        self._room = 0
-        empty = torch.empty(shape.kv_heads, 0, shape.head_dim, dtype=dtype, device=device)
-        self._keys_GCH, self._values_GCH = empty, empty
-        self._positions_C = torch.empty(0, dtype=torch.long, device=device)
-
-    def append(self, keys_GNH: Tensor, values_GNH: Tensor, positions_N: Tensor) -> None:
-        added = keys_GNH.shape[1]
-        end = self.length + added
-        if end > self._room:
-            self._grow(end)
-        self._keys_GCH[:, self.length : end] = keys_GNH
-        self._values_GCH[:, self.length : end] = values_GNH
-        self._positions_C[self.length : end] = positions_N
-        self.length = end
-
-    @property
-    def keys_GTH(self) -> Tensor:
-        return self._keys_GCH[:, : self.length]
-
-    @property
-    def values_GTH(self) -> Tensor:
-        return self._values_GCH[:, : self.length]
-
-    @property
-    def positions_T(self) -> Tensor:
-        return self._positions_C[: self.length]
+        self.shape, self.complete = shape, complete
+        self.pool = pool
+        blocks_L = [blocks_of(room) for room in rooms_L]
+        self.room_L = np.array([BLOCK_TOKENS * blocks for blocks in blocks_L])
+        self.length_L = np.zeros(shape.layers, dtype=np.int64)
+        before_L = np.cumsum([0, *blocks_L[:-1]])
+        self._offset_L = before_L * pool.block_rows
+        self._views: list[tuple[Tensor, Tensor]] = []
+        self._positions_LC: list[Tensor] | None = None
+        if not complete:
+            self._positions_LC = [
+                torch.empty(int(room), dtype=torch.long, device=device) for room in self.room_L
+            ]
+        self._extent: Extent | None = pool.take(sum(blocks_L), self._views.clear)
+        self._dropped = weakref.finalize(self, pool.drop, self._extent)
 
     @property
     def bytes(self) -> int:
-        """What the tokens held here take; the room set aside for more is not counted."""
-        heads, _, size = self._keys_GCH.shape
-        return 2 * heads * size * self.length * self._keys_GCH.element_size()
+        """What the tokens held here take; room set aside for more is not counted."""
+        tokens = int(self.length_L.sum())
+        size = self.pool.rows.element_size()
+        return tokens * self.shape.rows_per_token * self.shape.head_dim * size
 
-    def _grow(self, needed: int) -> None:
-        room = max(needed, min(self._most, max(2 * self._room, _FIRST_ROOM)))
-        heads, _, size = self._keys_GCH.shape
-        keys_GCH = self._keys_GCH.new_empty(heads, room, size)
-        values_GCH = keys_GCH.new_empty(heads, room, size)
-        positions_C = self._positions_C.new_empty(room)
-        keys_GCH[:, : self.length] = self.keys_GTH
-        values_GCH[:, : self.length] = self.values_GTH
-        positions_C[: self.length] = self.positions_T
-        self._keys_GCH, self._values_GCH = keys_GCH, values_GCH
-        self._positions_C, self._room = positions_C, room
+    @property
+    def first_rows_L(self) -> np.ndarray:
+        """Where each layer's part begins among the rows of the pool."""
+        assert self._extent is not None, "a sequence that was released"
+        first: np.ndarray = self._extent.start * self.pool.block_rows + self._offset_L
+        return first
+
+    def first_row(self, layer: int) -> int:
+        return int(self.first_rows_L[layer])
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All that a layer holds: keys [G, K, H] and values [G, K, H]."""
+        if not self._views:
+            self._views += [self._view(each) for each in range(self.shape.layers)]
+        keys_GCH, values_GCH = self._views[layer]
+        length = int(self.length_L[layer])
+        return keys_GCH.narrow(1, 0, length), values_GCH.narrow(1, 0, length)
+
+    def positions_K(self, layer: int) -> Tensor | None:
+        """The position of each key; None where every token has one, in order."""
+        if self._positions_LC is None:
+            return None
+        return self._positions_LC[layer][: int(self.length_L[layer])]
+
+    def rows_for(self, layer: int, tokens: int) -> np.ndarray:
+        """Where the next tokens of a layer go among the pool's rows: [N, 2G]."""
+        room, length = int(self.room_L[layer]), int(self.length_L[layer])
+        assert length + tokens <= room, f"layer {layer}: {length} + {tokens} tokens in room {room}"
+        part_G = self.first_row(layer) + room * np.arange(self.shape.rows_per_token)
+        return part_G + (length + np.arange(tokens))[:, None]
+
+    def note_positions(self, layer: int, positions_N: Tensor) -> None:
+        """Where the tokens stand that the next `rows_for` of this layer are for."""
+        if self._positions_LC is not None:
+            length = int(self.length_L[layer])
+            self._positions_LC[layer][length : length + len(positions_N)] = positions_N
+
+    def held_rows(self, layer: int, first: int, stop: int) -> np.ndarray:
+        """Where a layer's tokens from `first` to `stop` lie among the pool's rows: [N x 2G]."""
+        part_G = self.first_row(layer) + int(self.room_L[layer]) * np.arange(
+            self.shape.rows_per_token
+        )
+        rows: np.ndarray = (part_G + np.arange(first, stop)[:, None]).reshape(-1)
+        return rows
+
+    def release(self) -> None:
+        """Give the room back; the sequence must not be used after it."""
+        if self._extent is not None:
+            self._dropped.detach()
+            self.pool.give(self._extent)
+            self._extent = None
+            self._views.clear()
+
+    def _view(self, layer: int) -> tuple[Tensor, Tensor]:
+        first, room = self.first_row(layer), int(self.room_L[layer])
+        part = self.pool.rows[first : first + self.shape.rows_per_token * room]
+        keys_values = part.view(2, self.shape.kv_heads, room, self.shape.head_dim)
+        return keys_values[0], keys_values[1]

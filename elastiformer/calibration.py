@@ -143,8 +143,9 @@ class Calibration:
         """
         levels = self.levels(phase, len(shape.layers))
         shape = shape.of_phase(phase)
-        if share >= 1.0:
-            return Schedule(levels[0], levels[0], 1.0, 1.0, 1.0)
+        dense_spent = shape.planned_share(levels[0], context)  # of a prompt less than 1
+        if share >= min(dense_spent, 1.0):
+            return Schedule(levels[0], levels[0], dense_spent, dense_spent, 1.0)
         if share < self.lowest - 1e-9:
             raise CapacityError(
                 f"capacity {share:g} is below the calibrated range {self.lowest:.2f} to 1.0"

@@ -4,6 +4,7 @@ ElastiError
 ├── CapacityError       a capacity outside its range, or of a form that does not exist
 ├── AdapterError        a saved adapter that does not fit this base model, or cannot be read
 ├── BaseModelError      a base model that cannot be found or loaded
+├── CacheFull           no room for the keys and values of one more sequence
 ├── InputError          a prompt that the model cannot take: too long, empty, an unknown token
 └── UnsupportedModel    an architecture that no family in families.py describes
 """
@@ -27,6 +28,10 @@ class BaseModelError(ElastiError):
 
 class InputError(ElastiError):
     """A prompt that the model cannot take."""
+
+
+class CacheFull(ElastiError):
+    """Fewer free blocks of the key-value cache than a sequence needs."""
 
 
 class UnsupportedModel(ElastiError):

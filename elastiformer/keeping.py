@@ -1,100 +1,127 @@
-"""Which rows of a packed batch keep a sub-layer, and how its branch joins their residual."""
+"""Which rows of a packed batch keep a sub-layer, and how its branch joins their residual.
+
+Where a plan keeps all rows of a kind or none, the plan alone decides. Where it keeps a share of
+them, the router's scores do, request by request, in order.
+
+Shape letters: N packed tokens   R rows   D width
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from elastiformer.capacity import Phase, Unit
 from elastiformer.families import Layer
 from elastiformer.packed import Kind, Packed, Rows
-from elastiformer.products import Products
 from elastiformer.routers import by_threshold, token_gate
+from elastiformer.taken import Taken
+from elastiformer.workshop import Workshop
 
 
-def joined(
-    h_ND: Tensor, branch_RD: Tensor, rows: Rows, gate_N: Tensor | None, after: nn.Module | None
-) -> Tensor:
-    """The residual with a sub-layer's branch added to its rows alone.
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """The rows that keep a sub-layer, and what their branch is multiplied by (None: by 1)."""
 
-    Args:
-        after: the norm that some families put on the branch. The gate multiplies what it gives:
-            a norm would undo a gate that came before it.
-    """
-    if after is not None:
-        branch_RD = after(branch_RD)
-    if gate_N is not None:
-        branch_RD = branch_RD * rows.of(gate_N)[:, None].to(branch_RD.dtype)
-    return rows.add(h_ND, branch_RD)
+    rows: Rows
+    gate_N: Tensor | None = None
+
+    def join(self, h_ND: Tensor, branch_RD: Tensor, rows: Rows, after: nn.Module | None) -> None:
+        """Add the branch of some of the rows to their residual, in place.
+
+        Args:
+            after: the norm that some families put on the branch. The gate multiplies what it
+                gives: a norm would undo a gate that came before it.
+        """
+        if after is not None:
+            branch_RD = after(branch_RD)
+        if self.gate_N is not None:
+            branch_RD = branch_RD * rows.of(self.gate_N)[:, None].to(branch_RD.dtype)
+        rows.add(h_ND, branch_RD)
 
 
 class Keeping:
     """Takes the token units' decisions for one model."""
 
-    def __init__(self, products: Products) -> None:
-        self.adapter = products.adapter
+    def __init__(self, workshop: Workshop) -> None:
+        self.adapter = workshop.adapter
+        self._last = len(workshop.layout.layers) - 1
+
+    def routes(self, layer: Layer, unit: Unit, packed: Packed) -> bool:
+        """Whether a router decides for any row."""
+        return any(0 < self._share(kind, layer, unit) < 1 for kind in packed.distinct_kinds)
 
     def of_rows(
-        self, layer: Layer, unit: Unit, x_ND: Tensor, packed: Packed
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Which rows keep this sub-layer, and the gate of their branch; None where all do."""
-        shares = {
-            kind: getattr(kind.plan.plan[layer.index], unit.value) for kind in packed.distinct_kinds
-        }
-        if all(share == 1 for share in shares.values()):
-            return None, None
-        kept = [shares[kind] > 0 for kind in packed.kinds]
-        routed = [
-            row
-            for row, kind in enumerate(packed.kinds)
-            if 0 < shares[kind] < 1 and packed.positions[row] > 0
-        ]
-        for row in packed.firsts:
-            kept[row] = True
-        gate_N = None
-        if routed:
-            router = self.adapter.router(layer.index, unit) if self.adapter is not None else None
-            scores_R = None if router is None else router(x_ND[routed]).squeeze(-1)
-            self._route(layer, unit, scores_R, routed, shares, packed, kept)
-            if scores_R is not None and self.adapter is not None:
-                form = self.adapter.spec.token_gate
-                if form != "hard":
-                    kept_R = torch.tensor([kept[row] for row in routed], device=x_ND.device)
-                    gate_N = torch.ones(packed.count, device=x_ND.device)
-                    gate_N[routed] = token_gate(scores_R, kept_R, form)
-        return torch.tensor(kept, device=x_ND.device), gate_N
+        self, layer: Layer, unit: Unit, x_ND: Tensor | None, packed: Packed, taken: Taken
+    ) -> Kept:
+        """The rows that keep this sub-layer.
 
-    def _route(
+        Args:
+            x_ND: what routers read, the sub-layer's normed input; needed only where they decide.
+        """
+        shares = {kind: self._share(kind, layer, unit) for kind in packed.distinct_kinds}
+        if all(share == 1 for share in shares.values()):
+            return Kept(packed.everything)
+        whole = packed.rows_where(lambda kind: shares[kind] == 1)
+        routed = packed.rows_where(lambda kind: 0 < shares[kind] < 1)
+        if not routed.count:
+            return Kept(whole)
+        router = self.adapter.router(layer.index, unit) if self.adapter is not None else None
+        assert x_ND is not None, "routers decide here"
+        scores_R = None if router is None else router(routed.of(x_ND)).squeeze(-1)
+        kept_R = self._decide(layer, unit, scores_R, routed, shares, packed)
+        taken.skipped(layer.index, unit, routed.rows_R[~kept_R])
+        kept_N = np.zeros(packed.count, dtype=bool)
+        kept_N[whole.rows_R] = True
+        kept_N[routed.rows_R] = kept_R
+        gate_N = None
+        if scores_R is not None and self.adapter is not None:
+            form = self.adapter.spec.token_gate
+            if form != "hard":
+                gate_N = torch.ones(packed.count, device=x_ND.device)
+                was_kept_R = torch.from_numpy(kept_R).to(x_ND.device)
+                routed.put(gate_N, token_gate(scores_R, was_kept_R, form))
+        return Kept(packed.rows(np.flatnonzero(kept_N)), gate_N)
+
+    def _share(self, kind: Kind, layer: Layer, unit: Unit) -> float:
+        if unit is Unit.MLP_TOKENS and layer.index == self._last and kind.phase is Phase.PROMPT:
+            return 0.0  # nobody reads it
+        share: float = getattr(kind.plan.plan[layer.index], unit.value)
+        return share
+
+    def _decide(
         self,
         layer: Layer,
         unit: Unit,
         scores_R: Tensor | None,
-        routed: list[int],
+        routed: Rows,
         shares: dict[Kind, float],
         packed: Packed,
-        kept: list[bool],
-    ) -> None:
-        """Decide the routed rows, request by request and phase by phase, in order."""
+    ) -> np.ndarray:
+        """Which of the routed rows are kept: request by request and phase by phase, in order."""
         scores = None if scores_R is None else scores_R.tolist()
-        for chunk, span in zip(packed.chunks, packed.spans, strict=True):
-            for phase in Phase:
-                places = [
-                    place
-                    for place, row in enumerate(routed)
-                    if span.start <= row < span.stop and packed.kinds[row].phase is phase
-                ]
-                asked = [shares[packed.kinds[routed[place]]] for place in places]
-                thresholds = [
-                    0.0
-                    if self.adapter is None
-                    else self.adapter.threshold(unit, layer.index, phase, share)
-                    for share in asked
-                ]
-                decided = by_threshold(
-                    None if scores is None else [scores[place] for place in places],
-                    asked,
-                    thresholds,
-                    chunk.sequence.debt(layer.index, unit, phase),
-                )
-                for place, keep in zip(places, decided, strict=True):
-                    kept[routed[place]] = keep
+        kept_R = np.zeros(routed.count, dtype=bool)
+        places: dict[tuple[int, Phase], list[int]] = {}
+        chunk_R = np.searchsorted(packed.starts, routed.rows_R, side="right") - 1
+        for place, (chunk, row) in enumerate(
+            zip(chunk_R.tolist(), routed.rows_R.tolist(), strict=True)
+        ):
+            places.setdefault((chunk, packed.kinds[row].phase), []).append(place)
+        for (chunk, phase), of_chunk in places.items():
+            asked = [shares[packed.kinds[routed.rows_R[place]]] for place in of_chunk]
+            thresholds = {
+                share: 0.0
+                if self.adapter is None
+                else self.adapter.threshold(unit, layer.index, phase, share)
+                for share in set(asked)
+            }
+            kept_R[of_chunk] = by_threshold(
+                None if scores is None else [scores[place] for place in of_chunk],
+                asked,
+                [thresholds[share] for share in asked],
+                packed.chunks[chunk].sequence.debt(layer.index, unit, phase),
+            )
+        return kept_R

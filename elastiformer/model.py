@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence as Many
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,23 +24,19 @@ from elastiformer.adapter import (
     blank,
     elastic_shape,
 )
-from elastiformer.calibration import Calibration, Schedule, output_context
-from elastiformer.capacity import (
-    Capacity,
-    Phase,
-    Plan,
-    Share,
-    Unit,
-    UnitShares,
-    dense_plan,
-)
-from elastiformer.errors import AdapterError, CapacityError, InputError
+from elastiformer.cache import CacheShape, SequenceCache, blocks_of
+from elastiformer.calibration import Calibration
+from elastiformer.capacity import Capacity, Plan, Unit
+from elastiformer.costs import CostTable
+from elastiformer.errors import AdapterError, InputError
 from elastiformer.experts import coactivation_order
 from elastiformer.families import Layout, describe
 from elastiformer.lora import PARTS, LoraPhases
 from elastiformer.masked import MaskedResult, PlanGrid, Selection, run_masked
-from elastiformer.priced import PricedPlan, Pricing
-from elastiformer.routers import TOKEN_UNITS, PartGate, TokenGate
+from elastiformer.planning import Planner
+from elastiformer.pool import Pool
+from elastiformer.prefixes import PrefixStore
+from elastiformer.routers import PartGate, TokenGate
 from elastiformer.sequence import Chunk, Sequence
 from elastiformer.sparse import SparseForm
 from elastiformer.weights import BaseIdentity, config_hash, load_base
@@ -92,9 +88,21 @@ class ElasticModel:
         """Use this adapter from now on; sequences made before must not be used after."""
         self.adapter = adapter.to(self.device) if adapter is not None else None
         self.shape = elastic_shape(self.layout, adapter)
-        self._pricing = {phase: Pricing(self.shape.of_phase(phase)) for phase in Phase}
-        self._sparse = SparseForm(self.layout, adapter, self.shape)
-        self._schedule = lru_cache(maxsize=4096)(self._make_schedule)
+        self._planner = Planner(self.shape, adapter)
+        self._cache_shape = CacheShape.of(self.shape)
+        self.cache: Pool | None = None
+        self.prefixes: PrefixStore | None = None
+        for made_before in ("_sparse", "_growing"):
+            self.__dict__.pop(made_before, None)
+
+    @cached_property
+    def _sparse(self) -> SparseForm:
+        return SparseForm(self.layout, self.adapter, self.shape)
+
+    @cached_property
+    def _growing(self) -> Pool:
+        """The memory of sequences where no cache was opened."""
+        return self._cache_shape.pool(0, self.dtype, self.device, grows=True)
 
     @property
     def config(self) -> Any:
@@ -126,18 +134,50 @@ class ElasticModel:
 
     # The sparse form: packed, cached, each token under its own plan.
 
-    def sequence(
+    def open_cache(self, tokens: int, prefixes: bool = True) -> None:
+        """Bound the keys and values of all sequences together; those made before are lost.
+
+        Without it the pool grows as sequences ask.
+
+        Args:
+            tokens: that fit at capacity 1.0, in every layer.
+            prefixes: whether prompts' beginnings are kept in what is free.
+        """
+        self.cache = self._cache_shape.pool(tokens, self.dtype, self.device)
+        self.prefixes = PrefixStore(self.cache) if prefixes else None
+
+    def blocks_for(
         self, capacity: Capacity, prompt_tokens: int, most_tokens: int, scored: bool = False
+    ) -> int:
+        """The blocks of the cache that a sequence takes.
+
+        Raises:
+            CapacityError: as `sequence`.
+        """
+        self._planner.check(capacity, prompt_tokens, most_tokens, scored)
+        rooms = self._planner.rooms(capacity, prompt_tokens, most_tokens, scored)
+        return sum(map(blocks_of, rooms))
+
+    def sequence(
+        self,
+        capacity: Capacity,
+        prompt_tokens: int,
+        most_tokens: int,
+        scored: bool = False,
+        prompt: Many[int] | None = None,
     ) -> Sequence:
         """A new request.
 
         Args:
             most_tokens: of prompt and completion together.
             scored: the logits of every prompt token are needed, so all are of phase output.
+            prompt: its tokens. Given, they may go on from a stored beginning: `length` of the
+                sequence says how many must not be fed again.
 
         Raises:
             CapacityError: below the calibrated range, or a unit that the adapter lacks.
             InputError: an empty prompt, or more tokens than the context holds.
+            CacheFull: an opened cache has no room for it now.
         """
         if prompt_tokens < 1:
             raise InputError("a prompt has at least one token; got none")
@@ -146,26 +186,19 @@ class ElasticModel:
                 f"prompt and completion have {most_tokens} tokens together; "
                 f"the context holds {self.context}"
             )
-        if not scored:
-            self._check(capacity.prompt, Phase.PROMPT, prompt_tokens)
-        for context in (prompt_tokens, output_context(most_tokens - 1)):
-            self._check(capacity.output, Phase.OUTPUT, context)
-
-        def plan_at(phase: Phase, position: int) -> PricedPlan:
-            share, pricing = capacity.of(phase), self._pricing[phase]
-            if share == 1.0:
-                return pricing.dense
-            # A prompt is run whole, and each of its tokens owes all of its keys.
-            within = position < prompt_tokens
-            context = prompt_tokens if within else output_context(position)
-            if isinstance(share, UnitShares):
-                return pricing.of((share.layer_plan(),) * len(self.layout.layers))
-            schedule = self._schedule(share, phase, context)
-            return pricing.of(schedule.plan_at(position))
-
-        return Sequence(
-            self.shape, plan_at, prompt_tokens, most_tokens, scored, self.dtype, self.device
-        )
+        planner = self._planner
+        planner.check(capacity, prompt_tokens, most_tokens, scored)
+        rooms = planner.rooms(capacity, prompt_tokens, most_tokens, scored)
+        complete = self.shape.kv == "complete"
+        pool = self.cache or self._growing
+        cache = SequenceCache(pool, self._cache_shape, rooms, complete, self.device)
+        plan_at = planner.plan_at(capacity, prompt_tokens)
+        sequence = Sequence(plan_at, prompt_tokens, most_tokens, scored, cache)
+        if self.prefixes is not None and prompt is not None and not scored:
+            assert len(prompt) == prompt_tokens, "a prompt of another length"
+            sequence.prompt = tuple(prompt)
+            self.prefixes.adopt(sequence, sequence.prompt)
+        return sequence
 
     def step(self, chunks: Many[Chunk]) -> list[Tensor]:
         """Run the next tokens of any mix of sequences.
@@ -179,7 +212,21 @@ class ElasticModel:
             end = chunk.sequence.length + len(chunk.ids)
             assert chunk.ids, "a chunk has at least one token"
             assert end <= chunk.sequence.most_tokens, "a chunk beyond the sequence's bound"
-        return self._sparse.step(chunks)
+        logits = self._sparse.step(chunks)
+        if self.prefixes is not None:
+            for chunk in chunks:
+                if chunk.sequence.prompt is not None:
+                    self.prefixes.store(chunk.sequence, chunk.sequence.prompt)
+        return logits
+
+    def measure_costs(self, seconds: float = 1.0) -> CostTable:
+        """Lay out the weights now, and measure from how many rows on a dense product is faster."""
+        return self._sparse.prepare(seconds)
+
+    @property
+    def attention_backend(self) -> str:
+        """The name of what computes attention here."""
+        return self._sparse.workshop.backend.name
 
     # The masked form, and the base itself: whole windows.
 
@@ -222,17 +269,7 @@ class ElasticModel:
 
     def plans(self, capacity: Capacity, context: int) -> tuple[Plan, Plan]:
         """The (prompt plan, output plan) nearest to a capacity, for tokens over `context` keys."""
-        found: list[Plan] = []
-        for phase in Phase:
-            share = capacity.of(phase)
-            self._check(share, phase, context)
-            if share == 1.0:
-                found.append(dense_plan(len(self.layout.layers)))
-            elif isinstance(share, UnitShares):
-                found.append((share.layer_plan(),) * len(self.layout.layers))
-            else:
-                found.append(self._schedule(share, phase, context).nearest)
-        return found[0], found[1]
+        return self._planner.plans(capacity, context)
 
     # Adapters.
 
@@ -292,29 +329,3 @@ class ElasticModel:
     def trainable(self) -> dict[str, nn.Parameter]:
         """Routers and LoRA, by name; the base is never among them."""
         return self.adapter.parameters() if self.adapter is not None else {}
-
-    def _make_schedule(self, share: float, phase: Phase, context: int) -> Schedule:
-        assert self.calibration is not None
-        return self.calibration.schedule(share, phase, self.shape, context)
-
-    def _check(self, share: Share, phase: Phase, context: int) -> None:
-        """Refuse a share that this model cannot run."""
-        if isinstance(share, UnitShares):
-            units = self.adapter.units if self.adapter is not None else ()
-            # Token units without a router are spread evenly over the tokens.
-            lacking = [
-                name
-                for name in share.named
-                if name not in units and name not in (*TOKEN_UNITS, Unit.CHANNELS)
-            ]
-            if lacking:
-                raise CapacityError(
-                    f"capacity: this model's adapter has no routers for {', '.join(lacking)}; "
-                    f"it has {', '.join(units) or 'none'}"
-                )
-        elif share < 1.0:
-            if self.calibration is None:
-                raise CapacityError(
-                    f"capacity {share:g}: this model has no calibration, so only 1.0 can be asked"
-                )
-            self._schedule(share, phase, context)

@@ -1,78 +1,126 @@
 """A plan with its price: what it keeps and costs in each layer, ready for a packed batch.
 
-A row names its plan by the object itself, so that rows compare by identity, and a step's usage is
-one sum over the routes that it took.
+A row names its plan by the object itself, so that rows compare by identity, and what a step spent
+is a few sums: what a plan's rows cost when every token router keeps them, less what routers left
+out.
+
+Shape letters: L layers   S sites
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import IntEnum
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from elastiformer.accounting import LayerCounts, ModelShape, layer_cost, layer_counts
-from elastiformer.capacity import Plan, dense_plan, is_dense
+from elastiformer.accounting import LayerCost, LayerCounts, ModelShape, layer_counts
+from elastiformer.capacity import Plan, Site, dense_plan, is_dense
 
 _REMEMBERED = 4096  # plans; a caller may invent new shares for ever
 
 
-class Column(IntEnum):
-    """What is held for a plan and a layer; FLOPs and counts, for one token."""
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What one token costs and leaves out, in one layer or in all of them.
 
-    ATTENTION_KEPT = 0
-    ATTENTION_SKIPPED = 1
-    ATTENTION_PER_KEY = 2
-    MLP_KEPT = 3
-    MLP_SKIPPED = 4
-    HEADS_LEFT_OUT = 5
-    EXPERTS_LEFT_OUT = 6
-    ATTENTION_CHANNELS_LEFT_OUT = 7
-    MLP_CHANNELS_LEFT_OUT = 8
+    `linear` FLOPs do not depend on the number of keys. A token that keeps a sub-layer leaves
+    out heads and attention channels, or experts and MLP channels, of it.
+    """
+
+    linear: int = 0
+    kept_attentions: int = 0
+    kept_mlps: int = 0
+    heads_left_out: int = 0
+    experts_left_out: int = 0
+    channels_left_out: int = 0
+
+    def __add__(self, other: Price) -> Price:
+        return Price(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, times: int) -> Price:
+        return Price(*(times * getattr(self, f.name) for f in fields(self)))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class PricedPlan:
     """Compared by identity: equal plans of one `Pricing` are, as a rule, the same object."""
 
     plan: Plan
     is_dense: bool
     counts: tuple[LayerCounts, ...]
-    columns_LC: Tensor  # int64, on the CPU
+    costs: tuple[LayerCost, ...]
+    total: Price  # of a token that every token router keeps
+    per_key_L: np.ndarray  # FLOPs for each key that such a token attends to
+    skipped_attention: tuple[Price, ...]  # what changes in a layer when its router skips it
+    skipped_mlp: tuple[Price, ...]
+    channels: tuple[tuple[int, ...], ...]  # how many each site keeps, by layer, in order of Site
+    picks: bool  # whether any site keeps less than all
+    leaves_heads_out: bool
+    leaves_experts_out: bool
+    _root: Callable[[Plan], PricedPlan]
+
+    @cached_property
+    def rooted(self) -> PricedPlan:
+        """The same plan for position 0, which skips no sub-layer."""
+        whole = {"attention_tokens": 1.0, "mlp_tokens": 1.0}
+        plan = tuple(replace(layer, **whole) for layer in self.plan)
+        return self if plan == self.plan else self._root(plan)
 
 
 class Pricing:
-    """Prices plans for one shape of model."""
+    """Prices plans for one phase of one shape of model."""
 
     def __init__(self, shape: ModelShape) -> None:
         self.shape = shape
-        self.dense = self._price(dense_plan(len(shape.layers)))
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._price)
+        self.dense = self._price(dense_plan(len(shape.layers)), True)
 
     def of(self, plan: Plan) -> PricedPlan:
-        return self.dense if is_dense(plan) else self._remembered(plan)
+        return self.dense if is_dense(plan) else self._remembered(plan, False)
 
-    def _price(self, plan: Plan) -> PricedPlan:
-        dense = is_dense(plan)
-        counts = []
-        rows = []
-        for shape, layer in zip(self.shape.layers, plan, strict=True):
-            cost, kept = layer_cost(shape, layer, self.shape.kv, dense), layer_counts(shape, layer)
-            counts.append(kept)
+    def _price(self, plan: Plan, dense: bool) -> PricedPlan:
+        shapes = self.shape.layers
+        counts = tuple(map(layer_counts, shapes, plan))
+        costs = tuple(self.shape.costs(plan, dense))
+        both = list(zip(shapes, counts, strict=True))
+        total, per_key, no_attention, no_mlp, channels = Price(), [], [], [], []
+        for shape, layer, kept, cost in zip(shapes, plan, counts, costs, strict=True):
             heads_width = kept.heads * shape.head_dim
-            rows.append(
-                [
-                    cost.attention_kept,
-                    cost.attention_skipped,
-                    cost.attention_per_key,
-                    cost.mlp_kept,
-                    cost.mlp_skipped,
-                    shape.heads - kept.heads,
-                    shape.experts - kept.experts if kept.experts else 0,
-                    shape.width - kept.attention_in + heads_width - kept.attention_out,
-                    shape.width - kept.mlp_in + kept.neurons - kept.mlp_out,
-                ]
+            attention = Price(
+                linear=cost.attention_kept,
+                kept_attentions=1,
+                heads_left_out=shape.heads - kept.heads,
+                channels_left_out=(shape.width - kept.attention_in)
+                + (heads_width - kept.attention_out),
             )
-        return PricedPlan(plan, dense, tuple(counts), torch.tensor(rows, dtype=torch.long))
+            mlp = Price(
+                linear=cost.mlp_kept,
+                kept_mlps=1,
+                experts_left_out=shape.experts - kept.experts if kept.experts else 0,
+                channels_left_out=(shape.width - kept.mlp_in) + (kept.neurons - kept.mlp_out),
+            )
+            without_attention = Price(linear=cost.attention_skipped)
+            without_mlp = Price(linear=cost.mlp_skipped)
+            total += attention if layer.attention_tokens else without_attention
+            total += mlp if layer.mlp_tokens else without_mlp
+            per_key.append(cost.attention_per_key if layer.attention_tokens else 0)
+            no_attention.append(without_attention + attention * -1)
+            no_mlp.append(without_mlp + mlp * -1)
+            channels.append((kept.attention_in, kept.attention_out, kept.mlp_in, kept.mlp_out))
+        return PricedPlan(
+            plan=plan,
+            is_dense=dense,
+            counts=counts,
+            costs=costs,
+            total=total,
+            per_key_L=np.array(per_key, dtype=np.int64),
+            skipped_attention=tuple(no_attention),
+            skipped_mlp=tuple(no_mlp),
+            channels=tuple(channels),
+            picks=any(getattr(layer, site.value) < 1 for layer in plan for site in Site),
+            leaves_heads_out=any(kept.heads < shape.heads for shape, kept in both),
+            leaves_experts_out=any(kept.neurons < shape.mlp_width for shape, kept in both),
+            _root=lambda rooted: self._remembered(rooted, False),
+        )

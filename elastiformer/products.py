@@ -1,228 +1,277 @@
-"""The matrix products of the sparse form: whole, over picked channels, by head, by expert.
+"""The matrix products of the sparse form: over all channels, or over those that each row picks.
 
-A product over picked channels reads only those columns of the weight: per token, the channels of
-the largest size x column norm. In PyTorch that is `embedding_bag` over the transposed weight,
-which is made once, when a plan first needs it. Experts need their neurons side by side, so their
-matrices are laid out anew, once, too; the base's own weights stay as they are.
-`Products` holds all of this for one model; `Repair` is the low-rank addition to some rows.
+Picked are, per token, the channels of the largest size x column norm. For a single row that reads
+only those columns of the weight: in PyTorch an `embedding_bag` over the transposed weight. From
+some number of rows on it is faster to read the whole weight once, for rows that are zero outside
+their picks; where that is, costs.py measures. On a CPU the dense product is oneDNN's over a weight
+packed once: it reads memory twice as fast for few rows as `F.linear`, and what a row gets does not
+depend on how many rows there are. In float32 both ways add the same numbers in the same order, so
+batch-mates change nothing, to the last bit.
 
-Shape letters: R rows   I inputs   O outputs   M experts   S neurons of one expert
+Shape letters: R rows   I inputs   O outputs   T tiles   B blocks   K picked channels
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from elastiformer.accounting import KVPolicy
-from elastiformer.adapter import Adapter
-from elastiformer.capacity import Site, Unit
-from elastiformer.families import Layer, Layout, Projection
-from elastiformer.lora import LoraPair
-from elastiformer.packed import Kind
-from elastiformer.routers import PartGate, Router, best
+from elastiformer.costs import FewRows
+from elastiformer.families import Projection
+
+_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_SUMMED_INPUTS = 1024  # oneDNN sums so many inputs in one go, then the next ones, and adds
 
 
-def largest(x_RI: Tensor, norms_I: Tensor, count: int) -> Tensor:
-    """Each row's `count` channels of the largest size x column norm: indices [R, count]."""
-    weighed_RI = x_RI.abs().float() * norms_I
-    if len(x_RI) == 1:
-        return weighed_RI.topk(count, dim=1, sorted=False).indices
-    kept_RI = best(weighed_RI, torch.full((len(x_RI),), count, device=x_RI.device))
-    return torch.nonzero(kept_RI)[:, 1].view(len(x_RI), count)
+class Reading:
+    """What products read of some rows: all of `x`, or each row's picked channels."""
 
-
-def only(x_RI: Tensor, index_RK: Tensor) -> Tensor:
-    """`x`, zero but for the picked channels: what a low-rank repair of a picked product reads."""
-    return torch.zeros_like(x_RI).scatter_(1, index_RK, x_RI.gather(1, index_RK))
-
-
-def picked(weight_IO: Tensor, bias_O: Tensor | None, x_RI: Tensor, index_RK: Tensor) -> Tensor:
-    """The product over the picked channels only; it reads `count` rows of the weight per token."""
-    value_RK = x_RI.gather(1, index_RK)
-    rows, count = index_RK.shape
-    if rows == 1 and count > 1 and torch.get_num_threads() > 1:
-        # One bag runs on one thread: halve the only row, and add.
-        offsets = torch.tensor([0, count // 2], device=index_RK.device)
-        halves = F.embedding_bag(
-            index_RK[0], weight_IO, offsets, mode="sum", per_sample_weights=value_RK[0]
-        )
-        out_RO = halves.sum(0, keepdim=True)
-    else:
-        out_RO = F.embedding_bag(index_RK, weight_IO, mode="sum", per_sample_weights=value_RK)
-    return out_RO if bias_O is None else out_RO + bias_O
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FrontMatrix:
-    """The gate or up projection of one layer, expert by expert."""
-
-    weight_MSI: Tensor
-    bias_MS: Tensor | None
-
-    @classmethod
-    def of(cls, projection: Projection, order_I: Tensor, experts: int) -> FrontMatrix:
-        weight_OI, bias_O = projection.weight_OI.detach()[order_I], projection.bias_O
-        bias_MS = None if bias_O is None else bias_O.detach()[order_I].view(experts, -1)
-        return cls(weight_OI.view(experts, -1, weight_OI.shape[1]), bias_MS)
-
-    def run(self, expert: int, x_RI: Tensor, channels: Tensor | None) -> Tensor:
-        weight_SI = self.weight_MSI[expert]
-        bias_S = None if self.bias_MS is None else self.bias_MS[expert]
-        if channels is None:
-            return F.linear(x_RI, weight_SI, bias_S)
-        return picked(weight_SI.T.contiguous(), bias_S, x_RI, channels)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ExpertTable:
-    """One layer's MLP with the neurons of each expert side by side.
-
-    Left out on purpose: the bias of the down projection, which is added once and not per expert.
-    """
-
-    order_I: Tensor
-    gate: FrontMatrix | None
-    up: FrontMatrix
-    down_MOS: Tensor
-    down_IO: Tensor  # all neurons, in the experts' order: for picking among them
-
-    @classmethod
-    def of(cls, layer: Layer, adapter: Adapter) -> ExpertTable:
-        assert adapter.neuron_order is not None, "experts without an order of the neurons"
-        order_I, experts = adapter.neuron_order[layer.index], adapter.spec.experts
-        gate = None if layer.gate is None else FrontMatrix.of(layer.gate, order_I, experts)
-        down_OI = layer.down.weight_OI.detach()[:, order_I]
-        down_MOS = down_OI.view(len(down_OI), experts, -1).transpose(0, 1).contiguous()
-        up = FrontMatrix.of(layer.up, order_I, experts)
-        return cls(order_I, gate, up, down_MOS, down_OI.T.contiguous())
-
-    def neurons(self, expert: int) -> slice:
-        """The expert's place in the experts' order."""
-        size = self.down_MOS.shape[2]
-        return slice(expert * size, (expert + 1) * size)
-
-
-class Products:
-    """The products of one model: its layout, its adapter, and what was laid out anew for them."""
-
-    def __init__(self, layout: Layout, adapter: Adapter | None) -> None:
-        self.layout, self.adapter = layout, adapter
-        self._transposed: dict[tuple[int, int, int], Tensor] = {}
-        self._side_by_side: dict[tuple[int, Site], Tensor] = {}
-        self._experts: dict[int, ExpertTable] = {}
-        self._pairs: dict[tuple[int, str], dict[str, LoraPair]] = {}
-
-    def of(
+    def __init__(
         self,
-        projection: Projection,
         x_RI: Tensor,
-        channels: Tensor | None = None,
-        outputs: slice = slice(None),
-    ) -> Tensor:
-        """The product with a projection, or with one slice of its outputs, over some channels."""
-        weight_OI, bias_O = projection.weight_OI[outputs], projection.bias_O
-        if bias_O is not None:
-            bias_O = bias_O[outputs]
-        if channels is None:
-            return F.linear(x_RI, weight_OI, bias_O)
-        key = (id(projection), outputs.start or 0, len(weight_OI))
-        if key not in self._transposed:
-            self._transposed[key] = weight_OI.detach().T.contiguous()
-        return picked(self._transposed[key], bias_O, x_RI, channels)
+        picks: int | None = None,
+        kept_RI: Tensor | None = None,
+        index_K: np.ndarray | None = None,
+    ) -> None:
+        """Of `picks` channels over all rows: a mask, or of a single row on a CPU their indices."""
+        self.x_RI, self.picks, self.index_K = x_RI, picks, index_K
+        self._kept_RI = kept_RI
 
-    def at_site(
-        self, layer: Layer, site: Site, x_RI: Tensor, channels: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """The products with all projections that read `site`, in their order.
+    @property
+    def share(self) -> float:
+        return 1.0 if self.picks is None else self.picks / self.x_RI.numel()
 
-        Over picked channels they are one product: their rows of the weight lie side by side.
-        """
-        projections = layer.at_site(site)
-        if channels is None:
-            return tuple(self.of(projection, x_RI) for projection in projections)
-        if (layer.index, site) not in self._side_by_side:
-            weights = [projection.weight_OI.detach().T for projection in projections]
-            self._side_by_side[layer.index, site] = torch.cat(weights, 1)
-        outs_RO = picked(self._side_by_side[layer.index, site], None, x_RI, channels)
+    @property
+    def kept_RI(self) -> Tensor:
+        """True where a channel is picked."""
+        if self._kept_RI is None:
+            assert self.index_K is not None, "nothing was picked"
+            self._kept_RI = torch.zeros_like(self.x_RI, dtype=torch.bool)
+            self._kept_RI[0, torch.from_numpy(self.index_K)] = True
+        return self._kept_RI
+
+    @cached_property
+    def only_RI(self) -> Tensor:
+        """`x`, zero but for the picked channels."""
+        return self.x_RI if self.picks is None else self.x_RI * self.kept_RI
+
+    def row(self, row: int) -> Reading:
+        kept_1I = self.kept_RI[row : row + 1]
+        return Reading(self.x_RI[row : row + 1], kept_RI=kept_1I)
+
+
+def pick(x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray) -> Reading:
+    """Each row's channels of the largest size x column norm.
+
+    Args:
+        counts: how many, the same for every row or one for each [R].
+    """
+    rows, inputs = x_RI.shape
+    if isinstance(counts, int):
+        if counts >= inputs:
+            return Reading(x_RI)
+        picks = rows * counts
+    else:
+        counts = np.minimum(counts, inputs)
+        picks = int(np.sum(counts))
+    if x_RI.device.type == "cpu" and x_RI.dtype == torch.float32:
+        # NumPy partitions and sorts with the processor's vectors: much faster than PyTorch here.
+        weighed_RI = np.abs(x_RI.numpy())
+        weighed_RI *= norms_I.numpy()
+        kept_on_host_RI = _largest(weighed_RI, counts, picks)
+        if rows == 1:
+            return Reading(x_RI, picks, index_K=kept_on_host_RI[0].nonzero()[0])
+        return Reading(x_RI, picks, torch.from_numpy(kept_on_host_RI))
+    order_RI = (x_RI.abs().float() * norms_I).argsort(dim=1, descending=True)
+    rank_I = torch.arange(inputs, device=x_RI.device)
+    if isinstance(counts, int):
+        best_RI = (rank_I < counts).expand(rows, -1)
+    else:
+        best_RI = rank_I < torch.from_numpy(counts).to(x_RI.device)[:, None]
+    kept_RI = torch.zeros_like(order_RI, dtype=torch.bool).scatter_(1, order_RI, best_RI)
+    return Reading(x_RI, picks, kept_RI)
+
+
+def _largest(weighed_RI: np.ndarray, counts: int | np.ndarray, picks: int) -> np.ndarray:
+    inputs = weighed_RI.shape[1]
+    if isinstance(counts, int):
+        at = inputs - counts
+        least_R1 = np.partition(weighed_RI, at, axis=1)[:, at : at + 1]
+    else:
+        at_R = np.minimum(inputs - counts, inputs - 1)
+        least_R1 = np.take_along_axis(np.sort(weighed_RI, axis=1), at_R[:, None], axis=1)
+    kept_RI: np.ndarray = weighed_RI >= least_R1
+    if np.count_nonzero(kept_RI) != picks:  # ties: zeros, mostly
+        of_R = np.broadcast_to(counts, len(kept_RI))
+        for row in np.flatnonzero(kept_RI.sum(axis=1) != of_R):
+            kept_RI[row] = False
+            kept_RI[row, np.argsort(-weighed_RI[row], kind="stable")[: of_R[row]]] = True
+    return kept_RI
+
+
+def _packed_linear(x_RI: Tensor, packed: Tensor) -> Tensor:
+    out_RO: Tensor = torch.ops.mkldnn._linear_pointwise(x_RI, packed, None, "none", [], "")
+    return out_RO
+
+
+def _picked_linear(x_RI: Tensor, weight: Tensor, picks: int, packed: bool) -> Tensor:
+    return _packed_linear(x_RI, weight) if packed else F.linear(x_RI, weight)
+
+
+# An operator of its own, so that PyTorch's counter sees the picks and not the zeros.
+_LIBRARY: Any = torch.library.Library("elasti", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("picked_linear(Tensor x, Tensor weight, int picks, bool packed) -> Tensor")
+_LIBRARY.impl("picked_linear", _picked_linear, "CompositeExplicitAutograd")
+
+
+class Product:
+    """The product with all projections that read the same input, their outputs side by side."""
+
+    def __init__(self, projections: tuple[Projection, ...]) -> None:
+        self.projections = projections
+        self.inputs = projections[0].weight_OI.shape[1]
         sizes = [len(projection.weight_OI) for projection in projections]
-        parts = zip(projections, torch.split(outs_RO, sizes, 1), strict=True)
-        return tuple(out if p.bias_O is None else out + p.bias_O for p, out in parts)
+        self.outputs = sum(sizes)
+        self.parts = [slice(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
+        biases = [projection.bias_O for projection in projections]
+        self._bias_O = (
+            None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+        )
+        self.few = FewRows()
 
-    def channels(self, layer: Layer, site: Site, x_RI: Tensor, count: int) -> Tensor | None:
-        """The channels to read, [R, count]; None for all of them."""
-        if count >= x_RI.shape[1]:
+    def run(self, reading: Reading) -> Tensor:
+        """The outputs [R, O]."""
+        if reading.picks is None:
+            return self.dense(reading.x_RI)
+        if len(reading.x_RI) <= self.few.rows(reading.share):
+            return self.picked(reading)
+        return self.over_zeros(reading)
+
+    def dense(self, x_RI: Tensor) -> Tensor:
+        """The product over all channels."""
+        if self._packed is None:
+            return F.linear(x_RI, self._weight_OI, self._bias_O)
+        return self._biased(_packed_linear(x_RI, self._packed))
+
+    def over_zeros(self, reading: Reading) -> Tensor:
+        """The product over the picked channels, by way of a dense one over zeros elsewhere."""
+        weight = self._packed if self._packed is not None else self._weight_OI
+        return self._biased(
+            torch.ops.elasti.picked_linear(
+                reading.only_RI, weight, reading.picks, self._packed is not None
+            )
+        )
+
+    def picked(self, reading: Reading) -> Tensor:
+        """The product row by row, each over its picked channels alone."""
+        rows = len(reading.x_RI)
+        if rows == 1:
+            return self._picked(reading)
+        return torch.cat([self._picked(reading.row(row)) for row in range(rows)])
+
+    def prepare(self) -> None:
+        """Lay the weight out now, rather than when a request first needs it."""
+        _ = self._packed if self._packs else self._weight_OI
+
+    @cached_property
+    def _packs(self) -> bool:
+        weight_OI = self.projections[0].weight_OI
+        if weight_OI.device.type != "cpu" or not _HAS_ONEDNN:
+            return False
+        if weight_OI.dtype == torch.bfloat16:
+            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return weight_OI.dtype == torch.float32
+
+    @cached_property
+    def _weight_OI(self) -> Tensor:
+        weights = [projection.weight_OI.detach() for projection in self.projections]
+        if len(weights) == 1:
+            return weights[0]
+        if _side_by_side(self.projections):
+            module = self.projections[0].module.weight.detach()  # type: ignore[operator]
+            whole: Tensor = module if len(module) == self.outputs else torch.cat(weights)
+            return whole
+        return torch.cat(weights)
+
+    @cached_property
+    def _packed(self) -> Tensor | None:
+        if not self._packs:
             return None
-        return largest(x_RI, self.layout.column_norms(layer, site), count)
+        weight_OI = torch.cat([p.weight_OI.detach() for p in self.projections])
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
+        return packed
 
-    def experts(self, layer: Layer) -> ExpertTable:
-        assert self.adapter is not None, "experts without an adapter"
-        if layer.index not in self._experts:
-            self._experts[layer.index] = ExpertTable.of(layer, self.adapter)
-        return self._experts[layer.index]
+    @cached_property
+    def _tiles(self) -> Tensor:
+        """The transposed weight, in a tile of outputs for each thread: [T x I, O / T]."""
+        weight_IO = torch.cat([p.weight_OI.detach() for p in self.projections]).T
+        tiles = torch.get_num_threads() if weight_IO.device.type == "cpu" else 1
+        if self.outputs % tiles:
+            tiles = 1
+        tiled = weight_IO.reshape(self.inputs, tiles, -1).transpose(0, 1)
+        return tiled.reshape(tiles * self.inputs, -1).contiguous()
 
-    def router(self, layer: Layer, unit: Unit) -> Router:
-        router = self.adapter.router(layer.index, unit) if self.adapter is not None else None
-        assert router is not None, f"a plan that routes {unit} without its routers"
-        return router
+    def _picked(self, reading: Reading) -> Tensor:
+        """One row's product over its picked channels; it reads no other column of the weight."""
+        x_1I = reading.x_RI
+        if x_1I.device.type == "cpu" and x_1I.dtype == torch.float32:
+            index_K = reading.index_K
+            if index_K is None:
+                index_K = reading.kept_RI.numpy()[0].nonzero()[0]
+            return self._picked_on_host(x_1I.numpy()[0][index_K], index_K)
+        index = reading.kept_RI[0].nonzero()[:, 0]
+        tiles = len(self._tiles) // self.inputs
+        starts_T1 = self.inputs * torch.arange(tiles, device=x_1I.device)[:, None]
+        value_TK = x_1I[0, index].expand(tiles, -1).contiguous()
+        out_TO = F.embedding_bag(
+            starts_T1 + index, self._tiles, mode="sum", per_sample_weights=value_TK
+        )
+        return self._biased(out_TO.reshape(1, -1))
 
-    @property
-    def kv(self) -> KVPolicy:
-        return self.adapter.kv if self.adapter is not None else "complete"
+    def _picked_on_host(self, value_K: np.ndarray, index_K: np.ndarray) -> Tensor:
+        tiles_W, count = self._tiles, len(index_K)
+        tiles = tiles_W.shape[0] // self.inputs
+        if tiles > 1:
+            index_K = np.concatenate([index_K + self.inputs * tile for tile in range(tiles)])
+            value_K = np.concatenate([value_K] * tiles)
+        if self.inputs <= _SUMMED_INPUTS:
+            return self._biased(
+                self._bags(index_K, value_K, _offsets(count, tiles)).view(1, self.outputs)
+            )
+        # Block after block, as oneDNN adds.
+        bounds_B = np.arange(0, self.inputs, _SUMMED_INPUTS)
+        firsts_B = np.searchsorted(index_K[:count], bounds_B)
+        offsets = (count * np.arange(tiles)[:, None] + firsts_B).reshape(-1)
+        sums = self._bags(index_K, value_K, torch.from_numpy(offsets))
+        sums_TBW = sums.view(tiles, len(bounds_B), -1)
+        out_TW = sums_TBW[:, 0]
+        for block in range(1, len(bounds_B)):
+            out_TW = out_TW + sums_TBW[:, block]
+        return self._biased(out_TW.reshape(1, self.outputs))
 
-    @property
-    def part_gate(self) -> PartGate:
-        assert self.adapter is not None, "gates without an adapter"
-        return self.adapter.spec.part_gate
+    def _bags(self, index: np.ndarray, value: np.ndarray, offsets: Tensor) -> Tensor:
+        values = torch.from_numpy(value)
+        summed: Tensor = torch.embedding_bag(
+            self._tiles, torch.from_numpy(index), offsets, False, 0, False, values
+        )[0]
+        return summed
 
-    def repair_name(self, kind: Kind) -> str | None:
-        """The set of low-rank pairs that rows of this kind use; none at capacity 1.0."""
-        if kind.is_dense or self.adapter is None or self.adapter.lora is None:
-            return None
-        return self.adapter.lora.set_name(kind.phase)
-
-    def repair(self, layer: Layer, name: str | None) -> Repair:
-        if name is None or self.adapter is None or self.adapter.lora is None:
-            return Repair({})
-        key = (layer.index, name)
-        if key not in self._pairs:  # asked for in every layer of every step
-            self._pairs[key] = self.adapter.lora.set_of(*key)
-        return Repair(self._pairs[key])
+    def _biased(self, out_RO: Tensor) -> Tensor:
+        return out_RO if self._bias_O is None else out_RO + self._bias_O
 
 
-class Repair:
-    """The low-rank pairs, by module path, of one group of rows in one layer; perhaps none."""
+@lru_cache(maxsize=65536)
+def _offsets(count: int, tiles: int) -> Tensor:
+    return torch.arange(0, count * tiles, count)
 
-    def __init__(self, pairs: dict[str, LoraPair]) -> None:
-        self._pairs = pairs
-        self._inner: dict[str, Tensor] = {}
 
-    @property
-    def active(self) -> bool:
-        return bool(self._pairs)
-
-    def read(self, projection: Projection, x_RI: Tensor) -> None:
-        """Take the input of a projection's module; parts fused in one module share it."""
-        pair = self._pairs.get(projection.path)
-        if pair is not None and projection.path not in self._inner:
-            self._inner[projection.path] = F.linear(x_RI, pair.a_RI.to(x_RI.dtype))
-
-    def add(
-        self,
-        projection: Projection,
-        out_RO: Tensor,
-        rows: Tensor | None = None,
-        outputs: slice | Tensor = slice(None),
-    ) -> Tensor:
-        """`out`, repaired; `rows` and `outputs` say which part of what was read it is."""
-        inner_RK = self._inner.get(projection.path)
-        if inner_RK is None:
-            return out_RO
-        pair = self._pairs[projection.path]
-        if rows is not None:
-            inner_RK = inner_RK[rows]
-        b_OK = pair.b_OR[projection.start : projection.stop][outputs].to(inner_RK.dtype)
-        return out_RO + pair.scale * F.linear(inner_RK, b_OK)
+def _side_by_side(projections: tuple[Projection, ...]) -> bool:
+    """Whether they are neighbours in one fused module."""
+    one = all(p.module is projections[0].module for p in projections)
+    return one and all(a.stop == b.start for a, b in pairwise(projections))

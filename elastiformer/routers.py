@@ -80,6 +80,9 @@ class Debt:
     seen: int = 0
 
 
+_SLACK_TOKENS, _SLACK_SHARE = 2.0, 1 / 64  # between what was due and what was kept
+
+
 def by_threshold(
     scores: Sequence[float] | None,
     shares: Sequence[float],
@@ -98,7 +101,7 @@ def by_threshold(
         if scores is None:
             keep = due >= 0.5
         else:
-            slack = max(2.0, debt.seen / 64)
+            slack = max(_SLACK_TOKENS, debt.seen * _SLACK_SHARE)
             if due - 1 < -slack:
                 keep = False
             elif due > slack:
@@ -108,6 +111,18 @@ def by_threshold(
         debt.owed = due - 1 if keep else due
         kept.append(keep)
     return kept
+
+
+def most_kept(shares: Sequence[tuple[float, int]]) -> int:
+    """The most tokens that `by_threshold` can keep, of so many under each share."""
+    whole = sum(count for share, count in shares if share == 1)
+    routed = [(share, count) for share, count in shares if 0 < share < 1]
+    seen = sum(count for _, count in routed)
+    if not seen:
+        return whole
+    due = sum(share * count for share, count in routed)
+    slack = max(_SLACK_TOKENS, seen * _SLACK_SHARE)
+    return whole + min(seen, math.ceil(due + slack) + 1)
 
 
 def by_rank(scores_BT: Tensor, share_BT: Tensor, among_BT: Tensor) -> Tensor:

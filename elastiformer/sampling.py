@@ -1,22 +1,25 @@
 """From logits to the next token: each row under its own settings and its own generator.
 
 Rows are drawn together but never look at each other: one uniform number per row comes from that
-row's generator, and the token is read off the row's own distribution. So what a row draws does
-not depend on its batch-mates. Log-probabilities are those of the model, before any penalty,
-temperature or filter.
+row's generator, and drawing.py reads the token off the row's own distribution. So what a row
+draws does not depend on its batch-mates. Log-probabilities are those of the model, before any
+penalty, temperature or filter.
 
-Shape letters: R rows   V vocabulary
+Shape letters: R rows   V vocabulary   K likeliest tokens   N places, of all rows
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from elastiformer.drawing import Blocks, Pick, drawn, parts, some_rows
 from elastiformer.errors import InputError
 
 MOST_LOGPROBS = 20
@@ -86,14 +89,14 @@ class Sampling:
             or self.repetition_penalty != 1
         )
 
-    def generator(self, choice: int = 0) -> torch.Generator:
-        """A generator for one of a request's choices: of its seed, or of entropy without one."""
+    def generator(self, choice: int = 0) -> Uniforms:
+        """The numbers of one of a request's choices: of its seed, or of entropy without one."""
         generator = torch.Generator()
         if self.seed is None:
             generator.seed()
         else:
             generator.manual_seed((self.seed + choice * _SEED_STEP) % _SEEDS)
-        return generator
+        return Uniforms(generator)
 
 
 _MILD = "in [-2, 2]"
@@ -111,24 +114,64 @@ GREEDY = Sampling(temperature=0.0)
 
 
 class BrokenLogits(ArithmeticError):
-    """A model gave NaN, or no finite logit at all, in these rows."""
+    """A model gave NaN, +inf, or no logit that may be drawn, in these rows."""
 
     def __init__(self, rows: Sequence[int]) -> None:
         super().__init__(f"the model gave logits that are not numbers, in rows {list(rows)}")
         self.rows = tuple(rows)
 
 
+class Uniforms:
+    """One row's numbers in [0, 1), taken from its generator many at a time."""
+
+    __slots__ = ("_generator", "_left")
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._left: list[float] = []
+
+    def next(self) -> float:
+        if not self._left:
+            numbers = torch.rand(32, generator=self._generator, dtype=torch.float64)
+            self._left = numbers.flip(0).tolist()
+        return self._left.pop()
+
+
+class Seen:
+    """The tokens of a sequence, for its penalties: each once, with how often it was generated.
+
+    Kept on the host, where a token is known first: one more costs the same at any length, and a
+    draw sends those of all its rows to the device in one piece.
+    """
+
+    __slots__ = ("_places", "counts", "tokens")
+
+    def __init__(self, prompt: Sequence[int] = (), generated: Sequence[int] = ()) -> None:
+        self.tokens = array("q", dict.fromkeys(prompt))
+        self.counts = array("q", [0]) * len(self.tokens)
+        self._places = {token: place for place, token in enumerate(self.tokens)}
+        for token in generated:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """Count a token that was generated."""
+        place = self._places.setdefault(token, len(self.tokens))
+        if place == len(self.tokens):
+            self.tokens.append(token)
+            self.counts.append(0)
+        self.counts[place] += 1
+
+
 @dataclass(frozen=True, slots=True)
 class Draw:
     """What one row brings to the draw: its settings, its generator, and the tokens so far.
 
-    `banned` tokens are not drawn, whatever their logit.
+    Only penalties look at `seen`. `banned` tokens are not drawn, whatever their logit.
     """
 
     sampling: Sampling
-    generator: torch.Generator
-    prompt: Sequence[int] = ()
-    generated: Sequence[int] = ()
+    generator: Uniforms
+    seen: Seen | None = None
     banned: Sequence[int] = ()
 
 
@@ -153,20 +196,30 @@ class Sampled:
 def sample(logits_RV: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
     """Choose one token per row.
 
+    Penalties and bans are written into the logits and taken back before this returns.
+
     Raises:
-        BrokenLogits: a row has NaN or no finite logit.
+        BrokenLogits: a row has NaN, +inf, or no logit that may be drawn. No generator has moved.
     """
-    rows, _ = logits_RV.shape
+    rows, vocabulary = logits_RV.shape
     assert rows == len(draws), f"{rows} rows of logits for {len(draws)} draws"
-    _refuse_broken(logits_RV)
-    changed_RV = _penalised(logits_RV, draws)
-    tokens = changed_RV.argmax(dim=-1).tolist()
-    drawn = [row for row, draw in enumerate(draws) if not draw.sampling.is_greedy]
-    if drawn:
-        picked = _draw(changed_RV[drawn], [draws[row] for row in drawn])
-        for row, token in zip(drawn, picked, strict=True):
-            tokens[row] = token
-    return _reported(logits_RV, tokens, [draw.sampling.logprobs for draw in draws])
+    with _changed(logits_RV, draws) as changed_RV:
+        blocks = Blocks(changed_RV)
+        _refuse_broken(blocks.peak_R)
+        token_R = blocks.best()
+        picks = [_pick(row, draw) for row, draw in enumerate(draws) if not draw.sampling.is_greedy]
+        if picks:
+            places = torch.tensor([pick.row for pick in picks], device=token_R.device)
+            token_R[places] = drawn(blocks, picks)
+    tokens: list[int] = token_R.tolist()
+    sampled = [Sampled(token) for token in tokens]
+    asked = [row for row, draw in enumerate(draws) if draw.sampling.logprobs is not None]
+    for part in parts(asked, vocabulary):
+        tops = [draws[row].sampling.logprobs or 0 for row in part]
+        reports = _reported(some_rows(logits_RV, part), [tokens[row] for row in part], tops)
+        for row, report in zip(part, reports, strict=True):
+            sampled[row] = report
+    return sampled
 
 
 @torch.inference_mode()
@@ -174,104 +227,132 @@ def score(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[Sampled]:
     """The log-probability of a given token in each row, beside the `top` likeliest ones.
 
     Raises:
-        BrokenLogits: a row has NaN or no finite logit.
+        BrokenLogits: a row has NaN, +inf, or no finite logit.
     """
-    _refuse_broken(logits_RV)
-    return _reported(logits_RV, list(tokens), [top] * len(tokens))
+    rows, vocabulary = logits_RV.shape
+    _refuse_broken(logits_RV.amax(dim=-1))
+    scored: list[Sampled] = []
+    for part in parts(range(rows), vocabulary):
+        of_part = [tokens[row] for row in part]
+        scored += _reported(some_rows(logits_RV, part), of_part, [top] * len(part))
+    return scored
 
 
-def _refuse_broken(logits_RV: Tensor) -> None:
-    broken = (~logits_RV.amax(dim=-1).isfinite()).nonzero().flatten().tolist()
+def side_by_side(rows: Sequence[Tensor]) -> Tensor:
+    """Rows [V] as one tensor [R, V]; no copy where they lie one after another in memory."""
+    first = rows[0]
+    memory, start = first.untyped_storage().data_ptr(), first.data_ptr()
+    if all(
+        row.is_contiguous()
+        and row.data_ptr() == start + place * first.nbytes
+        and row.untyped_storage().data_ptr() == memory
+        for place, row in enumerate(rows)
+    ):
+        return first.as_strided((len(rows), len(first)), (len(first), 1))
+    return torch.stack(list(rows))
+
+
+def _refuse_broken(peak_R: Tensor) -> None:
+    broken = [row for row, peak in enumerate(peak_R.tolist()) if not math.isfinite(peak)]
     if broken:
         raise BrokenLogits(broken)
 
 
-def _penalised(logits_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """The logits with each row's penalties and bans; the same tensor when there are none."""
-    touched = [row for row, draw in enumerate(draws) if draw.sampling.has_penalties or draw.banned]
-    if not touched:
-        return logits_RV
-    changed_RV = logits_RV.clone()
-    for row in touched:
-        draw, logits_V = draws[row], changed_RV[row]
-        settings = draw.sampling
-        if settings.repetition_penalty != 1:
-            seen = torch.tensor(sorted({*draw.prompt, *draw.generated}), device=logits_V.device)
-            old = logits_V[seen]
-            factor = settings.repetition_penalty
-            logits_V[seen] = torch.where(old > 0, old / factor, old * factor)
-        if draw.generated and (settings.frequency_penalty or settings.presence_penalty):
-            generated = torch.tensor(draw.generated, device=logits_V.device)
-            seen, counts = torch.unique(generated, return_counts=True)
-            logits_V[seen] -= settings.frequency_penalty * counts + settings.presence_penalty
-        if draw.banned:
-            logits_V[torch.tensor(list(draw.banned), device=logits_V.device)] = -math.inf
-    return changed_RV
+def _pick(row: int, draw: Draw) -> Pick:
+    settings = draw.sampling
+    return Pick(
+        row,
+        settings.temperature,
+        settings.top_k,
+        settings.top_p,
+        settings.min_p,
+        draw.generator.next(),
+    )
 
 
-def _draw(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
-    settings = [draw.sampling for draw in draws]
-    device = logits_RV.device
-    logits_RV = logits_RV.double()  # its running sum over a large vocabulary stays exact
-    # Shifted first: a tiny temperature must not overflow.
-    logits_RV = logits_RV - logits_RV.amax(dim=-1, keepdim=True)
-    logits_RV /= torch.tensor([[max(s.temperature, 1e-5)] for s in settings], device=device)
-    logits_RV = _of_top_k(logits_RV, settings)
-    probs_RV = _of_top_p(logits_RV.softmax(dim=-1), settings)
-    floor_R1 = torch.tensor([[s.min_p] for s in settings], device=device)
-    probs_RV = probs_RV.where(probs_RV >= floor_R1 * probs_RV.amax(dim=-1, keepdim=True), 0.0)
-
-    sums_RV = probs_RV.cumsum(dim=-1)
-    uniform_R1 = torch.stack(
-        [torch.rand(1, generator=draw.generator, dtype=torch.float64) for draw in draws]
-    ).to(device)
-    # right=True: a token of probability 0 has no width, so it cannot be hit.
-    picked_R1 = torch.searchsorted(sums_RV, uniform_R1 * sums_RV[:, -1:], right=True)
-    last_R1 = probs_RV.shape[-1] - 1 - (probs_RV > 0).flip(-1).int().argmax(-1, keepdim=True)
-    picked: list[int] = torch.minimum(picked_R1, last_R1).flatten().tolist()
-    return picked
-
-
-def _of_top_k(logits_RV: Tensor, settings: Sequence[Sampling]) -> Tensor:
+@contextmanager
+def _changed(logits_RV: Tensor, draws: Sequence[Draw]) -> Iterator[Tensor]:
+    """The logits with each row's penalties and bans, for as long as this is open."""
+    penalised = [
+        (row, draw.sampling, draw.seen)
+        for row, draw in enumerate(draws)
+        if draw.seen is not None and draw.seen.tokens and draw.sampling.has_penalties
+    ]
     vocabulary = logits_RV.shape[-1]
-    sizes = [s.top_k if 0 < s.top_k < vocabulary else vocabulary for s in settings]
-    limited = [row for row, size in enumerate(sizes) if size < vocabulary]
-    if not limited:
-        return logits_RV
-    best_RK = logits_RV[limited].topk(max(sizes[row] for row in limited), dim=-1).values
-    for place, row in enumerate(limited):
-        least = best_RK[place, sizes[row] - 1]
-        logits_RV[row] = logits_RV[row].where(logits_RV[row] >= least, -math.inf)
-    return logits_RV
+    banned = [row * vocabulary + token for row, draw in enumerate(draws) for token in draw.banned]
+    if not penalised and not banned:
+        yield logits_RV
+        return
+    # Few places change: putting them back costs less than a copy of all the others. Only rows
+    # that share their memory, as expanded ones do, are copied.
+    flat = logits_RV.contiguous().view(-1)
+    undo: list[tuple[Tensor, Tensor]] = []
+    try:
+        if penalised:
+            undo.append(_penalise(flat, vocabulary, penalised))
+        if banned:
+            place_N = torch.tensor(banned, device=flat.device)
+            old_N = flat[place_N]
+            undo.append((place_N, old_N))
+            # NaN and +inf stay: a ban must not hide that the model is broken.
+            flat[place_N] = old_N.masked_fill(old_N < math.inf, -math.inf)
+        yield flat.view_as(logits_RV)
+    finally:
+        for place_N, old_N in reversed(undo):
+            flat[place_N] = old_N
 
 
-def _of_top_p(probs_RV: Tensor, settings: Sequence[Sampling]) -> Tensor:
-    limited = [row for row, s in enumerate(settings) if s.top_p < 1]
-    if not limited:
-        return probs_RV
-    sorted_RV, order_RV = probs_RV[limited].sort(dim=-1, descending=True, stable=True)
-    top_p_R1 = torch.tensor([[settings[row].top_p] for row in limited], device=probs_RV.device)
-    # The smallest set that reaches top_p: a token stays while the ones before it do not reach it.
-    before_RV = sorted_RV.cumsum(dim=-1) - sorted_RV
-    kept_RV = sorted_RV.where(before_RV < top_p_R1, 0.0)
-    probs_RV[limited] = torch.zeros_like(kept_RV).scatter(-1, order_RV, kept_RV)
-    return probs_RV
+def _penalise(
+    flat: Tensor, vocabulary: int, penalised: Sequence[tuple[int, Sampling, Seen]]
+) -> tuple[Tensor, Tensor]:
+    """Lower what was seen, all rows at once; the places that changed, and what stood there."""
+    tokens, counts = array("q"), array("q")
+    for _, _, seen in penalised:
+        tokens += seen.tokens
+        counts += seen.counts
+    table = torch.tensor(
+        [
+            (
+                row * vocabulary,
+                settings.repetition_penalty,
+                settings.frequency_penalty,
+                settings.presence_penalty,
+            )
+            for row, settings, _ in penalised
+        ],
+        dtype=torch.float64,
+    )
+    lengths = torch.tensor([len(seen.tokens) for _, _, seen in penalised])
+    table_N = table.repeat_interleave(lengths, dim=0).to(flat.device)
+    start_N, *penalties = table_N.unbind(dim=-1)
+    factor_N, frequency_N, presence_N = (each.to(flat.dtype) for each in penalties)
+    place_N = torch.frombuffer(tokens, dtype=torch.int64).to(flat.device) + start_N.long()
+    count_N = torch.frombuffer(counts, dtype=torch.int64).to(flat.device)
+
+    old_N = flat[place_N]
+    new_N = torch.where(old_N > 0, old_N / factor_N, old_N * factor_N)
+    flat[place_N] = new_N - (frequency_N * count_N + presence_N * (count_N > 0))
+    return place_N, old_N
 
 
-def _reported(logits_RV: Tensor, tokens: list[int], tops: Sequence[int | None]) -> list[Sampled]:
-    asked = [row for row, top in enumerate(tops) if top is not None]
-    sampled = [Sampled(token) for token in tokens]
-    if not asked:
-        return sampled
-    logprobs_RV = logits_RV[asked].float().log_softmax(dim=-1)
-    chosen_R1 = torch.tensor([[tokens[row]] for row in asked], device=logits_RV.device)
-    own = logprobs_RV.gather(-1, chosen_R1).flatten().tolist()
-    most = min(max(tops[row] or 0 for row in asked), logprobs_RV.shape[-1])
-    best = logprobs_RV.topk(most, dim=-1)
-    values, ids = best.values.tolist(), best.indices.tolist()
-    for place, row in enumerate(asked):
-        top = tops[row] or 0
-        pairs = zip(ids[place][:top], values[place][:top], strict=True)
-        likely = tuple(Likely(token, value) for token, value in pairs)
-        sampled[row] = Sampled(tokens[row], own[place], likely)
-    return sampled
+def _reported(logits_RV: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[Sampled]:
+    """Tokens with their log-probabilities, each beside the likeliest ones of its row."""
+    rows, vocabulary = logits_RV.shape
+    logprobs_RV = logits_RV.float().log_softmax(dim=-1)
+    chosen_R1 = torch.tensor(tokens, device=logits_RV.device)[:, None]
+    own: list[float] = logprobs_RV.gather(-1, chosen_R1).squeeze(-1).tolist()
+    if not any(tops):
+        return [Sampled(token, value) for token, value in zip(tokens, own, strict=True)]
+    # The same number of them for every row: then what a row shows is its own affair.
+    row_R = torch.arange(rows, device=logits_RV.device)
+    id_RK, value_RK = Blocks(logprobs_RV).likeliest(row_R, min(MOST_LOGPROBS, vocabulary))
+    value_RK, order_RK = value_RK.sort(dim=-1, descending=True, stable=True)
+    values, ids = value_RK.tolist(), id_RK.gather(-1, order_RK).tolist()
+    return [
+        Sampled(
+            tokens[row],
+            own[row],
+            tuple(Likely(*pair) for pair in zip(ids[row][:top], values[row][:top], strict=True)),
+        )
+        for row, top in enumerate(tops)
+    ]

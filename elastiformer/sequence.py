@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-
-from elastiformer.accounting import ModelShape
-from elastiformer.cache import LayerCache
+from elastiformer.cache import SequenceCache
 from elastiformer.capacity import Phase, Unit
 from elastiformer.priced import PricedPlan
 from elastiformer.routers import Debt
 from elastiformer.usage import Usage
+
+DebtKey = tuple[int, Unit, Phase]  # of a layer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,20 +30,21 @@ class Sequence:
 
     def __init__(
         self,
-        shape: ModelShape,
         plan_at: Callable[[Phase, int], PricedPlan],
         prompt_tokens: int,
         most_tokens: int,
         scored: bool,
-        dtype: torch.dtype,
-        device: torch.device,
+        cache: SequenceCache,
     ) -> None:
         self._plan_at = plan_at
         self.prompt_tokens, self.most_tokens, self.scored = prompt_tokens, most_tokens, scored
+        self.cache = cache
+        self.prompt: tuple[int, ...] | None = None  # where its beginning may be stored
         self.length = 0
+        self.cached_tokens = 0  # of the prompt, that came from the store of prefixes
+        self.stored = 0  # prompt tokens that the store of prefixes has seen
         self.usage = Usage()
-        self.caches = [LayerCache(layer, most_tokens, dtype, device) for layer in shape.layers]
-        self._debts: dict[tuple[int, Unit, Phase], Debt] = {}
+        self._debts: dict[DebtKey, Debt] = {}
 
     def phase_at(self, position: int) -> Phase:
         if self.scored or position >= self.prompt_tokens - 1:
@@ -52,16 +52,34 @@ class Sequence:
         return Phase.PROMPT
 
     def plan_at(self, position: int) -> PricedPlan:
-        """The plan that this position runs under."""
+        """The plan of this position."""
         return self._plan_at(self.phase_at(position), position)
+
+    def run_at(self, position: int) -> PricedPlan:
+        """What this position runs under: its plan, but position 0 skips no sub-layer."""
+        plan = self.plan_at(position)
+        return plan.rooted if position == 0 else plan
 
     def debt(self, layer: int, unit: Unit, phase: Phase) -> Debt:
         return self._debts.setdefault((layer, unit, phase), Debt())
 
     @property
+    def has_debts(self) -> bool:
+        return bool(self._debts)
+
+    def debts(self) -> dict[DebtKey, tuple[float, int]]:
+        """How the token units' debts stand now."""
+        return {key: (debt.owed, debt.seen) for key, debt in self._debts.items()}
+
+    def resume(self, length: int, debts: Mapping[DebtKey, tuple[float, int]]) -> None:
+        """Go on after `length` tokens that somebody else has computed alike."""
+        self.length = self.cached_tokens = length
+        self._debts = {key: Debt(owed, seen) for key, (owed, seen) in debts.items()}
+
+    @property
     def cache_bytes(self) -> int:
-        return sum(cache.bytes for cache in self.caches)
+        return self.cache.bytes
 
     def release(self) -> None:
         """Free the cache. The sequence must not be used after it."""
-        self.caches.clear()
+        self.cache.release()

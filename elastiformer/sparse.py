@@ -1,8 +1,8 @@
 """The sparse form: packed rows, each under its own plan, and what is left out is not computed.
 
 One forward for all families, over the base's own modules and weights. A sub-layer gathers the
-rows that stay, computes them group by group, and adds the branch to the residual of those rows
-alone. Rows at capacity 1.0 meet no router and no repair.
+rows that stay, computes them, and adds the branch to the residual of those rows alone. Rows at
+capacity 1.0 meet no router and no repair.
 
 It knows nothing of the masked form (masked.py), which takes the same decisions in training.
 
@@ -16,15 +16,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+import elastiformer.flop_formulas  # noqa: F401  (registers them)
 from elastiformer.accounting import ModelShape
 from elastiformer.adapter import Adapter
+from elastiformer.costs import CostTable
 from elastiformer.families import Layout
 from elastiformer.keeping import Keeping
-from elastiformer.packed import Packed, Taken
-from elastiformer.products import Products
+from elastiformer.packed import Packed
+from elastiformer.placing import Placing
+from elastiformer.pointwise import Rotation, turns_halves
 from elastiformer.sequence import Chunk
-from elastiformer.sparse_attention import Rotations, SparseAttention
+from elastiformer.sparse_attention import SparseAttention
 from elastiformer.sparse_mlp import SparseMlp
+from elastiformer.taken import Taken
+from elastiformer.workshop import Workshop
+
+Rotations = dict[str | None, Rotation]  # by layer type
 
 
 class SparseForm:
@@ -32,27 +39,36 @@ class SparseForm:
 
     def __init__(self, layout: Layout, adapter: Adapter | None, shape: ModelShape) -> None:
         self.layout, self.adapter, self.shape = layout, adapter, shape
-        products = Products(layout, adapter)
-        keeping = Keeping(products)
-        self._attention = SparseAttention(products, keeping)
-        self._mlp = SparseMlp(products, keeping)
+        self.workshop = Workshop(layout, adapter)
+        keeping = Keeping(self.workshop)
+        self._attention = SparseAttention(self.workshop, keeping)
+        self._mlp = SparseMlp(self.workshop, keeping)
+        self._rotation_checked = False
 
     @torch.inference_mode()
     def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Run the chunks; float32 logits [output rows, vocabulary] of each."""
-        packed = Packed(chunks, self.layout.head.weight.device)  # type: ignore[arg-type]
-        taken = Taken(packed, self.shape)
+        packed = Packed(chunks, self.workshop.device)
+        placing, taken = Placing(packed), Taken(packed, self.shape)
         h_ND = self._embed(packed)
         rotations = self._rotations(packed, h_ND)
         for layer in self.layout.layers:
-            h_ND = self._attention.run(layer, h_ND, packed, taken, rotations)
-            h_ND = self._mlp.run(layer, h_ND, packed, taken)
-        outputs = packed.output_rows()
-        logits = self._logits(h_ND, outputs)
-        taken.settle(outputs, self.adapter.units if self.adapter is not None else ())
+            kind = layer.layer_type if layer.layer_type in rotations else None
+            self._attention.run(layer, h_ND, packed, placing, taken, rotations.get(kind))
+            self._mlp.run(layer, h_ND, packed, taken)
+        logits = self._logits(h_ND, packed)
+        taken.settle(self.adapter.units if self.adapter is not None else ())
         for chunk in chunks:
             chunk.sequence.length += len(chunk.ids)
         return logits
+
+    def prepare(self, seconds: float) -> CostTable:
+        """Lay out all products now, and measure which is faster when."""
+        table = self.workshop.measure(seconds)
+        for layer in self.layout.layers:
+            self.workshop.product(layer.query, layer.key, layer.value).prepare()
+        self.workshop.head.prepare()
+        return table
 
     def _embed(self, packed: Packed) -> Tensor:
         h_ND: Tensor = self.layout.embedding(packed.ids_N)
@@ -61,30 +77,31 @@ class SparseForm:
         return h_ND
 
     def _rotations(self, packed: Packed, h_ND: Tensor) -> Rotations:
-        """Cosines and sines [N, rotated], by the type of layer that has frequencies of its own."""
+        """Cosines and sines, by the type of layer that has frequencies of its own."""
         rotary = self.layout.rotary
         if rotary is None:
             return {}
         # Where frequencies depend on a sequence's length, batch-mates must not change them.
         spans = packed.spans if self.layout.rotary_by_length else [slice(None)]
         kinds = {
-            layer.layer_type if self.layout.rotary_by_layer_type else None: None
+            layer.layer_type if self.layout.rotary_by_layer_type else None: layer
             for layer in self.layout.layers
         }
         rotations = {}
-        for kind in kinds:
+        for kind, layer in kinds.items():
             extra = () if kind is None else (kind,)
             parts = [rotary(h_ND, packed.position_N[span][None], *extra) for span in spans]
-            cos_N, sin_N = (torch.cat([part[at][0] for part in parts]) for at in (0, 1))
-            rotations[kind] = (cos_N, sin_N)
+            cos_NR, sin_NR = (torch.cat([part[at][0] for part in parts]) for at in (0, 1))
+            if not self._rotation_checked:
+                assert turns_halves(layer, cos_NR.shape[1], h_ND.dtype, h_ND.device), kind
+            rotations[kind] = Rotation(cos_NR, sin_NR)
+        self._rotation_checked = True
         return rotations
 
-    def _logits(self, h_ND: Tensor, outputs: list[list[int]]) -> list[Tensor]:
-        wanted = [row for rows in outputs for row in rows]
-        if len(wanted) < len(h_ND):
-            h_ND = h_ND[wanted]
-        logits_RV = self.layout.head(self.layout.final_norm(h_ND))
+    def _logits(self, h_ND: Tensor, packed: Packed) -> list[Tensor]:
+        h_RD = packed.outputs.of(h_ND)
+        logits_RV = self.workshop.head.dense(self.workshop.final_norm(h_RD))
         if self.layout.logit_softcap is not None:
             logits_RV = logits_RV / self.layout.logit_softcap
             logits_RV = torch.tanh(logits_RV) * self.layout.logit_softcap
-        return list(logits_RV.float().split([len(rows) for rows in outputs]))
+        return list(torch.split(logits_RV.float(), packed.output_counts))

@@ -15,8 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LOW_TO_HIGH = """
     elastiformer: errors capacity usage accounting calibration card priced families experts
-        routers lora lora_files weights adapter masked cache attention sequence packed products
-        keeping sparse_attention sparse_mlp sparse sampling inputs model __init__
+        routers lora lora_files weights adapter masked pool cache sequence prefixes pointwise
+        packed taken costs products flop_formulas expert_table repair attention placing workshop
+        keeping sparse_heads sparse_attention sparse_experts sparse_mlp sparse planning drawing sampling
+        inputs model __init__
 
     service: __init__ errors settings schemas scheduler metrics knob orders middleware engine
         served zero_shot desk answers streams routes app server __main__

@@ -133,7 +133,11 @@ class Allotment:
         late: Mapping[int, float] | None = None,
         whole: bool = True,
     ) -> None:
-        self._shapes = [replace(shape, layers=(layer,)) for layer in shape.layers]
+        last = len(shape.layers) - 1
+        self._shapes = [
+            replace(shape, layers=(layer,), last_unread=shape.last_unread and place == last)
+            for place, layer in enumerate(shape.layers)
+        ]
         self._layers = len(shape.layers)
         self._context = context
         self._curves = curves

@@ -30,7 +30,7 @@ from training.allotment import LEAST_KL, Allotment, Curves, fields_of, late_laye
 from training.data import Corpus, Windows, pack, read_corpus
 from training.files import DataError
 from training.progress import track
-from training.quality import Setting, Window, measure, recalibrate, windows_of
+from training.quality import Setting, Window, measure, miss, prompt_share, recalibrate, windows_of
 from training.sensitivity import (
     Meter,
     Notebook,
@@ -380,8 +380,10 @@ def check(
     for capacity in served:
         both, scored = found[capacity, Setting.BOTH], found[capacity, Setting.SCORED]
         for quality in (both, scored):
-            misses = (abs(quality.spent_least - capacity), abs(quality.spent_most - capacity))
-            worst = max(worst, *misses)
+            whole = found[1.0, quality.setting].spent_least
+            prompt = prompt_share(model, len(windows[0].ids_T))
+            missed = miss(capacity, quality.spent_least, quality.spent_most, whole, prompt)
+            worst = max(worst, missed)
         rows.append(
             Measured(
                 capacity=capacity,

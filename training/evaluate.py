@@ -38,7 +38,7 @@ from training.calibrate import CAPACITIES, capacities
 from training.data import Corpus, Windows, pack, read_corpus
 from training.files import DataError
 from training.progress import track
-from training.quality import Quality, Setting, Window, measure, windows_of
+from training.quality import Quality, Setting, Window, measure, miss, prompt_share, windows_of
 from training.reports import Report, write_report
 from training.stopwatch import Greedy, Timing, greedy_texts, time_capacities
 
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "adapter": adapter.identity,
         "capacities": served,
         "kl": {f"{row.capacity:g}": row.kl for row in ours if row.setting is Setting.BOTH},
-        "worst_miss": worst_miss(ours, greedy),
+        "worst_miss": worst_miss(ours, greedy, prompt_share(model, args.window)),
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -249,13 +249,17 @@ def updated(
     return replace(calibration, measured=tuple(rows), data=data)
 
 
-def worst_miss(ours: list[Quality], greedy: list[Greedy]) -> float:
+def worst_miss(ours: list[Quality], greedy: list[Greedy], prompt: float) -> float:
     """By how much the worst request missed its capacity, where all its tokens were routed."""
-    rows: list[Quality | Greedy] = [row for row in ours if row.setting is not Setting.PROMPT]
-    return max(
-        max(abs(row.spent_least - row.capacity), abs(row.spent_most - row.capacity))
-        for row in [*rows, *greedy]
-    )
+    groups: list[list[Quality] | list[Greedy]] = [greedy] if greedy else []
+    for setting in (Setting.BOTH, Setting.SCORED):
+        groups.append([row for row in ours if row.setting is setting])
+    worst = 0.0
+    for rows in groups:
+        whole = next(row.spent_least for row in rows if row.capacity == 1.0)
+        for row in rows:
+            worst = max(worst, miss(row.capacity, row.spent_least, row.spent_most, whole, prompt))
+    return worst
 
 
 def _of(rows: Mapping[float, Greedy | Timing], capacity: float, name: str) -> float | None:

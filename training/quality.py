@@ -16,7 +16,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from elastiformer import Calibration, Capacity, Chunk, ElasticModel
+from elastiformer import Calibration, Capacity, Chunk, ElasticModel, Phase, dense_plan
 from training.losses import Divergence, kl_per_token
 
 ROWS_AT_ONCE = 256  # of the vocabulary's width: bounds what a comparison holds in memory
@@ -155,3 +155,22 @@ def routed(
 
 def _loss_sum(logits_NV: Tensor, next_N: Tensor) -> float:
     return float(torch.nn.functional.cross_entropy(logits_NV.float(), next_N, reduction="sum"))
+
+
+def prompt_share(model: ElasticModel, context: int) -> float:
+    """What a prompt token spends at capacity 1.0: less than 1, as nobody reads its last layer."""
+    plan = dense_plan(len(model.layout.layers))
+    return model.shape.of_phase(Phase.PROMPT).planned_share(plan, context)
+
+
+def miss(capacity: float, least: float, most: float, whole: float, prompt: float) -> float:
+    """By how much requests missed their capacity: above it, or below what can be spent.
+
+    Args:
+        least, most: shares that requests of this capacity spent.
+        whole: what they spend at capacity 1.0.
+        prompt: what their prompt tokens spend at capacity 1.0, and so at most.
+    """
+    prompts_part = (1 - whole) / (1 - prompt)
+    unspendable = prompts_part * max(0.0, capacity - prompt)
+    return max(most - capacity, capacity - unspendable - least, 0.0)

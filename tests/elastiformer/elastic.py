@@ -56,7 +56,9 @@ def any_plan(seed: int, layers: int, units: Many[Unit] = EVERY_UNIT) -> Plan:
 def planned(model: ElasticModel, plans: tuple[Plan, Plan], prompt: int, most: int) -> Sequence:
     """A sequence that runs under the given (prompt plan, output plan), whatever its capacity."""
     sequence = model.sequence(DENSE, prompt, most)
-    priced = [model._pricing[phase].of(plan) for phase, plan in zip(Phase, plans, strict=True)]
+    priced = [
+        model._planner.pricing[phase].of(plan) for phase, plan in zip(Phase, plans, strict=True)
+    ]
     sequence._plan_at = lambda phase, position: priced[phase is Phase.OUTPUT]
     return sequence
 

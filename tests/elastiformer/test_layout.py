@@ -94,7 +94,7 @@ def test_all_experts_together_are_the_dense_mlp_whatever_their_order(family):
     x_RD = torch.randn(5, WIDTH)
     with torch.no_grad():
         expected = layer.mlp(x_RD)
-        experts = model._sparse._mlp.products.experts(layer)
+        experts = model._sparse.workshop.experts(layer)
         total = torch.zeros_like(expected)
         for expert in range(EXPERTS):
             a_TS = experts.up.run(expert, x_RD, None)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastiformer import DENSE, Capacity, Chunk, ElasticModel, Phase, Unit, dense_plan
+from elastiformer import DENSE, Capacity, Chunk, ElasticModel, LayerPlan, Phase, Unit, dense_plan
+from elastiformer.accounting import layer_cost
 from tests.elastiformer.elastic import (
     EVERY_UNIT,
     PROMPT,
@@ -53,8 +54,20 @@ def test_packed_dense_rows_are_the_pretrained_model_to_rounding(family):
     actual = run(model, sequence, cut(ids_BT[0].tolist(), 4, PROMPT - 4))
 
     torch.testing.assert_close(actual, expected, **CLOSE)
-    assert sequence.usage.flops == sequence.usage.dense_flops
-    assert sequence.usage.routed == {}
+    # Of the last layer, prompt tokens need keys and values only; what else is dense is spent.
+    usage, unread = sequence.usage, _unread_flops(model)
+    assert usage.flops == usage.dense_flops - unread
+    assert usage.routed == {}
+
+
+def _unread_flops(model: ElasticModel) -> int:
+    """What the prompt tokens of the request above leave out of the last layer."""
+    layer = model.shape.layers[-1]
+    whole = layer_cost(layer, LayerPlan(), "complete", True)
+    unread = layer_cost(layer, LayerPlan(), "complete", True, unread=True)
+    keys = 4 * 4 + (PROMPT - 4 - 1) * PROMPT  # of two chunks, the last prompt token aside
+    per_token = whole.attention_kept - unread.attention_kept + whole.mlp_kept
+    return (PROMPT - 1) * per_token + keys * whole.attention_per_key
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -105,7 +118,7 @@ def test_a_layer_that_no_token_keeps_costs_no_product_and_changes_nothing():
 
 
 def _first_token_flops(model: ElasticModel) -> int:
-    sequence = planned(model, DENSE_PLANS, 1, TOKENS)
+    sequence = planned(model, DENSE_PLANS, PROMPT, TOKENS)
     run(model, sequence, [text()[0, :1].tolist()])
     return sequence.usage.block_flops
 

@@ -48,7 +48,8 @@ def test_greedy_text_at_capacity_one_is_what_transformers_generates(model, ids):
     sequence = model.sequence(DENSE, len(prompt), len(prompt) + tokens + 1)
 
     assert greedy(model, sequence, prompt, tokens) == expected
-    assert sequence.usage.capacity_spent == 1.0
+    # In the last of 30 layers, prompt tokens owe keys and values only.
+    assert 1 - 1 / len(model.layout.layers) < sequence.usage.capacity_spent < 1
 
 
 def test_logits_at_capacity_one_are_the_base_model_bit_for_bit(model, ids):

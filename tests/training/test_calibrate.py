@@ -75,7 +75,8 @@ def test_a_calibrated_capacity_is_kept_on_other_text_and_its_cost_is_in_the_tabl
     assert report["promise_kept"], report["worst_miss"]
     assert [row["capacity"] for row in report["measured"]] == [1.0, 0.9, 0.7, 0.5]
     whole, *rest = report["measured"]
-    assert whole["spent"] == 1.0 and abs(whole["kl"]) < 1e-5
+    # Of prompts, the last of three layers owes keys and values only.
+    assert 0.7 < whole["spent"] < 1 and abs(whole["kl"]) < 1e-5
     # Of three layers the last one is free for prompts, so theirs may well lose nothing.
     assert all(row["kl"] > 0 and row["kl_prompt"] > -1e-5 and row["kl_scored"] > 0 for row in rest)
 

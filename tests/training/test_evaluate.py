@@ -62,7 +62,7 @@ def test_the_report_holds_every_capacity_setting_and_baseline(folders, capsys): 
     asked = {(row["capacity"], row["setting"]) for row in report["ours"]}
     assert asked == {(c, s) for c in (1.0, 0.7, 0.5) for s in ("prompt", "both", "scored")}
     whole = [row for row in report["ours"] if row["capacity"] == 1.0]
-    assert all(abs(row["kl"]) < 1e-5 and row["spent"] == 1.0 for row in whole)
+    assert all(abs(row["kl"]) < 1e-5 and 0.8 < row["spent"] <= 1 for row in whole)
     names = {"drop by sensitivity", "last layers", "uniform", "random", "static channels"}
     assert set(report["baselines"]) == names
     for rows in report["baselines"].values():
@@ -146,4 +146,4 @@ def test_greedy_text_at_full_capacity_agrees_with_the_pretrained_model(calibrate
     whole, _ = greedy_texts(calibrated, ids_WT.tolist(), [1.0, 0.6], tokens=5)
 
     assert whole.agreement == 1.0 and whole.same_prefix == 5
-    assert whole.spent == 1.0
+    assert whole.spent < 1  # of prompts, the last layer owes keys and values only

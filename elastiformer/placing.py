@@ -1,0 +1,117 @@
+"""Where one step's keys and values go, and what its queries read: the step's view of the caches.
+
+Shape letters: N packed tokens   R rows   L layers   C chunks   G key/value heads   H head size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elastiformer.attention import Read
+from elastiformer.packed import Packed, Rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The rows of one chunk among some rows."""
+
+    chunk: int
+    queries: slice
+    first: int  # position
+    last: int
+    ends_chunk: bool  # a single row, the chunk's last
+
+
+class Placing:
+    """The caches of one step's chunks."""
+
+    def __init__(self, packed: Packed) -> None:
+        self._packed = packed
+        self._caches = [chunk.sequence.cache for chunk in packed.chunks]
+        self._pool = self._caches[0].pool
+        assert all(cache.pool is self._pool for cache in self._caches), "caches of two pools"
+        self._parts: dict[Rows, list[_Part]] = {}
+        # With complete caches every layer takes every row: all places are known at once.
+        self._complete = self._caches[0].complete
+        self._index_LNG: Tensor | None = None
+        if self._complete:
+            self._index_LNG = self._everywhere()
+
+    def place(self, layer: int, rows: Rows, keys_values_RMH: Tensor | None) -> None:
+        """Write the keys and values [R, 2G, H] of these rows into their caches."""
+        if self._index_LNG is not None:
+            index_RG = self._index_LNG[layer]
+        else:
+            index_RG = self._next(layer, rows)
+        if keys_values_RMH is not None:
+            self._pool.rows[index_RG] = keys_values_RMH
+
+    def keys(self, layer: int) -> np.ndarray:
+        """How many keys each chunk's cache holds in a layer: [C]."""
+        return np.array([cache.length_L[layer] for cache in self._caches])
+
+    def reads(self, layer: int, rows: Rows) -> list[Read]:
+        """What the queries of these rows read, request by request."""
+        found = []
+        for part in self._parts_of(rows):
+            cache = self._caches[part.chunk]
+            keys_GKH, values_GKH = cache.keys_values(layer)
+            found.append(
+                Read(
+                    part.queries,
+                    part.first,
+                    part.last,
+                    part.ends_chunk,
+                    keys_GKH,
+                    values_GKH,
+                    cache.positions_K(layer),
+                )
+            )
+        return found
+
+    def _parts_of(self, rows: Rows) -> Sequence[_Part]:
+        if rows not in self._parts:
+            packed = self._packed
+            bounds = np.searchsorted(rows.rows_R, packed.starts).tolist()
+            self._parts[rows] = [
+                _Part(
+                    chunk,
+                    slice(bounds[chunk], bounds[chunk + 1]),
+                    packed.positions[rows.rows_R[bounds[chunk]]],
+                    packed.positions[rows.rows_R[bounds[chunk + 1] - 1]],
+                    bounds[chunk + 1] - bounds[chunk] == 1
+                    and rows.rows_R[bounds[chunk]] == span.stop - 1,
+                )
+                for chunk, span in enumerate(packed.spans)
+                if bounds[chunk + 1] > bounds[chunk]
+            ]
+        return self._parts[rows]
+
+    def _everywhere(self) -> Tensor:
+        """The places of all rows in all layers, [L, N, 2G]; the caches grow by them."""
+        parts_LNG = []
+        for cache, span in zip(self._caches, self._packed.spans, strict=True):
+            tokens = span.stop - span.start
+            first_NG = cache.rows_for(0, tokens) - cache.first_row(0)
+            parts_LNG.append(cache.first_rows_L[:, None, None] + first_NG)
+            cache.length_L += tokens
+        index_LNG = parts_LNG[0] if len(parts_LNG) == 1 else np.concatenate(parts_LNG, axis=1)
+        return torch.from_numpy(index_LNG).to(self._packed.device)
+
+    def _next(self, layer: int, rows: Rows) -> Tensor:
+        """The places of some rows in one layer, [R, 2G]; the caches grow by them there."""
+        packed = self._packed
+        parts_RG = [np.empty((0, self._caches[0].shape.rows_per_token), dtype=np.int64)]
+        bounds = np.searchsorted(rows.rows_R, packed.starts).tolist()
+        position_R = rows.of(packed.position_N)
+        for chunk, cache in enumerate(self._caches):
+            begin, end = bounds[chunk], bounds[chunk + 1]
+            parts_RG.append(cache.rows_for(layer, end - begin))
+            cache.note_positions(layer, position_R[begin:end])
+            cache.length_L[layer] += end - begin
+        return torch.from_numpy(np.concatenate(parts_RG)).to(packed.device)

@@ -1,0 +1,142 @@
+"""From a request's capacity to the plan of each of its tokens, and to the room its cache needs.
+
+Shape letters: L layers
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache
+
+from elastiformer.accounting import ModelShape
+from elastiformer.adapter import Adapter
+from elastiformer.calibration import Calibration, Schedule, output_context
+from elastiformer.capacity import (
+    Capacity,
+    Phase,
+    Plan,
+    Share,
+    Unit,
+    UnitShares,
+    dense_plan,
+)
+from elastiformer.errors import CapacityError
+from elastiformer.priced import PricedPlan, Pricing
+from elastiformer.routers import TOKEN_UNITS, most_kept
+
+_REMEMBERED = 4096
+_STEPS_PER_OCTAVE = 8
+
+PlanAt = Callable[[Phase, int], PricedPlan]
+
+
+class Planner:
+    """Plans for one model and its adapter."""
+
+    def __init__(self, shape: ModelShape, adapter: Adapter | None) -> None:
+        self.shape = shape
+        self.units = adapter.units if adapter is not None else ()
+        self.calibration: Calibration | None = adapter.calibration if adapter is not None else None
+        self.pricing = {phase: Pricing(shape.of_phase(phase)) for phase in Phase}
+        self._schedule = lru_cache(maxsize=_REMEMBERED)(self._make_schedule)
+        self.rooms = lru_cache(maxsize=_REMEMBERED)(self._rooms)
+
+    def check(self, capacity: Capacity, prompt_tokens: int, most_tokens: int, scored: bool) -> None:
+        """Refuse what no plan can give.
+
+        Raises:
+            CapacityError: below the calibrated range, or a unit that the adapter lacks.
+        """
+        context = prompt_context(prompt_tokens)
+        if not scored:
+            self._check(capacity.prompt, Phase.PROMPT, context)
+        for keys in (context, output_context(most_tokens - 1)):
+            self._check(capacity.output, Phase.OUTPUT, keys)
+
+    def plan_at(self, capacity: Capacity, prompt_tokens: int) -> PlanAt:
+        """The plan of each token of a request, by phase and position."""
+        context_of_prompt = prompt_context(prompt_tokens)
+
+        def plan_at(phase: Phase, position: int) -> PricedPlan:
+            share, pricing = capacity.of(phase), self.pricing[phase]
+            if share == 1.0:
+                return pricing.dense
+            if isinstance(share, UnitShares):
+                return pricing.of((share.layer_plan(),) * len(self.shape.layers))
+            # A prompt is run whole, and each of its tokens owes all of its keys.
+            within = position < prompt_tokens
+            context = context_of_prompt if within else output_context(position)
+            return pricing.of(self._schedule(share, phase, context).plan_at(position))
+
+        return plan_at
+
+    def plans(self, capacity: Capacity, context: int) -> tuple[Plan, Plan]:
+        """The (prompt plan, output plan) nearest to a capacity, for tokens over `context` keys."""
+        found: list[Plan] = []
+        for phase in Phase:
+            share = capacity.of(phase)
+            self._check(share, phase, context)
+            if share == 1.0:
+                found.append(dense_plan(len(self.shape.layers)))
+            elif isinstance(share, UnitShares):
+                found.append((share.layer_plan(),) * len(self.shape.layers))
+            else:
+                found.append(self._schedule(share, phase, context).nearest)
+        return found[0], found[1]
+
+    def _rooms(
+        self, capacity: Capacity, prompt_tokens: int, most_tokens: int, scored: bool
+    ) -> tuple[int, ...]:
+        """The most tokens that each layer of a request's cache can come to hold: [L]."""
+        layers = len(self.shape.layers)
+        if self.shape.kv == "complete":
+            return (most_tokens,) * layers
+        plan_at = self.plan_at(capacity, prompt_tokens)
+        prompts = 0 if scored else prompt_tokens - 1
+        rooms = [1] * layers  # position 0 is kept everywhere
+        for phase, positions in (
+            (Phase.PROMPT, range(1, prompts)),
+            (Phase.OUTPUT, range(max(prompts, 1), most_tokens)),
+        ):
+            under = Counter(plan_at(phase, position) for position in positions)
+            for layer in range(layers):
+                shares = {plan: plan.plan[layer].attention_tokens for plan in under}
+                rooms[layer] += most_kept([(shares[plan], n) for plan, n in under.items()])
+        return tuple(rooms)
+
+    def _make_schedule(self, share: float, phase: Phase, context: int) -> Schedule:
+        assert self.calibration is not None
+        return self.calibration.schedule(share, phase, self.shape, context)
+
+    def _check(self, share: Share, phase: Phase, context: int) -> None:
+        """Refuse a share that this model cannot run."""
+        if isinstance(share, UnitShares):
+            # Token units without a router are spread evenly over the tokens.
+            lacking = [
+                name
+                for name in share.named
+                if name not in self.units and name not in (*TOKEN_UNITS, Unit.CHANNELS)
+            ]
+            if lacking:
+                raise CapacityError(
+                    f"capacity: this model's adapter has no routers for {', '.join(lacking)}; "
+                    f"it has {', '.join(self.units) or 'none'}"
+                )
+        elif share < 1.0:
+            if self.calibration is None:
+                raise CapacityError(
+                    f"capacity {share:g}: this model has no calibration, so only 1.0 can be asked"
+                )
+            self._schedule(share, phase, context)
+
+
+def prompt_context(tokens: int) -> int:
+    """The keys that stand for a prompt's own in its schedule: rounded, eight steps an octave.
+
+    So prompts of similar lengths run under the same plans, and one can go on from what is stored
+    of another. What that does to the spent share is a small part of the attention scores.
+    """
+    step = 1 << max(0, math.floor(math.log2(max(tokens, 1))) - int(math.log2(_STEPS_PER_OCTAVE)))
+    return max(1, round(tokens / step) * step)

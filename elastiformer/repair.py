@@ -1,0 +1,59 @@
+"""The low-rank addition to the products of some rows in one layer.
+
+Shape letters: R rows   I inputs   O outputs   K rank
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from elastiformer.families import Projection
+from elastiformer.lora import LoraPair
+from elastiformer.packed import Rows
+from elastiformer.products import Product, Reading
+
+
+class Repair:
+    """The pairs, by module path, of one group of rows in one layer; perhaps none."""
+
+    def __init__(self, pairs: dict[str, LoraPair]) -> None:
+        self._pairs = pairs
+        self._inner: dict[str, Tensor] = {}
+
+    @property
+    def active(self) -> bool:
+        return bool(self._pairs)
+
+    def read(self, projection: Projection, x_RI: Tensor) -> None:
+        """Take the input of a projection's module; parts fused in one module share it."""
+        pair = self._pairs.get(projection.path)
+        if pair is not None and projection.path not in self._inner:
+            self._inner[projection.path] = F.linear(x_RI, pair.a_RI.to(x_RI.dtype))
+
+    def add(
+        self,
+        projection: Projection,
+        out_RO: Tensor,
+        rows: Tensor | None = None,
+        outputs: slice | Tensor = slice(None),
+    ) -> Tensor:
+        """`out`, repaired; `rows` and `outputs` say which part of what was read it is."""
+        inner_RK = self._inner.get(projection.path)
+        if inner_RK is None:
+            return out_RO
+        pair = self._pairs[projection.path]
+        if rows is not None:
+            inner_RK = inner_RK[rows]
+        b_OK = pair.b_OR[projection.start : projection.stop][outputs].to(inner_RK.dtype)
+        return out_RO + pair.scale * F.linear(inner_RK, b_OK)
+
+    def mend(self, product: Product, reading: Reading, out_RO: Tensor, rows: Rows) -> None:
+        """Repair these rows of a product, in place; `rows` are among those of the reading."""
+        if not any(projection.path in self._pairs for projection in product.projections):
+            return
+        x_SI = rows.of(reading.only_RI)
+        for projection, part in zip(product.projections, product.parts, strict=True):
+            self.read(projection, x_SI)
+            of_part_SO = rows.of(out_RO[:, part])
+            rows.put(out_RO[:, part], self.add(projection, of_part_SO))

@@ -1,0 +1,97 @@
+"""The routes of one step, noted layer by layer, and settled into usages at its end.
+
+A row's price is its plan's, less what its token routers left out; only the latter is noted here.
+
+Shape letters: L layers   R rows   K kinds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from elastiformer.accounting import ModelShape
+from elastiformer.capacity import Phase, Unit
+from elastiformer.packed import Packed
+from elastiformer.priced import Price
+from elastiformer.usage import Usage
+
+
+class Taken:
+    """What the rows of one step were spared."""
+
+    def __init__(self, packed: Packed, shape: ModelShape) -> None:
+        self._packed, self._shape = packed, shape
+        # Per chunk and kind, by number: what its routers changed, and keys not attended to.
+        self._changes: dict[tuple[int, int], Price] = {}
+        self._unattended: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._keys_LC: list[np.ndarray] = []
+
+    def keys(self, keys_C: np.ndarray) -> None:
+        """The keys that each chunk's rows attend to, in the next layer."""
+        self._keys_LC.append(keys_C)
+
+    def skipped(self, layer: int, unit: Unit, rows_R: np.ndarray) -> None:
+        """A token router left these rows out."""
+        packed = self._packed
+        chunk_R = np.searchsorted(packed.starts, rows_R, side="right") - 1
+        kinds = len(packed.distinct_kinds)
+        pairs, counts = np.unique(chunk_R * kinds + packed.kind_N[rows_R], return_counts=True)
+        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+            key = divmod(pair, kinds)
+            plan = packed.distinct_kinds[key[1]].plan
+            changed = plan.skipped_mlp[layer]
+            if unit is Unit.ATTENTION_TOKENS:
+                changed = plan.skipped_attention[layer]
+                self._unattended.setdefault(key, []).append((layer, count))
+            self._changes[key] = self._changes.get(key, Price()) + changed * count
+
+    def settle(self, units: Sequence[Unit]) -> None:
+        """Add to each sequence what its rows spent."""
+        packed, shape = self._packed, self._shape
+        dense_linear = shape.dense_token_flops(context=0)
+        dense_per_key = shape.dense_token_flops(context=1) - dense_linear
+        keys_LC = np.stack(self._keys_LC)
+        for place, (chunk, span, outputs) in enumerate(
+            zip(packed.chunks, packed.spans, packed.output_counts, strict=True)
+        ):
+            tokens = span.stop - span.start
+            usage = Usage()
+            keys_L = keys_LC[:, place]
+            numbers, counts = np.unique(packed.kind_N[span], return_counts=True)
+            for number, rows in zip(numbers.tolist(), counts.tolist(), strict=True):
+                kind = packed.distinct_kinds[number]
+                price = kind.plan.total * rows + self._changes.get((place, number), Price())
+                attended = rows * int(kind.plan.per_key_L @ keys_L)
+                for layer, count in self._unattended.get((place, number), ()):
+                    attended -= count * int(kind.plan.per_key_L[layer] * keys_L[layer])
+                usage.block_flops += price.linear + attended
+                usage.parameters_used += price.linear
+                if not kind.is_dense:
+                    self._decide(usage, kind.phase, rows, price, units)
+            heads = outputs * shape.head_flops
+            usage.parameters_used = (usage.parameters_used + heads) // 2
+            usage.flops = usage.block_flops + heads
+            keys = chunk.sequence.length + tokens
+            usage.dense_block_flops = tokens * (dense_linear + keys * dense_per_key)
+            usage.dense_flops = usage.dense_block_flops + heads
+            usage.dense_parameters = (tokens * dense_linear + heads) // 2
+            chunk.sequence.usage += usage
+
+    def _decide(
+        self, usage: Usage, phase: Phase, rows: int, price: Price, units: Sequence[Unit]
+    ) -> None:
+        """What was decided for some rows of one plan; dense rows decide nothing."""
+        layers, shape = len(self._shape.layers), self._shape.layers[0]
+        attentions, mlps = price.kept_attentions, price.kept_mlps
+        usage.decide(Unit.ATTENTION_TOKENS, phase, rows * layers, rows * layers - attentions)
+        usage.decide(Unit.MLP_TOKENS, phase, rows * layers, rows * layers - mlps)
+        if Unit.HEADS in units:
+            usage.decide(Unit.HEADS, phase, attentions * shape.heads, price.heads_left_out)
+        if Unit.EXPERTS in units:
+            usage.decide(Unit.EXPERTS, phase, mlps * shape.experts, price.experts_left_out)
+        if Unit.CHANNELS in units:
+            channels = attentions * (shape.width + shape.attention_width)
+            channels += mlps * (shape.width + shape.mlp_width)
+            usage.decide(Unit.CHANNELS, phase, channels, price.channels_left_out)

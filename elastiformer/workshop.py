@@ -1,0 +1,154 @@
+"""All that the sparse form uses of one model, under one roof: products, norms, routers, repairs.
+
+What is laid out anew for speed is made here once, when a step first needs it; the base's own
+weights stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import cycle
+
+import torch
+from torch import Tensor, nn
+
+from elastiformer.accounting import KVPolicy
+from elastiformer.adapter import Adapter
+from elastiformer.attention import Backend, Portable, backend
+from elastiformer.capacity import Site, Unit
+from elastiformer.costs import MOST_ROWS, CostTable, compare
+from elastiformer.expert_table import ExpertTable
+from elastiformer.families import Layer, Layout, Projection
+from elastiformer.lora import LoraPair
+from elastiformer.packed import Kind, Packed, Rows
+from elastiformer.pointwise import Norm, lean_norm
+from elastiformer.products import Product, Reading, pick
+from elastiformer.repair import Repair
+from elastiformer.routers import PartGate, Router
+
+SITES = tuple(Site)
+_PLACE = {site: place for place, site in enumerate(SITES)}
+
+
+class Workshop:
+    """One model's tools. What is asked for in every layer of every step is made once."""
+
+    def __init__(self, layout: Layout, adapter: Adapter | None) -> None:
+        self.layout, self.adapter = layout, adapter
+        weight: Tensor = layout.head.weight  # type: ignore[assignment]
+        self.device, self.dtype = weight.device, weight.dtype
+        self.backend: Backend = backend(self.device, self.dtype)
+        self.portable = Portable()
+        self.attention_norms = [lean_norm(layer.attention_norm) for layer in layout.layers]
+        self.mlp_norms = [lean_norm(layer.mlp_norm) for layer in layout.layers]
+        self.query_norms = [_optional(layer.query_norm) for layer in layout.layers]
+        self.key_norms = [_optional(layer.key_norm) for layer in layout.layers]
+        self.final_norm: Norm = lean_norm(layout.final_norm)
+        head = Projection("head", layout.head, "", 0, len(weight))
+        self.head = Product((head,))
+        self._products: dict[tuple[Projection, ...], Product] = {}
+        self._experts: dict[int, ExpertTable] = {}
+        self._pairs: dict[tuple[int, str], dict[str, LoraPair]] = {}
+
+    def product(self, *projections: Projection) -> Product:
+        """The product with these projections, which read the same input."""
+        if projections not in self._products:
+            self._products[projections] = Product(projections)
+        return self._products[projections]
+
+    def at_site(self, layer: Layer, site: Site) -> Product:
+        return self.product(*layer.at_site(site))
+
+    def read(self, layer: Layer, site: Site, x_RI: Tensor, packed: Packed, rows: Rows) -> Reading:
+        """What products at `site` read of these rows."""
+        if not packed.picks:
+            return Reading(x_RI)
+        counts = packed.channels(layer.index, _PLACE[site], rows)
+        return pick(x_RI, self.layout.column_norms(layer, site), counts)
+
+    def experts(self, layer: Layer) -> ExpertTable:
+        assert self.adapter is not None, "experts without an adapter"
+        if layer.index not in self._experts:
+            self._experts[layer.index] = ExpertTable.of(layer, self.adapter)
+        return self._experts[layer.index]
+
+    def router(self, layer: Layer, unit: Unit) -> Router:
+        router = self.adapter.router(layer.index, unit) if self.adapter is not None else None
+        assert router is not None, f"a plan that routes {unit} without its routers"
+        return router
+
+    @property
+    def kv(self) -> KVPolicy:
+        return self.adapter.kv if self.adapter is not None else "complete"
+
+    @property
+    def part_gate(self) -> PartGate:
+        assert self.adapter is not None, "gates without an adapter"
+        return self.adapter.spec.part_gate
+
+    def repair_name(self, kind: Kind) -> str | None:
+        """The set of low-rank pairs that rows of this kind use; none at capacity 1.0."""
+        if kind.is_dense or self.adapter is None or self.adapter.lora is None:
+            return None
+        return self.adapter.lora.set_name(kind.phase)
+
+    def repair(self, layer: Layer, name: str | None) -> Repair:
+        if name is None or self.adapter is None or self.adapter.lora is None:
+            return Repair({})
+        key = (layer.index, name)
+        if key not in self._pairs:
+            self._pairs[key] = self.adapter.lora.set_of(*key)
+        return Repair(self._pairs[key])
+
+    def mended(
+        self, layer: Layer, product: Product, reading: Reading, packed: Packed, rows: Rows
+    ) -> Tensor:
+        """The product of some rows, each with the repair of its kind."""
+        out_RO = product.run(reading)
+        for name, of_name in self._repaired(packed):
+            some = of_name.within(rows)
+            if some.count:
+                self.repair(layer, name).mend(product, reading, out_RO, some.among(rows))
+        return out_RO
+
+    def _repaired(self, packed: Packed) -> list[tuple[str, Rows]]:
+        """The rows of a step that are repaired, by the set of their pairs."""
+        if packed.repaired is None:
+            groups = packed.groups(self.repair_name)
+            packed.repaired = [(name, rows) for name, rows in groups if name is not None]
+        return packed.repaired
+
+    @torch.inference_mode()
+    def measure(self, seconds: float) -> CostTable:
+        """Measure from how many rows on a dense product beats picking, for every site's shape."""
+        layers, few = self.layout.layers, {}
+        for site in SITES:
+            pairs = [(self.at_site(x, site), self.layout.column_norms(x, site)) for x in layers]
+            # One layer after another, as in a step: a weight must not lie in the cache already.
+            turns = cycle(pairs)
+            first = pairs[0][0]
+            sample_RI = torch.randn(MOST_ROWS, first.inputs, device=self.device, dtype=self.dtype)
+
+            def run(
+                picking: bool,
+                share: float,
+                rows: int,
+                turns: Iterator[tuple[Product, Tensor]] = turns,
+                sample_RI: Tensor = sample_RI,
+            ) -> None:
+                product, norms_I = next(turns)
+                count = min(round(share * product.inputs), product.inputs - 1)
+                reading = pick(sample_RI[:rows], norms_I, count)
+                _ = product.picked(reading) if picking else product.dense(reading.only_RI)
+
+            each = seconds / len(SITES)
+            few_rows = compare(partial(run, True), partial(run, False), each)
+            few[first.inputs, first.outputs] = few_rows
+            for product, _ in pairs:
+                product.few = few_rows
+        return CostTable(few)
+
+
+def _optional(module: nn.Module | None) -> Norm:
+    return lean_norm(module) if module is not None else nn.Identity()
