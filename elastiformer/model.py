@@ -158,6 +158,10 @@ class ElasticModel:
         rooms = self._planner.rooms(capacity, prompt_tokens, most_tokens, scored)
         return sum(map(blocks_of, rooms))
 
+    def stores_where_steps_end(self, capacity: Capacity, prompt_tokens: int) -> bool:
+        """Whether a beginning of this prompt can be stored only where a step ends."""
+        return self._planner.routes_prompt(capacity, prompt_tokens)
+
     def sequence(
         self,
         capacity: Capacity,

@@ -86,6 +86,22 @@ class Planner:
                 found.append(self._schedule(share, phase, context).nearest)
         return found[0], found[1]
 
+    def routes_prompt(self, capacity: Capacity, prompt_tokens: int) -> bool:
+        """Whether what a prompt token leaves behind depends on decisions about those before it.
+
+        Then a beginning of the prompt can be stored only where a step ends.
+        """
+        plan_at = self.plan_at(capacity, prompt_tokens)
+        plans = {plan_at(Phase.PROMPT, position) for position in range(1, prompt_tokens)}
+        kept = self.shape.kv == "kept"
+        return any(
+            0 < layer.attention_tokens < 1
+            or 0 < layer.mlp_tokens < 1
+            or (kept and layer.attention_tokens < 1)
+            for plan in plans
+            for layer in plan.plan
+        )
+
     def _rooms(
         self, capacity: Capacity, prompt_tokens: int, most_tokens: int, scored: bool
     ) -> tuple[int, ...]:

@@ -37,33 +37,46 @@ class Reading:
         x_RI: Tensor,
         picks: int | None = None,
         kept_RI: Tensor | None = None,
-        index_K: np.ndarray | None = None,
+        kept_on_host_RI: np.ndarray | None = None,
     ) -> None:
-        """Of `picks` channels over all rows: a mask, or of a single row on a CPU their indices."""
-        self.x_RI, self.picks, self.index_K = x_RI, picks, index_K
-        self._kept_RI = kept_RI
+        """Of `picks` channels over all rows, and of a mask of them, on a CPU in NumPy's form."""
+        self.x_RI, self.picks = x_RI, picks
+        self._kept_RI, self._on_host_RI = kept_RI, kept_on_host_RI
 
     @property
     def share(self) -> float:
         return 1.0 if self.picks is None else self.picks / self.x_RI.numel()
 
+    @cached_property
+    def only_RI(self) -> Tensor:
+        """`x`, zero but for the picked channels."""
+        if self.picks is None:
+            return self.x_RI
+        if self._on_host_RI is not None:
+            return torch.from_numpy(self.x_RI.numpy() * self._on_host_RI)
+        assert self._kept_RI is not None
+        return self.x_RI * self._kept_RI
+
+    def index_RK(self) -> Tensor:
+        """The picked channels, of rows that all pick as many."""
+        assert self.picks is not None, "nothing was picked"
+        (index,) = torch.nonzero(self.kept_RI.flatten(), as_tuple=True)
+        return index.remainder(self.x_RI.shape[1]).view(len(self.x_RI), -1)
+
     @property
     def kept_RI(self) -> Tensor:
         """True where a channel is picked."""
         if self._kept_RI is None:
-            assert self.index_K is not None, "nothing was picked"
-            self._kept_RI = torch.zeros_like(self.x_RI, dtype=torch.bool)
-            self._kept_RI[0, torch.from_numpy(self.index_K)] = True
+            assert self._on_host_RI is not None, "nothing was picked"
+            return torch.from_numpy(self._on_host_RI)
         return self._kept_RI
 
-    @cached_property
-    def only_RI(self) -> Tensor:
-        """`x`, zero but for the picked channels."""
-        return self.x_RI if self.picks is None else self.x_RI * self.kept_RI
-
-    def row(self, row: int) -> Reading:
-        kept_1I = self.kept_RI[row : row + 1]
-        return Reading(self.x_RI[row : row + 1], kept_RI=kept_1I)
+    def on_host(self, row: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The indices and values of one row's picks, where they are on the host already."""
+        if self._on_host_RI is None:
+            return None
+        index_K = self._on_host_RI[row].nonzero()[0]
+        return index_K, self.x_RI.numpy()[row][index_K]
 
 
 def pick(x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray) -> Reading:
@@ -85,9 +98,7 @@ def pick(x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray) -> Reading:
         weighed_RI = np.abs(x_RI.numpy())
         weighed_RI *= norms_I.numpy()
         kept_on_host_RI = _largest(weighed_RI, counts, picks)
-        if rows == 1:
-            return Reading(x_RI, picks, index_K=kept_on_host_RI[0].nonzero()[0])
-        return Reading(x_RI, picks, torch.from_numpy(kept_on_host_RI))
+        return Reading(x_RI, picks, kept_on_host_RI=kept_on_host_RI)
     order_RI = (x_RI.abs().float() * norms_I).argsort(dim=1, descending=True)
     rank_I = torch.arange(inputs, device=x_RI.device)
     if isinstance(counts, int):
@@ -170,10 +181,8 @@ class Product:
 
     def picked(self, reading: Reading) -> Tensor:
         """The product row by row, each over its picked channels alone."""
-        rows = len(reading.x_RI)
-        if rows == 1:
-            return self._picked(reading)
-        return torch.cat([self._picked(reading.row(row)) for row in range(rows)])
+        outs = [self._picked(reading, row) for row in range(len(reading.x_RI))]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def prepare(self) -> None:
         """Lay the weight out now, rather than when a request first needs it."""
@@ -217,24 +226,20 @@ class Product:
         tiled = weight_IO.reshape(self.inputs, tiles, -1).transpose(0, 1)
         return tiled.reshape(tiles * self.inputs, -1).contiguous()
 
-    def _picked(self, reading: Reading) -> Tensor:
+    def _picked(self, reading: Reading, row: int) -> Tensor:
         """One row's product over its picked channels; it reads no other column of the weight."""
-        x_1I = reading.x_RI
-        if x_1I.device.type == "cpu" and x_1I.dtype == torch.float32:
-            index_K = reading.index_K
-            if index_K is None:
-                index_K = reading.kept_RI.numpy()[0].nonzero()[0]
-            return self._picked_on_host(x_1I.numpy()[0][index_K], index_K)
-        index = reading.kept_RI[0].nonzero()[:, 0]
+        if (on_host := reading.on_host(row)) is not None:
+            return self._picked_on_host(*on_host)
+        x_I, index_K = reading.x_RI[row], reading.kept_RI[row].nonzero()[:, 0]
         tiles = len(self._tiles) // self.inputs
-        starts_T1 = self.inputs * torch.arange(tiles, device=x_1I.device)[:, None]
-        value_TK = x_1I[0, index].expand(tiles, -1).contiguous()
+        starts_T1 = self.inputs * torch.arange(tiles, device=x_I.device)[:, None]
+        value_TK = x_I[index_K].expand(tiles, -1).contiguous()
         out_TO = F.embedding_bag(
-            starts_T1 + index, self._tiles, mode="sum", per_sample_weights=value_TK
+            starts_T1 + index_K, self._tiles, mode="sum", per_sample_weights=value_TK
         )
         return self._biased(out_TO.reshape(1, -1))
 
-    def _picked_on_host(self, value_K: np.ndarray, index_K: np.ndarray) -> Tensor:
+    def _picked_on_host(self, index_K: np.ndarray, value_K: np.ndarray) -> Tensor:
         tiles_W, count = self._tiles, len(index_K)
         tiles = tiles_W.shape[0] // self.inputs
         if tiles > 1:

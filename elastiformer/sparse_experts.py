@@ -70,9 +70,7 @@ class SparseExperts:
         repair = tools.repair(layer, group.repair)
         for projection in layer.at_site(Site.MLP_IN):
             repair.read(projection, reading.only_RI)
-        index_RK = None
-        if reading.picks is not None:
-            index_RK = torch.nonzero(reading.kept_RI)[:, 1].view(len(x_RD), -1)
+        index_RK = None if reading.picks is None else reading.index_RK()
 
         picking = group.channels_out < group.neurons
         a_RI = x_RD.new_zeros(len(x_RD), layer.shape.mlp_width)  # in the experts' order
@@ -91,8 +89,7 @@ class SparseExperts:
         if picking:
             norms_I = tools.layout.column_norms(layer, Site.MLP_OUT)[experts.order_I]
             kept = pick(a_RI, norms_I, group.channels_out)
-            index_RK = torch.nonzero(kept.kept_RI)[:, 1].view(len(x_RD), -1)
-            out_RD = picked(experts.down_IO, None, a_RI, index_RK)
+            out_RD = picked(experts.down_IO, None, a_RI, kept.index_RK())
             a_RI = kept.only_RI
         if layer.down.bias_O is not None:
             out_RD = out_RD + layer.down.bias_O

@@ -96,7 +96,8 @@ class SparseHeads:
         return self._out(layer, group, out_RMH.flatten(1), chosen_RM, repair)
 
     def _queries(self, layer: Layer, reading: Reading, chosen_RM: Tensor, repair: Repair) -> Tensor:
-        x_RD, index_RK = reading.x_RI, _index(reading)
+        x_RD = reading.x_RI
+        index_RK = None if reading.picks is None else reading.index_RK()
         out_RA = x_RD.new_zeros(len(x_RD), layer.shape.attention_width)
         bias_A = layer.query.bias_O
         for rows_S, part in _heads(layer, chosen_RM):
@@ -162,13 +163,6 @@ class SparseHeads:
         if layer.out.bias_O is not None:
             out_RD = out_RD + layer.out.bias_O
         return repair.add(layer.out, out_RD)
-
-
-def _index(reading: Reading) -> Tensor | None:
-    """The picked channels of rows that all pick as many, [R, K]."""
-    if reading.picks is None:
-        return None
-    return torch.nonzero(reading.kept_RI)[:, 1].view(len(reading.x_RI), -1)
 
 
 def _heads(layer: Layer, chosen_RM: Tensor) -> list[tuple[Tensor, slice]]:

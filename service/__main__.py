@@ -95,7 +95,8 @@ def listen(settings: Settings) -> socket.socket:
         OSError: naming the address.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    place = socket.socket(family=family)
+    # The protocol by name: only then asyncio sets TCP_NODELAY, and small answers go out at once.
+    place = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         place.bind((settings.host, settings.port))

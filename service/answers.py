@@ -66,6 +66,7 @@ def usage_json(summary: Summary) -> Json:
     """OpenAI's usage, and what was computed for it."""
     return {
         **counts_json(summary.prompt_tokens, summary.generated_tokens),
+        "prompt_tokens_details": {"cached_tokens": summary.cached_tokens},
         "compute": compute_json(summary.usage),
     }
 

@@ -80,7 +80,10 @@ class Desk:
         prompts = _prompts(asked, inputs)
         if asked.max_tokens == 0 and not asked.echo:
             raise BadRequest("max_tokens: 0 is for echo only", "max_tokens")
-        most_new = [_most_new(inputs, ids, asked.max_tokens, COMPLETION_TOKENS) for ids in prompts]
+        longest = served.engine.longest(resolved.applied)
+        most_new = [
+            _most_new(inputs, ids, asked.max_tokens, COMPLETION_TOKENS, longest) for ids in prompts
+        ]
         order = self._order(
             asked,
             resolved,
@@ -90,7 +93,7 @@ class Desk:
             scored=bool(asked.echo) and asked.logprobs is not None,
         )
         echoes = tuple(prompts) if asked.echo else ()
-        served.engine.check(order)
+        order = served.engine.checked(order)
         return Placed(served, order, asked.model, asked.logprobs, echoes)
 
     def chat(self, asked: ChatRequest, caller: Caller) -> Placed:
@@ -108,11 +111,11 @@ class Desk:
             ]
         )
         limit = asked.max_completion_tokens or asked.max_tokens
-        most_new = _most_new(inputs, prompt, limit, self.default_max_tokens)
+        longest = served.engine.longest(resolved.applied)
+        most_new = _most_new(inputs, prompt, limit, self.default_max_tokens, longest)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         order = self._order(asked, resolved, [prompt], [most_new], logprobs=logprobs)
-        served.engine.check(order)
-        return Placed(served, order, asked.model, logprobs)
+        return Placed(served, served.engine.checked(order), asked.model, logprobs)
 
     def classify(self, asked: ClassifyRequest, caller: Caller) -> PlacedLabels:
         """Raises UnknownModel, CapacityError, InputError, BadRequest."""
@@ -198,7 +201,9 @@ def _content(content: str | list[Part] | None) -> object:
     return content
 
 
-def _most_new(inputs: TextInputs, ids: Sequence[int], asked: int | None, default: int) -> int:
+def _most_new(
+    inputs: TextInputs, ids: Sequence[int], asked: int | None, default: int, longest: int
+) -> int:
     """The asked length, refused if it does not fit; a default is what fits of it."""
     if asked is not None:
         inputs.checked_room(len(ids), asked)
@@ -208,7 +213,7 @@ def _most_new(inputs: TextInputs, ids: Sequence[int], asked: int | None, default
         raise InputError(
             f"prompt: {len(ids)} tokens fill the context of {inputs.context}; no room for an answer"
         )
-    return min(default, room)
+    return min(default, room, max(longest - len(ids), 1))
 
 
 def _sampling(asked: Generation, logprobs: int | None) -> Sampling:
@@ -241,14 +246,14 @@ def _labelled(
             f"labels: {served.name!r} is a causal model; name the labels to choose from", "labels"
         )
     inputs, ends = served.engine.inputs, end_tokens(served.model)
-    questions = [ask(inputs, ends, text, labels, truncate) for text in texts]
+    longest = served.engine.longest(resolved.applied) if truncate else None
+    questions = [ask(inputs, ends, text, labels, longest) for text in texts]
     jobs = tuple(
         _label_job(place * len(labels) + number, question, number, resolved)
         for place, question in enumerate(questions)
         for number in range(len(labels))
     )
-    order = Order(jobs, resolved, GREEDY)
-    served.engine.check(order)
+    order = served.engine.checked(Order(jobs, resolved, GREEDY))
     return PlacedLabels(served, order, name, tuple(labels))
 
 

@@ -1,10 +1,11 @@
 """The workshop: one thread per served model that turns orders into events.
 
-Each turn drops what was cancelled or is too late, admits what fits, runs one step over all
-running sequences of whatever capacity, chooses their next tokens and delivers them. Every order
-gets exactly one ending: `Done`, or `Failed` with the error that its caller is told. A step that
-raises fails the orders that were in it; the thread goes on. If the thread itself dies, every
-order fails and the engine says that it is dead.
+Each turn drops what was cancelled or is too late, admits what the cache has room for, runs one
+step over all running sequences of whatever capacity, chooses their next tokens and delivers them.
+A sequence begins after what stored prefixes hold of its prompt. Every order gets exactly one
+ending: `Done`, or `Failed` with the error that its caller is told. A step that raises fails the
+orders that were in it; the thread goes on. If the thread itself dies, every order fails and the
+engine says that it is dead.
 """
 
 from __future__ import annotations
@@ -13,23 +14,25 @@ import asyncio
 import logging
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from elastiformer import Chunk, ElasticModel, Sequence
+from elastiformer import Capacity, Chunk, ElasticModel
 from elastiformer.errors import ElastiError, InputError
 from elastiformer.inputs import Detokenizer, StopMatcher, TextInputs
-from elastiformer.sampling import BrokenLogits, Draw, Sampled, sample, score
-from elastiformer.usage import Usage
+from elastiformer.sampling import BrokenLogits, Draw, Sampled, sample, score, side_by_side
 from service.errors import Cancelled, Draining, EngineDead, StepFailed, TimedOut
 from service.metrics import Finished, Metrics
-from service.orders import Done, Event, Failed, Generated, Order, Scored, Summary, Ticket
-from service.scheduler import Entry, Limits, Scheduler, Share
+from service.orders import Done, Event, Failed, Order, Scored, Ticket
+from service.pace import Pace
+from service.rows import Request, Row, draw_of, grouped
+from service.scheduler import Entry, Job, Limits, Scheduler, Share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Many
@@ -37,39 +40,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("elasti.engine")
 
 
-@dataclass(eq=False, slots=True)
-class _Request:
-    """An order inside the engine; only its `cancelled` is written by another thread."""
-
-    order: Order
-    ticket: Ticket
-    submitted: float
-    deadline: float
-    entries: tuple[Entry, ...] = ()
-    cancelled: bool = False
-    ended: bool = False
-    open_jobs: int = 0
-    admitted: float | None = None
-    first_token: float | None = None
-    generated_tokens: int = 0
-    usage: Usage = field(default_factory=Usage)
-
-
-@dataclass(eq=False, slots=True)
-class _Row:
-    """A running sequence, with what its tokens pass through."""
-
-    request: _Request
-    sequence: Sequence
-    generator: torch.Generator
-    text: Detokenizer
-    stop: StopMatcher
-    scores: list[Sampled] = field(default_factory=list)
-    last_token: float | None = None
-
-
 class Engine:
-    """One model, its queue and its thread."""
+    """One model, its queue and its thread. The model's cache is open, for nobody else."""
 
     def __init__(
         self,
@@ -78,22 +50,26 @@ class Engine:
         limits: Limits,
         metrics: Metrics,
         timeout_seconds: float = 600.0,
+        max_decode_delay_seconds: float = 0.25,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert model.tokenizer is not None, "a served model has a tokenizer"
         self.name = name
         self.model = model
         self.limits = limits
-        # A sequence that could never fit the cache is refused at once, not left to wait.
-        context = min(model.context, limits.cache_tokens)
-        self.inputs = TextInputs(model.tokenizer, model.config.vocab_size, context)
+        self.inputs = TextInputs(model.tokenizer, model.config.vocab_size, model.context)
+        self.longest = lru_cache(maxsize=256)(self._longest)
         self.draining = False
         self._metrics = metrics
+        self._series = metrics.series(name)
         self._timeout_seconds = timeout_seconds
+        self._max_decode_delay_seconds = max_decode_delay_seconds
         self._clock = clock
         self._scheduler = Scheduler(limits)
-        self._requests: dict[Entry, _Request] = {}
-        self._rows: dict[Entry, _Row] = {}
+        self._pace = Pace()
+        self._requests: dict[Entry, Request] = {}  # in the order of their submission
+        self._leaving: list[Request] = []  # cancelled since the last turn
+        self._rows: dict[Entry, Row] = {}
         self._outbox: list[tuple[Ticket, Event]] = []
         self._ends = end_tokens(model)
         self._wake = threading.Condition()
@@ -113,14 +89,50 @@ class Engine:
         with self._wake:
             return not self._requests
 
-    def check(self, order: Order) -> None:
-        """Refuse a capacity that this model cannot run, before the order waits; any thread.
+    def checked(self, order: Order) -> Order:
+        """The order with what each of its jobs reserves, before it waits; any thread.
 
         Raises:
             CapacityError: below the calibrated range, or a unit that the adapter lacks.
+            InputError: more keys and values than the whole cache holds.
         """
-        for capacity, context in {(job.capacity, len(job.prompt)) for job in order.jobs}:
-            self.model.plans(capacity, context)
+        known: dict[tuple[int, int, Capacity, bool], Job] = {}
+        jobs: list[Job] = []
+        for job in order.jobs:
+            alike = (len(job.prompt), job.most_tokens, job.capacity, job.scored)
+            if alike not in known:
+                known[alike] = self._sized(job)
+            jobs.append(replace(job, blocks=known[alike].blocks, cut=known[alike].cut))
+        return replace(order, jobs=tuple(jobs))
+
+    def _sized(self, job: Job) -> Job:
+        prompt_tokens = len(job.prompt)
+        blocks = self.model.blocks_for(job.capacity, prompt_tokens, job.most_tokens, job.scored)
+        if blocks > self.limits.cache_blocks:
+            raise InputError(
+                f"prompt: {prompt_tokens} tokens and up to {job.most_tokens - prompt_tokens} more "
+                f"need {blocks} blocks of keys and values; the whole cache has "
+                f"{self.limits.cache_blocks}"
+            )
+        # What routed tokens left out is known only where a step ends.
+        cut = 0
+        if self.shares_prefixes and self.model.stores_where_steps_end(job.capacity, prompt_tokens):
+            cut = job.storable_tokens
+        return replace(job, blocks=blocks, cut=cut)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return self.model.prefixes is not None
+
+    def _longest(self, capacity: Capacity) -> int:
+        """The most tokens that a prompt and its answer may have together, whatever their parts:
+        by the model's context and by the whole cache."""
+
+        def does_not_fit(tokens: int) -> bool:
+            needed = (self.model.blocks_for(capacity, part, tokens) for part in (1, tokens))
+            return max(needed) > self.limits.cache_blocks
+
+        return bisect_left(range(1, self.model.context + 1), True, key=does_not_fit)
 
     def submit(self, order: Order) -> Ticket:
         """Take an order; called on the event loop that its events shall arrive on.
@@ -135,11 +147,20 @@ class Engine:
                 f"{self.limits.max_waiting} may wait"
             )
         now = self._clock()
-        request: _Request
+        request: Request
         ticket = Ticket(order, lambda: self._cancel(request), asyncio.get_running_loop())
-        request = _Request(order, ticket, now, now + self._timeout_seconds)
-        request.entries = tuple(Entry(job) for job in order.jobs)
-        request.open_jobs = len(request.entries)
+        request = Request(
+            order=order,
+            ticket=ticket,
+            submitted=now,
+            deadline=now + self._timeout_seconds,
+            between_tokens=self._metrics.between_tokens.labels(self.name, order.resolved.tier),
+            entries=(
+                grouped(order.jobs)
+                if self.shares_prefixes
+                else tuple(Entry(job) for job in order.jobs)
+            ),
+        )
         with self._wake:
             if self._death is not None or not self._thread.is_alive():
                 raise EngineDead(f"the engine of {self.name!r} has stopped working")
@@ -159,10 +180,11 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _cancel(self, request: _Request) -> None:
+    def _cancel(self, request: Request) -> None:
         with self._wake:
-            request.cancelled = True
-            self._wake.notify()
+            if not request.ended:
+                self._leaving.append(request)
+                self._wake.notify()
 
     # From here on: the engine's own thread.
 
@@ -190,23 +212,30 @@ class Engine:
                 admitted = self._scheduler.admit()
             for entry in admitted:
                 self._open(entry)
-            shares = self._scheduler.shares()
+            room = self._pace.prompt_tokens(self._max_decode_delay_seconds)
+            shares = self._scheduler.shares(room)
             if shares:
+                begun = self._clock()
                 self._step(shares)
+                self._pace.learn(self._clock() - begun, shares)
             self._gauge()
         finally:
             self._send()
 
     def _drop(self) -> None:
-        now = self._clock()
         with self._wake:
-            requests = list(dict.fromkeys(self._requests.values()))
-        for request in requests:
-            if request.cancelled:
-                self._fail(request, Cancelled("the caller went away"))
-            elif now > request.deadline:
-                limit = f"{self._timeout_seconds:g} seconds"
-                self._fail(request, TimedOut(f"this request took longer than {limit}"))
+            leaving, self._leaving = self._leaving, []
+        for request in leaving:
+            self._fail(request, Cancelled("the caller went away"))
+        now = self._clock()
+        # Whoever came first is late first.
+        while (first := self._oldest()) is not None and now > first.deadline:
+            limit = f"{self._timeout_seconds:g} seconds"
+            self._fail(first, TimedOut(f"this request took longer than {limit}"))
+
+    def _oldest(self) -> Request | None:
+        with self._wake:
+            return next(iter(self._requests.values()), None)
 
     def _open(self, entry: Entry) -> None:
         if entry not in self._requests:
@@ -222,6 +251,7 @@ class Engine:
                 prompt_tokens=len(job.prompt),
                 most_tokens=job.most_tokens,
                 scored=job.scored,
+                prompt=None if job.scored else job.prompt,
             )
         except ElastiError as error:
             self._fail(request, error)
@@ -229,10 +259,15 @@ class Engine:
             log.exception("a sequence could not be opened")
             self._fail(request, StepFailed(f"no sequence could be opened: {_kind(error)}"))
         else:
-            self._rows[entry] = _Row(
+            entry.done = entry.cached = sequence.cached_tokens
+            if self.shares_prefixes and not job.scored:
+                self._series.prefix_queries.inc(len(job.prompt))
+                self._series.prefix_hits.inc(entry.cached)
+            self._rows[entry] = Row(
                 request=request,
+                entry=entry,
                 sequence=sequence,
-                generator=request.order.sampling.generator(job.number % request.order.choices),
+                draw=draw_of(request.order, job),
                 text=Detokenizer(self.inputs.tokenizer),
                 stop=StopMatcher(request.order.stops),
             )
@@ -288,7 +323,7 @@ class Engine:
                     self._end(entry, "length")
         while entries:
             try:
-                sampled = sample(torch.stack(last), [self._wish(entry) for entry in entries])
+                sampled = sample(side_by_side(last), [self._wish(entry) for entry in entries])
             except BrokenLogits as error:
                 for place in reversed(error.rows):
                     self._fail(self._rows[entries[place]].request, StepFailed(str(error)))
@@ -303,43 +338,16 @@ class Engine:
 
     def _wish(self, entry: Entry) -> Draw:
         row = self._rows[entry]
-        order = row.request.order
-        return Draw(
-            order.sampling,
-            row.generator,
-            entry.job.known if order.sampling.has_penalties else (),
-            entry.generated if order.sampling.has_penalties else (),
-            self._ends if entry.generated_tokens < order.least_new else (),
-        )
+        if entry.generated_tokens < row.request.order.least_new:
+            return replace(row.draw, banned=self._ends)
+        return row.draw
 
     def _append(self, entry: Entry, sampled: Sampled) -> None:
-        row, now = self._rows[entry], self._clock()
-        request, tier = row.request, row.request.order.resolved.tier
-        if row.last_token is not None:
-            passed = now - row.last_token
-            self._metrics.between_tokens.labels(self.name, tier).observe(passed)
-        row.last_token = now
-        if request.first_token is None:
-            request.first_token = now
-        entry.tokens.append(sampled.token)
-        request.generated_tokens += 1
-
-        is_end = sampled.token in self._ends and not request.order.ignore_eos
-        new = "" if is_end else row.text.push(sampled.token)
-        may_stop = entry.generated_tokens >= request.order.least_new
-        text = row.stop.push(new) if may_stop else new
-        ended = "stop" if is_end or row.stop.stopped else None
-        if ended is None and entry.generated_tokens == entry.job.most_new:
-            ended = "length"
-        if ended and not row.stop.stopped:
-            text += row.stop.push(row.text.flush())
-            if row.stop.stopped:
-                ended = "stop"
-            text += row.stop.flush()
-        shown = None if is_end else sampled
-        self._deliver(row, Generated(entry.job.number, text, shown, ended))
-        if ended:
-            self._end(entry, ended)
+        row = self._rows[entry]
+        event = row.take(sampled, self._ends, self._clock())
+        self._deliver(row, event)
+        if event.ended:
+            self._end(entry, event.ended)
 
     # Endings.
 
@@ -350,9 +358,9 @@ class Engine:
         self._metrics.success.labels(self.name, reason).inc()
         request.open_jobs -= 1
         if request.open_jobs == 0:
-            self._close(request, Done(self._summary(request)))
+            self._close(request, Done(request.summary(self._clock())))
 
-    def _fail(self, request: _Request, error: Exception) -> None:
+    def _fail(self, request: Request, error: Exception) -> None:
         if request.ended:
             return
         reason = "abort" if isinstance(error, Cancelled) else "error"
@@ -368,10 +376,10 @@ class Engine:
         self._gauge()
         self._send()
 
-    def _close(self, request: _Request, ending: Done | Failed) -> None:
+    def _close(self, request: Request, ending: Done | Failed) -> None:
         assert not request.ended, "a request has one ending"
         request.ended = True
-        resolved, summary = request.order.resolved, self._summary(request)
+        resolved, summary = request.order.resolved, request.summary(self._clock())
         self._metrics.finish(
             self.name,
             Finished(
@@ -395,24 +403,7 @@ class Engine:
             request.usage += row.sequence.usage
             row.sequence.release()
 
-    def _summary(self, request: _Request) -> Summary:
-        now = self._clock()
-        started = request.admitted if request.admitted is not None else now
-        first = request.first_token
-        return Summary(
-            usage=request.usage,
-            prompt_tokens=sum(
-                entry.job.billed_tokens
-                for entry in request.entries
-                if entry.done >= entry.job.fed_tokens
-            ),
-            generated_tokens=request.generated_tokens,
-            queue_seconds=started - request.submitted,
-            first_token_seconds=None if first is None else first - request.submitted,
-            total_seconds=now - request.submitted,
-        )
-
-    def _deliver(self, row: _Row, event: Event) -> None:
+    def _deliver(self, row: Row, event: Event) -> None:
         self._outbox.append((row.request.ticket, event))
 
     def _send(self) -> None:
@@ -426,11 +417,10 @@ class Engine:
                 loop.call_soon_threadsafe(_hand_over, events)
 
     def _gauge(self) -> None:
-        scheduler = self._scheduler
-        self._metrics.running.labels(self.name).set(len(scheduler.running))
-        self._metrics.waiting.labels(self.name).set(len(scheduler.waiting))
-        reserved = scheduler.reserved_tokens / self.limits.cache_tokens
-        self._metrics.cache_usage.labels(self.name).set(reserved)
+        scheduler, series = self._scheduler, self._series
+        series.cache_usage.set(scheduler.reserved_blocks / self.limits.cache_blocks)
+        series.waiting.set(len(scheduler.waiting))
+        series.running.set(len(scheduler.running))
 
 
 def end_tokens(model: ElasticModel) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elastiformer.errors import CapacityError, InputError
+from elastiformer.errors import CacheFull, CapacityError, InputError
 
 
 class ServiceError(Exception):
@@ -97,6 +97,7 @@ REFUSALS: dict[type[Exception], Refusal] = {
     QueueFull: Refusal(429, "rate_limit_error", "queue_full", retry_after_seconds=1),
     Cancelled: Refusal(499, "cancelled", "cancelled"),
     StepFailed: Refusal(500, "server_error", "step_failed"),
+    CacheFull: Refusal(503, "service_unavailable", "cache_full", retry_after_seconds=1),
     Draining: Refusal(503, "service_unavailable", "draining", retry_after_seconds=10),
     EngineDead: Refusal(503, "service_unavailable", "engine_dead", retry_after_seconds=10),
     TimedOut: Refusal(503, "service_unavailable", "timeout", retry_after_seconds=10),

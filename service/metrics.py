@@ -53,6 +53,17 @@ class Finished:
     first_token_seconds: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Series:
+    """What one engine writes at every step, looked up once."""
+
+    running: Gauge
+    waiting: Gauge
+    cache_usage: Gauge
+    prefix_queries: Counter
+    prefix_hits: Counter
+
+
 class Metrics:
     """The registry of one app."""
 
@@ -70,6 +81,16 @@ class Metrics:
         self.cache_usage = self._gauge(
             "elasti_kv_cache_usage_perc",
             "Share of the key-value cache that running sequences reserve; 1 is full.",
+            model,
+        )
+        self.prefix_queries = self._counter(
+            "elasti_prefix_cache_queries_total",
+            "Prompt tokens that were looked for among stored prefixes.",
+            model,
+        )
+        self.prefix_hits = self._counter(
+            "elasti_prefix_cache_hits_total",
+            "Prompt tokens found there. Over elasti_prefix_cache_queries_total: the share found.",
             model,
         )
         self.load_ceiling = self._gauge(
@@ -186,7 +207,12 @@ class Metrics:
         self.adapter_info.labels(name, adapter, base).set(1)
         for gauge in (self.running, self.waiting, self.cache_usage):
             gauge.labels(name).set(0)
-        for counter in (self.prompt_tokens, self.generation_tokens):
+        for counter in (
+            self.prompt_tokens,
+            self.generation_tokens,
+            self.prefix_queries,
+            self.prefix_hits,
+        ):
             counter.labels(name)
         for reason in FINISHED:
             self.success.labels(name, reason)
@@ -198,6 +224,15 @@ class Metrics:
             for phase in Phase:
                 self.routed.labels(name, unit.value, phase.value)
                 self.skipped.labels(name, unit.value, phase.value)
+
+    def series(self, name: str) -> Series:
+        return Series(
+            running=self.running.labels(name),
+            waiting=self.waiting.labels(name),
+            cache_usage=self.cache_usage.labels(name),
+            prefix_queries=self.prefix_queries.labels(name),
+            prefix_hits=self.prefix_hits.labels(name),
+        )
 
     def finish(self, name: str, done: Finished) -> None:
         """Add one request that ended, whatever its ending: its compute was spent."""

@@ -57,6 +57,7 @@ class Summary:
 
     usage: Usage
     prompt_tokens: int
+    cached_tokens: int  # of the prompt's: taken from stored prefixes, not computed
     generated_tokens: int
     queue_seconds: float
     first_token_seconds: float | None
@@ -93,16 +94,31 @@ class Ticket:
         """Called on the event loop only."""
         self._events.put_nowait(event)
 
+    async def batches(self) -> AsyncIterator[list[Event]]:
+        """All that has arrived, each time that something has, up to and including `Done`.
+
+        Raises:
+            Exception: what the order failed with.
+        """
+        while True:
+            batch = [await self._events.get()]
+            while not self._events.empty():
+                batch.append(self._events.get_nowait())
+            last = batch[-1]
+            if isinstance(last, Failed):
+                if batch[:-1]:
+                    yield batch[:-1]
+                raise last.error
+            yield batch
+            if isinstance(last, Done):
+                return
+
     async def events(self) -> AsyncIterator[Event]:
         """Everything up to and including `Done`.
 
         Raises:
             Exception: what the order failed with.
         """
-        while True:
-            event = await self._events.get()
-            if isinstance(event, Failed):
-                raise event.error
-            yield event
-            if isinstance(event, Done):
-                return
+        async for batch in self.batches():
+            for event in batch:
+                yield event

@@ -18,6 +18,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from elastiformer.capacity import DENSE
 from service.answers import (
     Answer,
     ChatShape,
@@ -46,7 +47,7 @@ from service.schemas import (
 )
 from service.served import Catalogue, Served
 from service.settings import Key
-from service.streams import EventStream, first_event, stream, tied_to
+from service.streams import EventStream, stream, tied_to
 
 SPENT_HEADER = "X-Elasti-Capacity-Spent"
 PAGE = Path(__file__).with_name("page.html")
@@ -198,9 +199,12 @@ async def ready(hall: TheHall) -> Response:
 
 
 @router.get("/version")
-async def version_of_server() -> Json:
-    """The version of this server."""
-    return {"version": installed_version()}
+async def version_of_server(hall: TheHall) -> Json:
+    """The version of this server, and what each model runs on."""
+    return {
+        "version": installed_version(),
+        "models": {served.name: served.machinery.as_json() for served in hall.catalogue},
+    }
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
@@ -231,13 +235,18 @@ async def _generate(
 ) -> Response:
     if not asked.stream:
         answer = await _answer(request, hall, placed)
-        return _json(shape.whole(answer), placed, answer)
+        # Thousands of tokens with their probabilities take long to write out.
+        return await asyncio.to_thread(_whole, placed, shape, answer)
     ticket = _submit(hall, placed)
-    events = ticket.events()
+    batches = ticket.batches()
     async with tied_to(request, ticket, keep=True):
-        first = await first_event(events)
-    body = stream(request, placed, shape, ticket, first, events, asked.stream_options)
+        first = await anext(batches)  # decides between a stream and an error status
+    body = stream(request, placed, shape, ticket, first, batches, asked.stream_options)
     return EventStream(ticket, body)
+
+
+def _whole(placed: Placed, shape: Shape, answer: Answer) -> Response:
+    return _json(shape.whole(answer), placed, answer)
 
 
 async def _answer(request: Request, hall: Hall, placed: Placed | PlacedLabels) -> Answer:
@@ -277,6 +286,6 @@ def _model_json(served: Served, name: str) -> Json:
         "owned_by": "elastiformer",
         "root": served.name,
         "parent": None if name == served.name else served.name,
-        "max_model_len": served.engine.inputs.context,
+        "max_model_len": served.engine.longest(DENSE),
         "meta": served.meta,
     }

@@ -211,10 +211,17 @@ class Compute(BaseModel):
     channels_skipped: int
 
 
+class PromptDetails(BaseModel):
+    """Where a prompt's tokens came from."""
+
+    cached_tokens: int = Field(description="taken from stored prefixes instead of computed")
+
+
 class Usage(BaseModel):
     """OpenAI's counts, and the compute behind them."""
 
     prompt_tokens: int
+    prompt_tokens_details: PromptDetails
     completion_tokens: int
     total_tokens: int
     compute: Compute

@@ -23,11 +23,48 @@ NAMED_CAPACITIES = (0.9, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
 @dataclass(frozen=True, slots=True)
+class Machinery:
+    """What a model runs on, as its server found it at start."""
+
+    device: str
+    dtype: str
+    attention: str
+    cache_tokens: int
+    cache_bytes: int
+    prefix_cache: bool
+    costs: str | None = None  # which product runs for how many rows; None where not measured
+
+    @classmethod
+    def of(cls, model: ElasticModel, settings: Settings, costs: str | None) -> Machinery:
+        assert model.cache is not None, "a model whose cache is open"
+        return cls(
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            attention=model.attention_backend,
+            cache_tokens=settings.cache_tokens,
+            cache_bytes=model.cache.rows.nbytes,
+            prefix_cache=model.prefixes is not None,
+            costs=costs,
+        )
+
+    def __str__(self) -> str:
+        stored = "with" if self.prefix_cache else "without"
+        return (
+            f"{self.dtype} on {self.device}, attention by {self.attention}, cache of "
+            f"{self.cache_tokens} tokens ({self.cache_bytes / 2**20:.0f} MiB) {stored} prefixes"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
 class Served:
     """A model under its name, and the engine that runs it."""
 
     spec: ModelSpec
     engine: Engine
+    machinery: Machinery
     identity: str | None = None  # of its adapter; a hash of all tensors, so taken once
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -115,26 +152,42 @@ def load(
         model = ElasticModel.load(
             spec.base, spec.adapter, dtype=settings.dtype, device=settings.device
         )
-        models.append(serve(spec, model, settings, metrics))
+        costs = str(model.measure_costs())
+        served = serve(spec, model, settings, metrics, costs)
+        models.append(served)
         taken = time.monotonic() - begun
-        dtype = str(model.dtype).removeprefix("torch.")
-        say(
-            f"  {dtype} on {model.device}, context {model.context}, capacities "
-            f"{model.lowest:g} to 1, in {taken:.1f} s"
-        )
+        say(f"  {served.machinery}")
+        say(f"  {costs}")
+        say(f"  context {model.context}, capacities {model.lowest:g} to 1, in {taken:.1f} s")
     return Catalogue(models)
 
 
-def serve(spec: ModelSpec, model: ElasticModel, settings: Settings, metrics: Metrics) -> Served:
+def serve(
+    spec: ModelSpec,
+    model: ElasticModel,
+    settings: Settings,
+    metrics: Metrics,
+    costs: str | None = None,
+) -> Served:
     """Put a model behind a name, with an engine of its own that is not started yet."""
+    model.open_cache(settings.cache_tokens, prefixes=settings.prefix_cache)
+    assert model.cache is not None, "a cache that was opened"
     limits = Limits(
         max_waiting=settings.max_waiting,
         max_running=settings.max_running,
         max_step_tokens=settings.max_step_tokens,
-        cache_tokens=settings.cache_tokens,
+        cache_blocks=model.cache.total_blocks,
     )
-    engine = Engine(spec.name, model, limits, metrics, settings.request_timeout_seconds)
-    served = Served(spec, engine, model.adapter.identity if model.adapter else None)
+    engine = Engine(
+        spec.name,
+        model,
+        limits,
+        metrics,
+        settings.request_timeout_seconds,
+        settings.max_decode_delay_seconds,
+    )
+    machinery = Machinery.of(model, settings, costs)
+    served = Served(spec, engine, machinery, model.adapter.identity if model.adapter else None)
     metrics.open(spec.name, served.identity or "none", spec.base, served.units)
     metrics.load_ceiling.labels(spec.name).set(settings.capacity_ceiling)
     return served

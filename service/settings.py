@@ -113,8 +113,19 @@ class Settings(BaseSettings):
     max_step_tokens: int = Field(
         512, ge=1, description="tokens of one step, over all sequences; a longer prompt is cut up"
     )
+    max_decode_delay_seconds: float = Field(
+        0.25,
+        gt=0,
+        allow_inf_nan=False,
+        description="about the longest step while a sequence decodes: prompts wait for the rest",
+    )
     cache_tokens: int = Field(
-        32768, ge=1, description="tokens whose keys and values may be reserved at once, per model"
+        32768,
+        ge=1,
+        description="room for keys and values, per model, in tokens at capacity 1",
+    )
+    prefix_cache: bool = Field(
+        True, description="keep the keys and values of prompts' beginnings for later requests"
     )
     default_max_tokens: int = Field(
         1024, ge=1, description="longest chat answer where a request names no limit"

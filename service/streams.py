@@ -1,7 +1,8 @@
 """An answer as it is written: server-sent events in OpenAI's shape.
 
-Every stream ends: with `data: [DONE]` after the chunk that carries the usage, or, when something
-fails on the way, with an error event. A caller who leaves takes the work along.
+What an order delivers at once is written at once. Every stream ends: with `data: [DONE]` after the
+chunk that carries the usage, or, when something fails on the way, with an error event. A caller who
+leaves takes the work along.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from service.orders import Done, Event, Failed, Scored, Ticket
 from service.schemas import StreamOptions
 
 log = logging.getLogger("elasti.http")
+MUCH = 64  # tokens with their probabilities: more are written out beside the event loop
+# Made once: `json.dumps` with settings of one's own makes an encoder for each call.
+_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 DONE = "data: [DONE]\n\n"
 
 
@@ -66,30 +70,23 @@ class EventStream(StreamingResponse):
             self._ticket.cancel()
 
 
-async def first_event(events: AsyncIterator[Event]) -> Event:
-    """The event that decides between a stream and an error status."""
-    return await anext(events)
-
-
 async def stream(
     request: Request,
     placed: Placed,
     shape: Shape,
     ticket: Ticket,
-    first: Event,
-    events: AsyncIterator[Event],
+    first: list[Event],
+    batches: AsyncIterator[list[Event]],
     options: StreamOptions | None,
 ) -> AsyncIterator[str]:
-    """The events of one order as text, from the first one on."""
+    """The events of one order as text; the `first` of them came before it was a stream."""
     writer = _Writer(placed, shape, options or StreamOptions.model_validate({}))
     async with tied_to(request, ticket):
         try:
-            for chunk in writer.take(first):
-                yield _event(chunk)
-            if not isinstance(first, Done):
-                async for event in events:
-                    for chunk in writer.take(event):
-                        yield _event(chunk)
+            yield await _written(writer, first)
+            async for batch in batches:
+                if text := await _written(writer, batch):
+                    yield text
             yield DONE
         except Exception as error:
             if refusal_of(error) is UNEXPECTED:
@@ -111,7 +108,10 @@ class _Writer:
         self._generated = 0
         self._prompt_tokens = sum(job.billed_tokens for job in placed.order.jobs)
 
-    def take(self, event: Event) -> list[Json]:
+    def write(self, batch: list[Event]) -> str:
+        return "".join(_event(chunk) for event in batch for chunk in self._take(event))
+
+    def _take(self, event: Event) -> list[Json]:
         if isinstance(event, Done):
             return self._end(event)
         assert not isinstance(event, Failed), "a failure is raised, not delivered"
@@ -163,5 +163,12 @@ class _Writer:
         return chunks
 
 
+async def _written(writer: _Writer, batch: list[Event]) -> str:
+    scored = sum(len(event.sampled) for event in batch if isinstance(event, Scored))
+    if scored > MUCH:
+        return await asyncio.to_thread(writer.write, batch)
+    return writer.write(batch)
+
+
 def _event(chunk: Json) -> str:
-    return f"data: {json.dumps(chunk, ensure_ascii=False, allow_nan=False)}\n\n"
+    return f"data: {_json(chunk)}\n\n"

@@ -32,9 +32,16 @@ class Question:
 
 
 def ask(
-    inputs: TextInputs, ends: Sequence[int], text: str, labels: Sequence[str], truncate: bool
+    inputs: TextInputs,
+    ends: Sequence[int],
+    text: str,
+    labels: Sequence[str],
+    cut_to: int | None = None,
 ) -> Question:
     """Put a text and its labels before the model.
+
+    Args:
+        cut_to: tokens of question and answer together; a longer text is cut. None: it is not.
 
     Raises:
         InputError: the question does not fit the context, and may not be cut.
@@ -47,8 +54,7 @@ def ask(
     )
     longest = max(map(len, answers))
     prompt = _prompt(inputs, text, labels)
-    if truncate and len(prompt) + longest > inputs.context:
-        excess = len(prompt) + longest - inputs.context
+    if cut_to is not None and (excess := len(prompt) + longest - cut_to) > 0:
         words = inputs.text(text, special_tokens=False)
         prompt = _prompt(inputs, inputs.decode(words[: max(len(words) - excess, 0)]), labels)
     inputs.checked_room(len(prompt), longest, "input")

@@ -20,7 +20,7 @@ LOW_TO_HIGH = """
         keeping sparse_heads sparse_attention sparse_experts sparse_mlp sparse planning drawing sampling
         inputs model __init__
 
-    service: __init__ errors settings schemas scheduler metrics knob orders middleware engine
+    service: __init__ errors settings schemas scheduler pace metrics knob orders rows middleware engine
         served zero_shot desk answers streams routes app server __main__
 
     training: __init__ files options signals progress processes corpora data losses lessons student
@@ -56,7 +56,7 @@ DOORS = {
 # Files that know no tensor, and import no file of ours that does.
 WITHOUT_TORCH = {
     "elastiformer": "errors capacity usage accounting calibration card inputs",
-    "service": "errors settings scheduler metrics knob middleware zero_shot",
+    "service": "errors settings scheduler pace metrics knob middleware zero_shot",
     "training": "files signals corpora allotment",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from elastiformer import Calibration, ElasticModel, Measured, Phase, Step, Unit
+from elastiformer.accounting import KVPolicy
 from service.app import create_app
 from service.metrics import Metrics
 from service.served import Catalogue, serve
@@ -32,13 +34,15 @@ PATH = (
 )
 
 
-def elastic_model(family: str = "llama", **changes: Any) -> ElasticModel:
+def elastic_model(family: str = "llama", kv: KVPolicy = "complete", **changes: Any) -> ElasticModel:
     """A tiny model with every unit and a calibration from 0.5 on."""
     base = tiny(family, **changes)
     model = ElasticModel(base, tokenizer=tiny_tokenizer())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        adapter = model.blank_adapter(UNITS, experts=7, expert_split="contiguous", lora_rank=1)
+        adapter = model.blank_adapter(
+            UNITS, experts=7, expert_split="contiguous", lora_rank=1, kv=kv
+        )
         for parameter in adapter.parameters().values():
             with torch.no_grad():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -51,6 +55,26 @@ def elastic_model(family: str = "llama", **changes: Any) -> ElasticModel:
     )
     model.attach(adapter)
     return model
+
+
+class Watched(ElasticModel):
+    """A real model that remembers what its steps were made of, and takes its time over them."""
+
+    def __init__(
+        self,
+        step_seconds: float = 0.0,
+        token_seconds: float = 0.0,
+        kv: KVPolicy = "complete",
+    ) -> None:
+        known = elastic_model(kv=kv)
+        super().__init__(known.base, known.adapter, tokenizer=known.tokenizer)
+        self.steps: list[list[int]] = []  # the number of tokens of each sequence
+        self._step_seconds, self._token_seconds = step_seconds, token_seconds
+
+    def step(self, chunks: Any) -> Any:
+        self.steps.append([len(chunk.ids) for chunk in chunks])
+        time.sleep(self._step_seconds + self._token_seconds * sum(self.steps[-1]))
+        return super().step(chunks)
 
 
 class House:
@@ -85,7 +109,8 @@ class House:
 
     async def until_idle(self) -> None:
         async with asyncio.timeout(20):
-            while not self.hall.idle:
+            # The gauges follow when the turn that ended the last request ends.
+            while not self.hall.idle or self.value("elasti_num_requests_running"):
                 await asyncio.sleep(0.005)
 
 

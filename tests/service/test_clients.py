@@ -40,7 +40,8 @@ def test_the_openai_client_chats_streams_and_completes(client):
         whole = client.chat.completions.create(**asked)
         assert whole.usage.completion_tokens == 130
         spent = whole.model_extra["elasti"]["capacity_spent"]
-        assert spent == pytest.approx(capacity, abs=0.02)
+        # At 1.0 all is computed that somebody reads: in the last layer, a prompt's keys and values.
+        assert spent == pytest.approx(capacity, abs=0.02) or (capacity == 1 and 0.9 < spent < 1)
 
         chunks = list(
             client.chat.completions.create(
@@ -98,6 +99,26 @@ def test_classification_agrees_with_the_likelihood_of_each_label(client):
     long = body | {"inputs": "x" * 900}
     assert httpx.post(f"{root}predict", json=long).status_code == 400
     assert httpx.post(f"{root}predict", json=long | {"truncate": True}).status_code == 200
+
+
+def test_the_version_tells_what_each_model_runs_on():
+    async def visit(house):
+        told = (await house.client.get("/version")).json()
+        assert told["version"] == house.app.version
+        model = house.engine.model
+        assert told["models"] == {
+            "tiny": {
+                "device": "cpu",
+                "dtype": "float32",
+                "attention": model.attention_backend,
+                "cache_tokens": 320,
+                "cache_bytes": model.cache.rows.nbytes,
+                "prefix_cache": False,
+                "costs": None,
+            }
+        }
+
+    in_house(visit, cache_tokens=320, prefix_cache=False)
 
 
 def test_the_page_needs_nothing_from_elsewhere():
@@ -161,9 +182,13 @@ def test_the_command_serves_tells_a_line_to_try_and_drains(tiny_folder):
             reading.start()
             start = "".join(lines)
             assert "loading mine" in lines[0]
+            assert "attention by" in start and "cache of 32768 tokens" in start
+            assert "rows up to which channels are picked" in start
             address = next(line for line in lines if "ready: " in line).split()[1]
             assert f"curl -N {address}/v1/chat/completions" in start
 
+            told = httpx.get(f"{address}/version").json()["models"]["mine"]
+            assert told["costs"] in start and told["attention"] in start
             body = {"model": "mine", "prompt": "a", "max_tokens": 250, "stream": True}
             body |= {"ignore_eos": True, "temperature": 0}
             with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as reply:

@@ -138,7 +138,7 @@ def test_every_order_gets_one_ending_whatever_happens():
         jobs = sum(len(ticket.order.jobs) for ticket in tickets)
         assert house.value("elasti_request_success_total") == jobs
         assert house.engine._scheduler.idle and not house.engine._rows
-        assert house.engine._scheduler.reserved_tokens == 0
+        assert house.engine._scheduler.reserved_blocks == 0
 
     in_house(visit, models={"tiny": Faulty(RuntimeError("boom"), 25)}, max_running=5)
 
@@ -174,7 +174,7 @@ def test_work_stops_when_its_caller_leaves(street, stream):
     assert house.value("elasti_request_success_total", finished_reason="abort") == 1
     assert house.value("elasti_generation_tokens_total") < 400
     assert house.value("elasti_num_requests_running") == 0
-    assert house.engine._scheduler.reserved_tokens == 0
+    assert house.engine._scheduler.reserved_blocks == 0
 
 
 def test_a_waiting_caller_who_leaves_is_forgotten(street):

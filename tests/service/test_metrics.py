@@ -24,6 +24,7 @@ CONTRACT = """
     elasti_request_capacity_spent_bucket elasti_tokens_skipped_per_request_bucket
     elasti_parameters_skipped_per_request_bucket elasti_capacity_override_total
     elasti_load_capacity_ceiling elasti_adapter_info
+    elasti_prefix_cache_queries_total elasti_prefix_cache_hits_total
 """
 LABELS = {"model_name", "unit", "phase", "tier", "reason", "finished_reason", "le"}
 

@@ -142,7 +142,7 @@ def test_a_model_without_calibration_or_chat_template_says_so():
         assert reply.status_code == 400 and "chat template" in reply.text
         reply = await house.post("/v1/completions", **COMPLETION, capacity={"heads": 0.5})
         assert reply.status_code == 400 and "heads" in reply.text
-        assert (await house.complete(**COMPLETION))["elasti"]["capacity_spent"] == 1.0
+        assert (await house.complete(**COMPLETION))["elasti"]["capacity_applied"] == 1.0
 
     in_house(visit, models={"tiny": plain})
 

@@ -2,11 +2,12 @@
 
 import json
 import re
+import socket
 
 import pytest
 
 from elastiformer import Capacity
-from service.__main__ import flag, main, parser
+from service.__main__ import flag, listen, main, parser
 from service.settings import ModelSpec, Settings, read_keys
 
 GIVEN = {
@@ -21,6 +22,8 @@ GIVEN = {
     "capacity_ceiling": ("0.9", 0.9),
     "cors_origins": ("https://a.example, *", ("https://a.example", "*")),
     "max_waiting": ("5", 5),
+    "max_decode_delay_seconds": ("0.1", 0.1),
+    "prefix_cache": ("false", False),
     "request_timeout_seconds": ("1.5", 1.5),
     "drain_seconds": ("0", 0.0),
     "log_level": ("debug", "debug"),
@@ -71,6 +74,8 @@ def test_without_models_the_embedded_one_is_served():
         (["--default-capacity", "1.5"], "--default-capacity: default_capacity: .*1.5"),
         (["--effort", '{"low": 0}'], "--effort: effort.low: "),
         (["--effort", "[]"], "--effort: an object"),
+        (["--max-decode-delay-seconds", "0"], "--max-decode-delay-seconds: .*greater than 0"),
+        (["--prefix-cache", "perhaps"], "--prefix-cache: .*boolean"),
         (["--capacity-ceiling", "nan"], "--capacity-ceiling: .*finite"),
         (["--keys-file", "/nowhere.json"], "keys_file /nowhere.json: .*No such file"),
         (["--host", "203.0.113.7"], "cannot listen on 203.0.113.7 port 8000"),
@@ -81,6 +86,11 @@ def test_a_mistake_is_told_by_its_flag_before_anything_is_loaded(flags, says, ca
     err = capsys.readouterr().err
     assert "Traceback" not in err
     assert re.search(says, err), err
+
+
+def test_small_answers_are_not_held_back():
+    with listen(Settings(port=0)) as place:
+        assert place.proto == socket.IPPROTO_TCP  # what asyncio looks at for TCP_NODELAY
 
 
 def test_a_key_file_names_everything_that_is_wrong(tmp_path):

@@ -1,0 +1,111 @@
+"""Promises about the cache: what can never fit is refused, what must wait waits, nothing dies."""
+
+import asyncio
+
+import pytest
+
+from tests.service.conftest import Watched, elastic_model, in_house
+from tests.tiny import CONTEXT
+
+ASKED = {"temperature": 0, "ignore_eos": True}
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/v1/completions", {"prompt": "a" * 100, "max_tokens": 100}),
+        ("/v1/completions", {"prompt": ["a", "a" * 150], "max_tokens": 1}),
+        ("/v1/completions", {"prompt": "a" * 150, "max_tokens": 1, "stream": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 150}]}),
+        ("/v1/classify", {"input": "a" * 150, "labels": ["x", "y"]}),
+    ],
+)
+def test_what_can_never_fit_is_refused_at_once(route, body):
+    async def visit(house):
+        reply = await house.post(route, **body)
+        assert reply.status_code == 400
+        error = reply.json()["error"]
+        assert error["code"] == "invalid_input" and error["param"] == "prompt"
+        total = house.engine.model.cache.total_blocks
+        assert f"blocks of keys and values; the whole cache has {total}" in error["message"]
+        assert (await house.complete("a" * 100, max_tokens=28, **ASKED))["usage"]
+        listed = (await house.client.get("/v1/models/tiny")).json()
+        assert listed["max_model_len"] == 128
+
+    in_house(visit, cache_tokens=128)
+
+
+def test_a_default_length_and_a_cut_text_are_what_fits():
+    async def visit(house):
+        chat = {"messages": [{"role": "user", "content": "a" * 40}], **ASKED}
+        usage = (await house.post("/v1/chat/completions", **chat)).json()["usage"]
+        assert usage["total_tokens"] == 128
+        body = {"inputs": "a" * 900, "labels": ["x", "y"], "truncate": True}
+        assert (await house.client.post("/predict", json=body)).status_code == 200
+
+    in_house(visit, cache_tokens=128)
+
+
+def test_a_cache_larger_than_the_context_bounds_nothing():
+    async def visit(house):
+        listed = (await house.client.get("/v1/models/tiny")).json()
+        assert listed["max_model_len"] == CONTEXT
+        answer = await house.complete("a" * 500, max_tokens=CONTEXT - 500, **ASKED)
+        assert answer["usage"]["total_tokens"] == CONTEXT
+
+    in_house(visit)
+
+
+def test_what_must_wait_waits_in_order_and_everything_is_given_back():
+    model = Watched()
+    order = []
+
+    async def visit(house):
+        async def ask(number):
+            await house.complete("abc"[number] * 90, max_tokens=20, **ASKED)
+            order.append(number)
+
+        asking = []
+        for number in range(3):
+            asking.append(asyncio.create_task(ask(number)))
+            while len(house.engine._requests) + len(order) <= number:
+                await asyncio.sleep(0.001)
+        used = set()
+        while not all(each.done() for each in asking):
+            used.add(house.value("elasti_kv_cache_usage_perc"))
+            await asyncio.sleep(0.001)
+        assert used - {0.0} == {0.7}  # 110 of 160 tokens, in whole blocks
+        await asyncio.gather(*asking)
+        assert order == [0, 1, 2]
+        assert {len(step) for step in model.steps} == {1}  # two never fitted together
+        await house.until_idle()
+        assert house.value("elasti_kv_cache_usage_perc") == 0
+        assert model.cache.free_blocks == model.cache.total_blocks
+
+    in_house(visit, models={"tiny": model}, cache_tokens=160)
+
+
+def test_more_requests_fit_where_a_lower_capacity_keeps_less():
+    together = {}
+    for capacity in (1.0, {"attention_tokens": 0.4}):
+        model = Watched(kv="kept")
+
+        async def visit(house, capacity=capacity, model=model):
+            body = ASKED | {"max_tokens": 40, "capacity": capacity}
+            await asyncio.gather(*(house.complete(each * 120, **body) for each in "abcdef"))
+            together[capacity == 1.0] = max(map(len, model.steps))
+
+        in_house(visit, models={"tiny": model}, cache_tokens=330, prefix_cache=False)
+    assert together[True] == 2 and together[False] >= 4
+
+
+def test_two_models_have_a_cache_each():
+    async def visit(house):
+        answers = await asyncio.gather(
+            *(house.complete("a" * 100, max_tokens=20, model=name, **ASKED) for name in "ab")
+        )
+        assert all(answer["usage"]["total_tokens"] == 120 for answer in answers)
+        for served in house.hall.catalogue:
+            assert served.model.cache.free_blocks == served.model.cache.total_blocks
+
+    in_house(visit, models={"a": elastic_model(), "b": elastic_model("gpt2")}, cache_tokens=128)
