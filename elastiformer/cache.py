@@ -115,6 +115,11 @@ class SequenceCache:
             return None
         return self._positions_LC[layer][: int(self.length_L[layer])]
 
+    def tokens_before(self, layer: int, position: int) -> int:
+        """How many tokens a layer holds of those before a position."""
+        positions_K = self.positions_K(layer)
+        return position if positions_K is None else int((positions_K < position).sum())
+
     def rows_for(self, layer: int, tokens: int) -> np.ndarray:
         """Where the next tokens of a layer go among the pool's rows: [N, 2G]."""
         room, length = int(self.room_L[layer]), int(self.length_L[layer])
@@ -143,6 +148,7 @@ class SequenceCache:
             self.pool.give(self._extent)
             self._extent = None
             self._views.clear()
+            self.length_L[:] = 0
 
     def _view(self, layer: int) -> tuple[Tensor, Tensor]:
         first, room = self.first_row(layer), int(self.room_L[layer])

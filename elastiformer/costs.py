@@ -11,6 +11,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MOST_ROWS = 4
@@ -54,34 +55,34 @@ def compare(
     Args:
         seconds: to spend in all, about.
     """
-    each = seconds / (2 * len(SHARES) * MOST_ROWS)
+    each = seconds / (4 * len(SHARES))
     most = []
     for share in SHARES:
         rows = 0
-        while rows < MOST_ROWS:
-            fast = _best_of(picked, share, rows + 1, each)
-            if fast > _best_of(dense, share, rows + 1, each):
-                break
+        while rows < MOST_ROWS and _is_faster(picked, dense, share, rows + 1, each):
             rows += 1
         most.append(rows)
     return FewRows(_falling(most))
 
 
-def _best_of(run: Callable[[float, int], None], share: float, rows: int, seconds: float) -> float:
-    """The median of as many runs as fit, at least three."""
-    run(share, rows)
-    taken: list[float] = []
+def _is_faster(
+    first: Callable[[float, int], None],
+    second: Callable[[float, int], None],
+    share: float,
+    rows: int,
+    seconds: float,
+) -> bool:
+    """Compare medians; the two take turns, so that whatever else runs here falls on both."""
+    taken: dict[bool, list[float]] = {True: [], False: []}
     until = time.perf_counter() + seconds
-    while len(taken) < 3 or time.perf_counter() < until:
-        begun = time.perf_counter()
-        run(share, rows)
-        taken.append(time.perf_counter() - begun)
-    return sorted(taken)[len(taken) // 2]
+    while len(taken[False]) < 5 or time.perf_counter() < until:
+        for is_first, run in ((True, first), (False, second)):
+            begun = time.perf_counter()
+            run(share, rows)
+            taken[is_first].append(time.perf_counter() - begun)
+    return median(taken[True]) < median(taken[False])
 
 
 def _falling(most: Sequence[int]) -> tuple[int, ...]:
-    """Never more rows for a larger share: what says otherwise is noise."""
-    falling: list[int] = []
-    for rows in most:
-        falling.append(min(rows, falling[-1]) if falling else rows)
-    return tuple(falling)
+    """Never fewer rows for a smaller share: what says otherwise is noise."""
+    return tuple(max(most[place:]) for place in range(len(most)))

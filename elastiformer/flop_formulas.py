@@ -23,7 +23,11 @@ def _sdpa_cpu_flops(
 
 
 @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-def _packed_linear_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+def _packed_linear_flops(
+    x: Any, weight: Any, bias: Any, attr: str, scalars: Any, *_: Any, **__: Any
+) -> int:
+    if scalars:  # products.py says how many channels were picked
+        return int(2 * scalars[0] * weight[0])
     rows = 1
     for size in x[:-1]:
         rows *= size

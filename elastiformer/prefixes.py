@@ -109,11 +109,10 @@ class PrefixStore:
         if key in parent.children:
             return parent.children[key]
         cache = sequence.cache
-        firsts_L = np.zeros_like(cache.length_L)
-        above: _Piece | None = parent
-        while above is not None and above.kept_L is not None:
-            firsts_L = firsts_L + above.kept_L
-            above = above.parent
+        # By position: the parent may be another sequence's, whose routes rounding may have turned.
+        firsts_L = np.array(
+            [cache.tokens_before(layer, parent.stop) for layer in range(len(cache.length_L))]
+        )
         stops_L = np.full_like(firsts_L, stop) if simple else cache.length_L
         rows = [
             cache.held_rows(layer, first, end)

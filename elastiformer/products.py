@@ -126,18 +126,22 @@ def _largest(weighed_RI: np.ndarray, counts: int | np.ndarray, picks: int) -> np
     return kept_RI
 
 
-def _packed_linear(x_RI: Tensor, packed: Tensor) -> Tensor:
-    out_RO: Tensor = torch.ops.mkldnn._linear_pointwise(x_RI, packed, None, "none", [], "")
+def _packed_linear(x_RI: Tensor, packed: Tensor, picks: int | None = None) -> Tensor:
+    # oneDNN ignores the scalars of "none"; there the FLOP formula finds the picks among zeros.
+    scalars = [] if picks is None else [picks]
+    out_RO: Tensor = torch.ops.mkldnn._linear_pointwise.default(
+        x_RI, packed, None, "none", scalars, ""
+    )
     return out_RO
 
 
-def _picked_linear(x_RI: Tensor, weight: Tensor, picks: int, packed: bool) -> Tensor:
-    return _packed_linear(x_RI, weight) if packed else F.linear(x_RI, weight)
+def _picked_linear(x_RI: Tensor, weight_OI: Tensor, picks: int) -> Tensor:
+    return F.linear(x_RI, weight_OI)
 
 
 # An operator of its own, so that PyTorch's counter sees the picks and not the zeros.
 _LIBRARY: Any = torch.library.Library("elasti", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("picked_linear(Tensor x, Tensor weight, int picks, bool packed) -> Tensor")
+_LIBRARY.define("picked_linear(Tensor x, Tensor weight, int picks) -> Tensor")
 _LIBRARY.impl("picked_linear", _picked_linear, "CompositeExplicitAutograd")
 
 
@@ -172,21 +176,22 @@ class Product:
 
     def over_zeros(self, reading: Reading) -> Tensor:
         """The product over the picked channels, by way of a dense one over zeros elsewhere."""
-        weight = self._packed if self._packed is not None else self._weight_OI
-        return self._biased(
-            torch.ops.elasti.picked_linear(
-                reading.only_RI, weight, reading.picks, self._packed is not None
-            )
-        )
+        assert reading.picks is not None, "nothing was picked"
+        if self._packed is None:
+            x_RI, weight_OI = reading.only_RI, self._weight_OI
+            return self._biased(torch.ops.elasti.picked_linear(x_RI, weight_OI, reading.picks))
+        return self._biased(_packed_linear(reading.only_RI, self._packed, reading.picks))
 
     def picked(self, reading: Reading) -> Tensor:
         """The product row by row, each over its picked channels alone."""
         outs = [self._picked(reading, row) for row in range(len(reading.x_RI))]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def prepare(self) -> None:
+    def prepare(self, picking: bool = False) -> None:
         """Lay the weight out now, rather than when a request first needs it."""
         _ = self._packed if self._packs else self._weight_OI
+        if picking:
+            _ = self._tiles
 
     @cached_property
     def _packs(self) -> bool:

@@ -125,6 +125,8 @@ class Workshop:
         layers, few = self.layout.layers, {}
         for site in SITES:
             pairs = [(self.at_site(x, site), self.layout.column_norms(x, site)) for x in layers]
+            for product, _ in pairs:
+                product.prepare(picking=True)
             # One layer after another, as in a step: a weight must not lie in the cache already.
             turns = cycle(pairs)
             first = pairs[0][0]

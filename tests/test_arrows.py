@@ -17,11 +17,11 @@ LOW_TO_HIGH = """
     elastiformer: errors capacity usage accounting calibration card priced families experts
         routers lora lora_files weights adapter masked pool cache sequence prefixes pointwise
         packed taken costs products flop_formulas expert_table repair attention placing workshop
-        keeping sparse_heads sparse_attention sparse_experts sparse_mlp sparse planning drawing sampling
-        inputs model __init__
+        keeping sparse_heads sparse_attention sparse_experts sparse_mlp sparse planning drawing
+        sampling inputs model __init__
 
-    service: __init__ errors settings schemas scheduler pace metrics knob orders rows middleware engine
-        served zero_shot desk answers streams routes app server __main__
+    service: __init__ errors settings schemas scheduler pace metrics knob orders rows middleware
+        engine served zero_shot desk answers streams routes app server __main__
 
     training: __init__ files options signals progress processes corpora data losses lessons student
         checkpoint quality allotment tuning sensitivity baselines pictures stopwatch reports loop

@@ -325,3 +325,30 @@ def test_compaction_moves_what_is_stored_with_everything_else(kv):
 
     torch.testing.assert_close(feed(model, sequence, prompt), expected, **CLOSE)
     assert Unit.ATTENTION_TOKENS in {unit for _, unit, _ in sequence.debts()}
+
+
+def test_pieces_of_two_sequences_fit_together_though_their_routes_differ():
+    """Rounding in another batch may send one token another way; no key may then stand twice."""
+    model, share = opened(kv="kept"), Capacity.parse({"attention_tokens": 0.5})
+    first, second = begin(model, IDS, share), begin(model, IDS, share)
+
+    def nudge(by: float) -> None:
+        for name, parameter in model.trainable().items():
+            if name.endswith("attention_tokens.bias"):
+                parameter.data += by
+
+    model.step([Chunk(first, IDS[:PIECE_TOKENS])])
+    nudge(9.0)  # a rounding error that can be relied on
+    model.step([Chunk(second, IDS[:PIECE_TOKENS])])
+    nudge(-9.0)
+    assert (first.cache.length_L != second.cache.length_L).any()
+    model.step([Chunk(second, IDS[PIECE_TOKENS : 2 * PIECE_TOKENS])])
+    third = begin(model, IDS, share)
+
+    for layer in range(LAYERS):
+        found = third.cache.positions_K(layer).tolist()
+        assert found == sorted(set(found)), f"layer {layer}"
+        if third.cached_tokens == 2 * PIECE_TOKENS:
+            after = [place for place in found if place >= PIECE_TOKENS]
+            computed_by = second.cache.positions_K(layer).tolist()
+            assert after == [place for place in computed_by if place >= PIECE_TOKENS]

@@ -1,0 +1,1 @@
+"""Side-by-side measurements of the library and the server, one command each."""

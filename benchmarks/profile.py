@@ -1,0 +1,214 @@
+"""Where a decode step's time goes: dense and at 0.65, at batch 1 and 16.
+
+PyTorch's profiler sees every operator; each belongs to one family: products, picking and
+gathering, attention, norms and elementwise, the rest. What no operator accounts for is Python and
+dispatch. The profiler slows a step down, most of all between operators, so the same steps are timed
+without it as well, and Python is what that time leaves when the operators are taken off.
+
+Takes about half a minute on two cores with the default model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiled
+
+from benchmarks import machine, models
+from benchmarks.results import Report, Table, write
+from benchmarks.runs import Decoding
+from benchmarks.timing import Spread
+from elastiformer import Capacity, ElasticModel
+from training.options import whole
+from training.progress import track
+
+CAPACITIES = (1.0, 0.65)
+BATCHES = (1, 16)
+PYTHON = "Python and dispatch"
+OTHER = "other operators"
+# The first pattern that an operator's name meets says where it belongs.
+FAMILIES = {
+    "attention": r"attention|softmax|varlen",
+    "products": r"mm|linear|matmul|embedding_bag|einsum|conv|dot|sparse",
+    "picking and gathering": r"topk|sort|index|gather|scatter|select|nonzero|where|masked|take"
+    r"|embedding|unique|searchsorted|bucketize|cumsum|max|min",
+    "compiled": r"compiled|inductor|triton|graph",
+    "norms and elementwise": r"norm|add|mul|sub|div|neg|pow|sqrt|mean|sum|silu|gelu|sigmoid|tanh"
+    r"|cat|copy|fill|zero|abs|cos|sin|exp|eq|ne|le|lt|ge|gt|bitwise|logical|clone|_to|ones",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    models.add_model_arguments(parser, shapes=True)
+    parser.add_argument(
+        "--capacity",
+        type=models.capacity_argument,
+        action="append",
+        metavar="JSON",
+        help=f"repeatable (default: {', '.join(map(str, CAPACITIES))})",
+    )
+    parser.add_argument("--context", type=whole(2), default=128, help="tokens before decoding")
+    parser.add_argument("--steps", type=whole(1), default=30, help="of each kind, timed and seen")
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One operator's part of a step."""
+
+    name: str
+    family: str
+    milliseconds: float
+    calls: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One step at one capacity and batch, in milliseconds."""
+
+    capacity: object
+    rows: int
+    step: Spread  # without the profiler
+    profiled_step: float  # median, with it
+    families: dict[str, float]  # the parts of the step without the profiler
+    operators: tuple[Operator, ...]  # the dearest ones
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    model = models.load(args)
+    default = [Capacity(share, share) for share in CAPACITIES]
+    capacities = list(dict.fromkeys(args.capacity or default))
+    ids = models.text_ids(model, args.context + 37 * max(BATCHES) + 256)
+    cases = [(capacity, rows) for capacity in capacities for rows in BATCHES]
+    measured = [_measure(args, model, ids, *case) for case in track(cases, label="profile")]
+    return write(_report(args, model, measured), args.out)
+
+
+def family_of(operator: str) -> str:
+    name = operator.removeprefix("aten::").lower()
+    for family, pattern in FAMILIES.items():
+        if re.search(pattern, name):
+            return family
+    return OTHER
+
+
+def _measure(
+    args: argparse.Namespace, model: ElasticModel, ids: list[int], capacity: Capacity, rows: int
+) -> Measured:
+    warm_up = 3
+    most = warm_up + 2 * args.steps
+    running = Decoding(model, capacity, ids, rows, args.context, most)
+    for _ in range(warm_up):
+        running.step(rows)
+    plain = Spread.of([running.step(rows) for _ in range(args.steps)]).scaled(1000)
+    on_gpu = model.device.type == "cuda"
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+    with profiled(activities=kinds) as seen:
+        watched = [running.step(rows) for _ in range(args.steps)]
+    running.release()
+    operators = _operators(seen.key_averages(), args.steps, on_gpu)
+    families: dict[str, float] = dict.fromkeys((*FAMILIES, OTHER), 0.0)
+    for operator in operators:
+        families[operator.family] += operator.milliseconds
+    families[PYTHON] = max(0.0, plain.median - sum(families.values()))
+    return Measured(
+        capacity=capacity.as_json(),
+        rows=rows,
+        step=plain,
+        profiled_step=1000 * Spread.of(watched).median,
+        families={name: value for name, value in families.items() if value > 0},
+        operators=tuple(operators[:12]),
+    )
+
+
+def _operators(events: Iterable[Any], steps: int, on_gpu: bool) -> list[Operator]:
+    """By their own time, dearest first; on a GPU that of their kernels."""
+    found = []
+    for event in events:
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if microseconds > 0:
+            found.append(
+                Operator(
+                    event.key,
+                    family_of(event.key),
+                    microseconds / 1000 / steps,
+                    event.count / steps,
+                )
+            )
+    return sorted(found, key=lambda operator: -operator.milliseconds)
+
+
+# On paper.
+
+
+def _report(args: argparse.Namespace, model: ElasticModel, measured: list[Measured]) -> Report:
+    names = [
+        name
+        for name in (*FAMILIES, OTHER, PYTHON)
+        if any(name in each.families for each in measured)
+    ]
+    rows = [
+        [
+            f"`{_label(each)}`",
+            str(each.rows),
+            f"{each.step.median:.2f}",
+            f"{each.profiled_step:.2f}",
+            *(f"{each.families.get(name, 0.0):.2f}" for name in names),
+        ]
+        for each in measured
+    ]
+    dearest = [
+        Table(
+            f"Dearest operators: capacity {_label(each)}, batch {each.rows}",
+            ("operator", "family", "ms per step", "calls per step"),
+            [
+                [f"`{o.name}`", o.family, f"{o.milliseconds:.2f}", f"{o.calls:.0f}"]
+                for o in each.operators
+            ],
+        )
+        for each in measured
+    ]
+    shape = getattr(args, "shape", None)
+    return Report(
+        name="profile" if not shape else f"profile-{shape}",
+        title=f"Where a decode step's time goes: {models.name_of(args)}",
+        setting=machine.setting(model, args.command_line),
+        parameters={
+            "model": models.name_of(args),
+            "context_tokens": args.context,
+            "steps": args.steps,
+        },
+        results=[asdict(each) for each in measured],
+        tables=[
+            Table("ms per step", ("capacity", "batch", "step", "profiled", *names), rows),
+            *dearest,
+        ],
+        notes=(
+            "Operators by their own time under the profiler; `Python and dispatch` is what they "
+            "leave of the step's time without it, so what the profiler adds to operators is "
+            "missing there."
+        ),
+        draw=lambda figure: _draw(figure, measured, names),
+        size=(9, 1.2 + 0.7 * len(measured)),
+    )
+
+
+def _label(each: Measured) -> str:
+    return models.label_of(Capacity.parse(each.capacity))
+
+
+def _draw(figure: Any, measured: Sequence[Measured], names: Sequence[str]) -> None:
+    axis = figure.subplots()
+    labels = [f"{_label(each)}, batch {each.rows}" for each in measured]
+    left = [0.0] * len(measured)
+    for name in names:
+        widths = [each.families.get(name, 0.0) for each in measured]
+        axis.barh(labels, widths, left=left, label=name)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axis.invert_yaxis()
+    axis.set(xlabel="ms per step")
+    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

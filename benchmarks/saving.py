@@ -1,0 +1,402 @@
+"""What a capacity saves: the time it takes beside the FLOPs it spends, both over capacity 1.0.
+
+A prompt of 512 tokens, one token for 1, 4, 16 and 64 sequences, and texts that are scored whole,
+each at several capacities by turns. Realised saving = (1 - time ratio) / (1 - FLOP ratio): 1 where
+every FLOP saved is time saved. Decoding is also held against the roofline: the least time that
+the plan needs here, by the bytes of weights that some row needs and by its FLOPs.
+
+Takes about `--seconds` for each kind of work, and the time to run the prompts of the decoded
+sequences: some five minutes in all on two cores with the default model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from benchmarks import machine, models
+from benchmarks.results import Goal, Report, Table, told, write
+from benchmarks.roofline import Roofline
+from benchmarks.runs import STAGGER, Decoding, Flops, timed
+from benchmarks.timing import Spread, ratios, take_turns
+from elastiformer import DENSE, Capacity, Chunk, ElasticModel
+from training.options import real, whole
+
+CAPACITIES = (1.0, 0.8, 0.65, 0.5)
+OF_PREFILL = 0.6  # measured there too, for its goal
+BATCHES = (1, 4, 16, 64)
+TEXTS, TEXT_TOKENS = 4, 128
+LITTLE = 0.05
+STEPS = 384  # of decoding, at most: how much room a sequence gets
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    models.add_model_arguments(parser, shapes=True)
+    parser.add_argument(
+        "--capacity",
+        type=models.capacity_argument,
+        action="append",
+        metavar="JSON",
+        help='a number, or keep shares such as {"mlp_tokens": 0.5}; repeatable; 1.0 is always '
+        f"measured (default: {', '.join(map(str, CAPACITIES))})",
+    )
+    parser.add_argument("--seconds", type=real(least=0), default=30.0, help="for each kind of work")
+    parser.add_argument("--least", type=whole(1), default=3, help="rounds, however long they take")
+    parser.add_argument("--batches", type=batches, default=BATCHES, help="such as 1,4,16,64")
+    parser.add_argument("--prompt", type=whole(2), default=512, help="tokens of the prefill")
+    parser.add_argument("--context", type=whole(2), default=128, help="tokens before decoding")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One kind of work at one capacity."""
+
+    work: str
+    rows: int  # of the batch; 0: not decoding
+    capacity: object
+    milliseconds: Spread
+    time_ratio: Spread  # over capacity 1.0 in the same round
+    block_flop_ratio: float
+    flop_ratio: float  # with the output head
+    realised_blocks: float | None  # None where nothing was to be saved
+    realised: float | None
+    roof_milliseconds: float | None
+    roof_ratio: float | None
+    of_roof_saving: float | None  # saved, over what the roofline lets the plan save
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    model = models.load(args)
+    capacities = tuple(dict.fromkeys((DENSE, *(args.capacity or map(_both, CAPACITIES)))))
+    longest = max(args.prompt, args.context + STAGGER + STEPS)
+    models.check_context(model, longest)
+    ids = models.text_ids(model, 2 * longest + 64 * 37)
+    of_prefill = capacities
+    if not args.capacity:
+        of_prefill = tuple(map(_both, sorted((*CAPACITIES, OF_PREFILL), reverse=True)))
+    measured = [
+        *_measure(args, Prefill(model, ids[: args.prompt]), of_prefill),
+        *_measure(args, Scoring(model, ids), capacities),
+        *_decode(args, model, capacities, ids),
+    ]
+    return write(_report(args, model, measured), args.out)
+
+
+def batches(text: str) -> tuple[int, ...]:
+    return tuple(whole(1)(each) for each in text.split(","))
+
+
+class Work(Protocol):
+    """Something that can be done at each capacity, again and again."""
+
+    name: str
+    rows: int
+
+    def turn(self, capacity: Capacity) -> float: ...
+
+    def flops(self, capacity: Capacity) -> Flops: ...
+
+
+class Prefill:
+    """One prompt, in one step."""
+
+    name, rows = "prefill", 0
+
+    def __init__(self, model: ElasticModel, ids: list[int]) -> None:
+        self._model, self._ids = model, ids
+        self._flops: dict[Capacity, Flops] = {}
+
+    def turn(self, capacity: Capacity) -> float:
+        request = self._model.sequence(capacity, len(self._ids), len(self._ids))
+        seconds = timed(self._model, lambda: self._model.step([Chunk(request, self._ids)]))
+        self._flops[capacity] = Flops.of([request.usage])
+        request.release()
+        return seconds
+
+    def flops(self, capacity: Capacity) -> Flops:
+        return self._flops[capacity]
+
+
+class Scoring:
+    """A few texts of which every token is scored, in one step: what classification does."""
+
+    name, rows = "classification", 0
+
+    def __init__(self, model: ElasticModel, ids: list[int]) -> None:
+        self._model = model
+        self._texts = [ids[at * TEXT_TOKENS : (at + 1) * TEXT_TOKENS] for at in range(TEXTS)]
+        self._flops: dict[Capacity, Flops] = {}
+
+    def turn(self, capacity: Capacity) -> float:
+        requests = [
+            self._model.sequence(capacity, len(text), len(text), scored=True)
+            for text in self._texts
+        ]
+        chunks = [Chunk(request, text) for request, text in zip(requests, self._texts, strict=True)]
+        seconds = timed(self._model, lambda: self._model.step(chunks))
+        self._flops[capacity] = Flops.of([request.usage for request in requests])
+        for request in requests:
+            request.release()
+        return seconds
+
+    def flops(self, capacity: Capacity) -> Flops:
+        return self._flops[capacity]
+
+
+class Decode:
+    """One token for each of so many sequences, in one step."""
+
+    def __init__(self, running: Mapping[Capacity, Decoding], rows: int) -> None:
+        self.name, self.rows = f"decode, batch {rows}", rows
+        self._running = running
+        self._before = {capacity: each.spent(rows) for capacity, each in running.items()}
+
+    def turn(self, capacity: Capacity) -> float:
+        return self._running[capacity].step(self.rows)
+
+    def flops(self, capacity: Capacity) -> Flops:
+        return self._running[capacity].spent(self.rows).minus(self._before[capacity])
+
+
+def _decode(
+    args: argparse.Namespace,
+    model: ElasticModel,
+    capacities: Sequence[Capacity],
+    ids: list[int],
+) -> list[Measured]:
+    roofline = Roofline(model, machine.limits(model.dtype, model.device), ids[:256])
+    most_rows = max(args.batches)
+    # The first sequences serve every batch, so each batch finds them a little longer.
+    running = {
+        capacity: Decoding(model, capacity, ids, most_rows, args.context, STEPS)
+        for capacity in capacities
+    }
+    measured: list[Measured] = []
+    steps_left = STEPS
+    for place, rows in enumerate(args.batches):
+        most = steps_left // (len(args.batches) - place)
+        least = min(args.least, most - 1)
+        before = running[DENSE].steps
+        measured += _measure(
+            args, Decode(running, rows), capacities, least, most - 1, roofline, model
+        )
+        steps_left -= running[DENSE].steps - before
+    for each in running.values():
+        each.release()
+    return measured
+
+
+def _measure(
+    args: argparse.Namespace,
+    work: Work,
+    capacities: Sequence[Capacity],
+    least: int | None = None,
+    most: int = 1_000_000,
+    roofline: Roofline | None = None,
+    model: ElasticModel | None = None,
+) -> list[Measured]:
+    ways = {models.label_of(capacity): partial(work.turn, capacity) for capacity in capacities}
+    taken = take_turns(ways, args.seconds, least or args.least, work.name, most)
+    dense_flops, dense_taken = work.flops(DENSE), taken[models.label_of(DENSE)]
+    roof = {}
+    if roofline is not None and model is not None:
+        for capacity in capacities:
+            _, plan = model.plans(capacity, args.context)
+            roof[capacity] = roofline.seconds(plan, work.rows, args.context)
+    found = []
+    for capacity in capacities:
+        mine = taken[models.label_of(capacity)]
+        ratio = Spread.of(ratios(mine, dense_taken))
+        flops = work.flops(capacity)
+        blocks, whole_model = flops.blocks / dense_flops.blocks, flops.all / dense_flops.all
+        roof_ratio = roof[capacity] / roof[DENSE] if roof else None
+        found.append(
+            Measured(
+                work=work.name,
+                rows=work.rows,
+                capacity=capacity.as_json(),
+                milliseconds=Spread.of(mine).scaled(1000),
+                time_ratio=ratio,
+                block_flop_ratio=blocks,
+                flop_ratio=whole_model,
+                realised_blocks=_realised(ratio.median, blocks),
+                realised=_realised(ratio.median, whole_model),
+                roof_milliseconds=1000 * roof[capacity] if roof else None,
+                roof_ratio=roof_ratio,
+                of_roof_saving=_of_roof(ratio.median, roof_ratio),
+            )
+        )
+    return found
+
+
+def _realised(time_ratio: float, cost_ratio: float) -> float | None:
+    return (1 - time_ratio) / (1 - cost_ratio) if cost_ratio < 0.999 else None
+
+
+def _of_roof(time_ratio: float, roof_ratio: float | None) -> float | None:
+    """None where the roofline lets the plan save next to nothing: then the quotient is noise."""
+    if roof_ratio is None or roof_ratio > 1 - LITTLE:
+        return None
+    return (1 - time_ratio) / (1 - roof_ratio)
+
+
+def _both(share: float) -> Capacity:
+    return Capacity(share, share)
+
+
+# On paper.
+
+
+def _report(args: argparse.Namespace, model: ElasticModel, measured: list[Measured]) -> Report:
+    rows = [
+        [
+            each.work,
+            f"`{_short(each.capacity)}`",
+            told(each.milliseconds),
+            f"{each.time_ratio.median:.3f}",
+            f"{each.block_flop_ratio:.3f}",
+            f"{each.flop_ratio:.3f}",
+            _number(each.realised_blocks),
+            _number(each.realised),
+            _number(each.roof_milliseconds),
+            _number(each.roof_ratio, 3),
+            _number(each.of_roof_saving),
+        ]
+        for each in measured
+    ]
+    columns = (
+        "work",
+        "capacity",
+        "ms, median [quartiles]",
+        "time ratio",
+        "block FLOPs",
+        "all FLOPs",
+        "realised, blocks",
+        "realised, all",
+        "roofline ms",
+        "roofline ratio",
+        "of the roofline's saving",
+    )
+    parameters = {
+        "model": models.name_of(args),
+        "seconds": args.seconds,
+        "prompt_tokens": args.prompt,
+        "context_tokens": args.context,
+        "batches": list(args.batches),
+        "scored_texts": TEXTS,
+        "scored_tokens": TEXT_TOKENS,
+    }
+    name = "saving" if not getattr(args, "shape", None) else f"saving-{args.shape}"
+    return Report(
+        name=name,
+        title=f"What a capacity saves: {models.name_of(args)}",
+        setting=machine.setting(model, args.command_line),
+        parameters=parameters,
+        results=[asdict(each) for each in measured],
+        tables=[Table("Time and FLOPs over capacity 1.0", columns, rows)],
+        notes=(
+            "Ratios are over capacity 1.0 of the same round; medians. FLOPs are those counted in "
+            "`usage`, over those counted at 1.0. Realised saving is (1 - time ratio) / "
+            "(1 - FLOP ratio), once for the blocks' FLOPs and once for all, the output head "
+            "included. The roofline of a decode step counts the weights that some row needs and "
+            "the FLOPs; its last column is (1 - time ratio) / (1 - roofline ratio), "
+            f"left out where the roofline itself allows less than {LITTLE:.0%}."
+        ),
+        draw=lambda figure: _draw(figure, measured),
+        goals=_goals(measured, shaped=name != "saving"),
+        size=(4.2 * min(len({each.work for each in measured}), 3), 6.4),
+    )
+
+
+def _goals(measured: Sequence[Measured], shaped: bool) -> list[Goal]:
+    def worst(work: str, of_roof: bool = False) -> float | None:
+        found = [
+            each.of_roof_saving if of_roof else each.realised
+            for each in measured
+            if each.work == work and each.flop_ratio < 0.999 and _is_low(each.capacity)
+        ]
+        return min((value for value in found if value is not None), default=None)
+
+    def slowest(work: str) -> float | None:
+        found = [each.time_ratio.median for each in measured if each.work == work]
+        return max(found, default=None)
+
+    def speed_up() -> float | None:
+        found = [
+            1 / each.time_ratio.median
+            for each in measured
+            if each.work == "prefill" and each.capacity == OF_PREFILL
+        ]
+        return max(found, default=None)
+
+    kinds = {each.work for each in measured}
+    goals = [
+        Goal("realised saving, prefill, capacity <= 0.65", 0.9, worst("prefill")),
+        Goal("realised saving, classification, capacity <= 0.65", 0.9, worst("classification")),
+        Goal("prefill, capacity 0.6: speed over 1.0", 1.6, speed_up()),
+    ]
+    for rows, wanted in ((1, 0.9), (64, 0.7)):
+        if f"decode, batch {rows}" in kinds:
+            what = f"realised saving, decode, batch {rows}, capacity <= 0.65"
+            goals.append(Goal(what, wanted, worst(f"decode, batch {rows}")))
+    goals += [
+        Goal("decode, batch 1, capacity 0.65, ms", 15, each.milliseconds.median, at_most=True)
+        for each in measured
+        if not shaped and (each.rows, each.capacity) == (1, 0.65)
+    ]
+    for rows in (4, 16):
+        work = f"decode, batch {rows}"
+        if work in kinds:
+            what = f"of the roofline's saving, decode, batch {rows}, capacity <= 0.65"
+            goals.append(Goal(what, 0.8, worst(work, of_roof=True)))
+            what = f"decode, batch {rows}: time over dense, at the slowest capacity"
+            goals.append(Goal(what, 1.02, slowest(work), at_most=True))
+    return goals
+
+
+def _is_low(capacity: object) -> bool:
+    return not isinstance(capacity, float) or capacity <= 0.65
+
+
+def _short(capacity: object) -> str:
+    return models.label_of(Capacity.parse(capacity))
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _draw(figure: Any, measured: Sequence[Measured]) -> None:
+    """One panel per kind of work: time and FLOPs over capacity 1.0 at each capacity."""
+    works = list(dict.fromkeys(each.work for each in measured))
+    columns = min(len(works), 3)
+    axes = figure.subplots(-(-len(works) // columns), columns, squeeze=False, sharey=True).flatten()
+    for axis, work in zip(axes, works, strict=False):
+        points = [each for each in measured if each.work == work]
+        places = range(len(points))
+        axis.plot(places, [p.flop_ratio for p in points], "s--", color="0.6", label="FLOPs")
+        roof = [p.roof_ratio for p in points]
+        if all(value is not None for value in roof):
+            axis.plot(places, roof, "^:", color="tab:green", label="roofline")
+        middles = [p.time_ratio.median for p in points]
+        errors = [
+            [p.time_ratio.median - p.time_ratio.lower for p in points],
+            [p.time_ratio.upper - p.time_ratio.median for p in points],
+        ]
+        axis.errorbar(places, middles, errors, fmt="o-", capsize=3, color="tab:blue", label="time")
+        axis.set_xticks(places, [_wrapped(p.capacity) for p in points], fontsize="small")
+        axis.set(title=work, ylim=(0, 1.35))
+        axis.axhline(1, color="0.85", zorder=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small", loc="lower left")
+    for axis in axes[len(works) :]:
+        axis.set_visible(False)
+    figure.supxlabel("capacity")
+    figure.supylabel("over capacity 1.0")
+
+
+def _wrapped(capacity: object) -> str:
+    return _short(capacity).replace(", ", ",\n")

@@ -1,0 +1,163 @@
+"""Each command runs on a tiny model in seconds, and writes what it says it writes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from benchmarks.__main__ import COMMANDS, main
+from benchmarks.dense import CONTINUOUS, OURS, PADDED
+from benchmarks.guidellm import INSTALL
+from benchmarks.overhead import WITH
+from benchmarks.saving import BATCHES
+
+TOP = {"format", "benchmark", "setting", "parameters", "goals", "results"}
+SETTING = {
+    "processor",
+    "cores",
+    "threads",
+    "instruction_sets",
+    "memory_gib",
+    "accelerator",
+    "dtype",
+    "device",
+    "attention",
+    "versions",
+    "date",
+    "command",
+}
+GOAL = {"what", "wanted", "got", "at_most", "reached"}
+QUICK = ("--seconds", "0", "--least", "1")
+
+
+def check(written, name):
+    assert set(written) == TOP
+    assert written["benchmark"] == name
+    assert set(written["setting"]) == SETTING
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", written["setting"]["date"])
+    assert all(set(goal) == GOAL for goal in written["goals"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_says_how_long_it_takes(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert "Takes " in capsys.readouterr().out
+
+
+def test_saving_holds_every_work_and_capacity(run):
+    keep = '{"mlp_tokens": 0.5, "attention_tokens": 0.5}'
+    written = run(
+        "saving",
+        *QUICK,
+        *("--prompt", "48", "--context", "16", "--batches", "1,4"),
+        *("--capacity", "0.65", "--capacity", keep),
+    )
+    check(written, "saving")
+    rows = written["results"]
+    works = {"prefill", "classification", "decode, batch 1", "decode, batch 4"}
+    assert {row["work"] for row in rows} == works
+    assert len(rows) == len(works) * 3
+    dense = [row for row in rows if row["capacity"] == 1.0]
+    assert all(row["time_ratio"]["median"] == row["flop_ratio"] == 1.0 for row in dense)
+    assert all(row["realised"] is None for row in dense)
+    leaner = {row["work"]: row["block_flop_ratio"] for row in rows if row["capacity"] == 0.65}
+    # Of a prompt, one layer in three is nearly free at 1.0 as well.
+    assert leaner.pop("prefill") < 1.0
+    assert all(ratio == pytest.approx(0.65, abs=0.2) for ratio in leaner.values())
+    assert all((row["roof_ratio"] is None) == (row["rows"] == 0) for row in rows)
+    assert all(0 < row["roof_ratio"] <= 1.0001 for row in rows if row["rows"])
+
+
+def test_saving_runs_layers_of_a_bigger_shape(run):
+    written = run(
+        "saving",
+        *QUICK,
+        *("--shape", "smollm2", "--layers", "2", "--prompt", "24", "--context", "8"),
+        *("--batches", "1", "--capacity", "0.65"),
+    )
+    check(written, "saving-smollm2")
+    assert written["parameters"]["model"] == "2 random layers of smollm2's shape"
+
+
+def test_the_default_batches_are_those_of_the_goals():
+    assert {1, 4, 16, 64} == set(BATCHES)
+
+
+def test_dense_compares_the_paths_of_transformers(run):
+    written = run("dense", *QUICK, "--prompt", "32", "--tokens", "3")
+    check(written, "dense")
+    engines = {
+        work: {row["engine"] for row in written["results"] if row["work"] == work}
+        for work in ("prefill", "decode", "batch")
+    }
+    assert {OURS, PADDED, CONTINUOUS} <= engines["batch"]
+    assert {OURS, CONTINUOUS} <= engines["decode"]
+    assert PADDED not in engines["prefill"]
+    for name, reason in written["parameters"]["absent"].items():
+        assert name not in engines["decode"]
+        assert reason
+
+
+def test_mixed_runs_the_same_requests_in_every_way(run):
+    written = run("mixed", *QUICK, "--prompt", "6", "--tokens", "2")
+    check(written, "mixed")
+    assert len({row["way"] for row in written["results"]}) == 4
+    assert all(row["seconds"]["median"] > 0 for row in written["results"])
+
+
+def test_overhead_has_a_control_and_an_interval(run):
+    written = run("overhead", *QUICK, "--prompt", "16", "--context", "8", "--steps", "8")
+    check(written, "overhead")
+    assert len(written["results"]) == 9  # three models, three kinds of work
+    used = [row["ratio"] for row in written["results"] if row["model"] == WITH]
+    assert all(ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in used)
+
+
+def test_cache_holds_less_at_a_low_capacity_only_where_skipped_tokens_leave_nothing(run):
+    written = run("cache", "--pool", "2000", "--prompt", "300", "--tokens", "4")
+    check(written, "cache")
+    rows = {(row["kv"], row["capacity"]): row for row in written["results"]}
+    assert rows["complete", 0.5]["bytes_ratio"] == 1.0
+    assert rows["kept", 0.5]["bytes_ratio"] < rows["kept", 0.8]["bytes_ratio"] < 1.0
+    assert rows["kept", 0.5]["fit"] > rows["kept", 1.0]["fit"] > 0
+    assert all(row["leaked_blocks"] == 0 for row in rows.values())
+
+
+def test_serving_measures_the_cost_of_http_without_a_load_generator(run):
+    written = run(
+        "serving",
+        "--no-load",
+        *("--http-seconds", "0", "--streams", "3", "--prompt", "8", "--tokens", "4"),
+    )
+    check(written, "serving")
+    assert written["results"]["http"]["tokens"] == 12
+    assert written["results"]["load"] == []
+
+
+def test_serving_without_its_load_generator_says_how_to_install_it(tiny_options, capsys):
+    assert main(["serving", *tiny_options, "--guidellm", "no/such/program"]) == 1
+    assert INSTALL in capsys.readouterr().err
+
+
+def test_a_short_soak_leaves_nothing_behind(run):
+    written = run("soak", "--minutes", "0.1", "--rate", "6", "--longest", "40")
+    check(written, "soak")
+    outcome = written["results"]["outcome"]
+    assert sum(outcome["endings"].values()) > 0
+    assert outcome["wrong"] == []
+    assert outcome["running_left"] == outcome["waiting_left"] == outcome["cache_left"] == 0
+    possible = outcome["jobs_certain"] + outcome["jobs_possible"]
+    assert outcome["jobs_certain"] <= outcome["jobs_ended"] <= possible
+    assert written["results"]["samples"]
+
+
+def test_a_profile_accounts_for_the_step(run):
+    written = run("profile", "--steps", "2", "--context", "8")
+    check(written, "profile")
+    assert {row["rows"] for row in written["results"]} == {1, 16}
+    for row in written["results"]:
+        assert row["families"]["products"] > 0
+        assert row["operators"]
