@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from elastiformer.capacity import Phase, Unit
 from elastiformer.families import Layer
 from elastiformer.packed import Kind, Packed, Rows
-from elastiformer.routers import by_threshold, token_gate
+from elastiformer.routers import keeps, token_gate
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
 
@@ -101,27 +101,18 @@ class Keeping:
         shares: dict[Kind, float],
         packed: Packed,
     ) -> np.ndarray:
-        """Which of the routed rows are kept: request by request and phase by phase, in order."""
-        scores = None if scores_R is None else scores_R.tolist()
+        """Which of the routed rows are kept: request by request, in order."""
+        scores = [None] * routed.count if scores_R is None else scores_R.tolist()
+        thresholds = {
+            kind: 0.0
+            if self.adapter is None
+            else self.adapter.threshold(unit, layer.index, kind.phase, share)
+            for kind, share in shares.items()
+            if 0 < share < 1
+        }
         kept_R = np.zeros(routed.count, dtype=bool)
-        places: dict[tuple[int, Phase], list[int]] = {}
-        chunk_R = np.searchsorted(packed.starts, routed.rows_R, side="right") - 1
-        for place, (chunk, row) in enumerate(
-            zip(chunk_R.tolist(), routed.rows_R.tolist(), strict=True)
-        ):
-            places.setdefault((chunk, packed.kinds[row].phase), []).append(place)
-        for (chunk, phase), of_chunk in places.items():
-            asked = [shares[packed.kinds[routed.rows_R[place]]] for place in of_chunk]
-            thresholds = {
-                share: 0.0
-                if self.adapter is None
-                else self.adapter.threshold(unit, layer.index, phase, share)
-                for share in set(asked)
-            }
-            kept_R[of_chunk] = by_threshold(
-                None if scores is None else [scores[place] for place in of_chunk],
-                asked,
-                [thresholds[share] for share in asked],
-                packed.chunks[chunk].sequence.debt(layer.index, unit, phase),
-            )
+        for place, row in enumerate(routed.rows_R.tolist()):
+            kind = packed.kinds[row]
+            debt = packed.sequences[row].debt(layer.index, unit, kind.phase)
+            kept_R[place] = keeps(scores[place], shares[kind], thresholds[kind], debt)
         return kept_R

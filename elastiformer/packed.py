@@ -22,6 +22,7 @@ from elastiformer.capacity import Phase
 from elastiformer.pointwise import Rotation
 from elastiformer.priced import PricedPlan
 from elastiformer.sequence import Chunk
+from elastiformer.sequence import Sequence as Owner
 
 S = TypeVar("S", bound=Hashable)
 
@@ -119,11 +120,13 @@ class Packed:
         self.ids: list[int] = []
         self.positions: list[int] = []
         self.kinds: list[Kind] = []
+        self.sequences: list[Owner] = []  # of each row
         starts = [0]
         known: dict[tuple[int, Phase], Kind] = {}
         for chunk in chunks:
             sequence = chunk.sequence
             self.ids += chunk.ids
+            self.sequences += [sequence] * len(chunk.ids)
             starts.append(len(self.ids))
             for position in range(sequence.length, sequence.length + len(chunk.ids)):
                 plan, phase = sequence.run_at(position), sequence.phase_at(position)

@@ -9,7 +9,7 @@ Shape letters: L layers   S sites
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 
@@ -53,8 +53,8 @@ class PricedPlan:
     costs: tuple[LayerCost, ...]
     total: Price  # of a token that every token router keeps
     per_key_L: np.ndarray  # FLOPs for each key that such a token attends to
-    skipped_attention: tuple[Price, ...]  # what changes in a layer when its router skips it
-    skipped_mlp: tuple[Price, ...]
+    skipped_attention: Mapping[int, Price]  # what changes where a layer's router skips it
+    skipped_mlp: Mapping[int, Price]
     channels: tuple[tuple[int, ...], ...]  # how many each site keeps, by layer, in order of Site
     picks: bool  # whether any site keeps less than all
     leaves_heads_out: bool
@@ -85,8 +85,11 @@ class Pricing:
         counts = tuple(map(layer_counts, shapes, plan))
         costs = tuple(self.shape.costs(plan, dense))
         both = list(zip(shapes, counts, strict=True))
-        total, per_key, no_attention, no_mlp, channels = Price(), [], [], [], []
-        for shape, layer, kept, cost in zip(shapes, plan, counts, costs, strict=True):
+        total, per_key, channels = Price(), [], []
+        no_attention: dict[int, Price] = {}
+        no_mlp: dict[int, Price] = {}
+        for place, (layer, cost) in enumerate(zip(plan, costs, strict=True)):
+            shape, kept = both[place]
             heads_width = kept.heads * shape.head_dim
             attention = Price(
                 linear=cost.attention_kept,
@@ -106,8 +109,10 @@ class Pricing:
             total += attention if layer.attention_tokens else without_attention
             total += mlp if layer.mlp_tokens else without_mlp
             per_key.append(cost.attention_per_key if layer.attention_tokens else 0)
-            no_attention.append(without_attention + attention * -1)
-            no_mlp.append(without_mlp + mlp * -1)
+            if 0 < layer.attention_tokens < 1:
+                no_attention[place] = without_attention + attention * -1
+            if 0 < layer.mlp_tokens < 1:
+                no_mlp[place] = without_mlp + mlp * -1
             channels.append((kept.attention_in, kept.attention_out, kept.mlp_in, kept.mlp_out))
         return PricedPlan(
             plan=plan,
@@ -116,8 +121,8 @@ class Pricing:
             costs=costs,
             total=total,
             per_key_L=np.array(per_key, dtype=np.int64),
-            skipped_attention=tuple(no_attention),
-            skipped_mlp=tuple(no_mlp),
+            skipped_attention=no_attention,
+            skipped_mlp=no_mlp,
             channels=tuple(channels),
             picks=any(getattr(layer, site.value) < 1 for layer in plan for site in Site),
             leaves_heads_out=any(kept.heads < shape.heads for shape, kept in both),

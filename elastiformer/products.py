@@ -38,10 +38,17 @@ class Reading:
         picks: int | None = None,
         kept_RI: Tensor | None = None,
         kept_on_host_RI: np.ndarray | None = None,
+        only_RI: Tensor | None = None,
     ) -> None:
-        """Of `picks` channels over all rows, and of a mask of them, on a CPU in NumPy's form."""
+        """Of `picks` channels over all rows, and of a mask of them, on a CPU in NumPy's form.
+
+        Where some rows pick and others do not there is no mask, but `only_RI`.
+        """
         self.x_RI, self.picks = x_RI, picks
         self._kept_RI, self._on_host_RI = kept_RI, kept_on_host_RI
+        self.mixed = only_RI is not None
+        if only_RI is not None:
+            self.__dict__["only_RI"] = only_RI
 
     @property
     def share(self) -> float:
@@ -91,8 +98,17 @@ def pick(x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray) -> Reading:
             return Reading(x_RI)
         picks = rows * counts
     else:
-        counts = np.minimum(counts, inputs)
-        picks = int(np.sum(counts))
+        counts_R = np.minimum(counts, inputs)
+        picks = int(counts_R.sum())
+        choosy_S = np.flatnonzero(counts_R < inputs)
+        if len(choosy_S) == 0:
+            return Reading(x_RI)
+        if len(choosy_S) < rows:
+            at_S = torch.from_numpy(choosy_S).to(x_RI.device)
+            only_RI = x_RI.clone()
+            only_RI[at_S] = pick(x_RI[at_S], norms_I, counts_R[choosy_S]).only_RI
+            return Reading(x_RI, picks, only_RI=only_RI)
+        counts = counts_R
     if x_RI.device.type == "cpu" and x_RI.dtype == torch.float32:
         # NumPy partitions and sorts with the processor's vectors: much faster than PyTorch here.
         weighed_RI = np.abs(x_RI.numpy())
@@ -164,7 +180,7 @@ class Product:
         """The outputs [R, O]."""
         if reading.picks is None:
             return self.dense(reading.x_RI)
-        if len(reading.x_RI) <= self.few.rows(reading.share):
+        if not reading.mixed and len(reading.x_RI) <= self.few.rows(reading.share):
             return self.picked(reading)
         return self.over_zeros(reading)
 

@@ -83,34 +83,33 @@ class Debt:
 _SLACK_TOKENS, _SLACK_SHARE = 2.0, 1 / 64  # between what was due and what was kept
 
 
+def keeps(score: float | None, share: float, threshold: float, debt: Debt) -> bool:
+    """Whether the next token is kept: when it passes the threshold, and as `share` asks for.
+
+    The number kept never strays from the number due by more than two tokens, or 1/64 of the
+    tokens seen. Without scores the kept tokens are spread evenly.
+    """
+    debt.seen += 1
+    due = debt.owed + share
+    if score is None:
+        keep = due >= 0.5
+    else:
+        slack = max(_SLACK_TOKENS, debt.seen * _SLACK_SHARE)
+        keep = due > slack or (due - 1 >= -slack and score > threshold)
+    debt.owed = due - 1 if keep else due
+    return keep
+
+
 def by_threshold(
     scores: Sequence[float] | None,
     shares: Sequence[float],
     thresholds: Sequence[float],
     debt: Debt,
 ) -> list[bool]:
-    """Keep the tokens that pass their threshold, and as many as the shares ask for.
-
-    The number kept never strays from the number due by more than two tokens, or 1/64 of the
-    tokens seen. Without scores the kept tokens are spread evenly.
-    """
-    kept = []
-    for place, share in enumerate(shares):
-        debt.seen += 1
-        due = debt.owed + share
-        if scores is None:
-            keep = due >= 0.5
-        else:
-            slack = max(_SLACK_TOKENS, debt.seen * _SLACK_SHARE)
-            if due - 1 < -slack:
-                keep = False
-            elif due > slack:
-                keep = True
-            else:
-                keep = scores[place] > thresholds[place]
-        debt.owed = due - 1 if keep else due
-        kept.append(keep)
-    return kept
+    """Which of one request's next tokens are kept, in order: `keeps` for each."""
+    given: Sequence[float | None] = [None] * len(shares) if scores is None else scores
+    each = zip(given, shares, thresholds, strict=True)
+    return [keeps(score, share, threshold, debt) for score, share, threshold in each]
 
 
 def most_kept(shares: Sequence[tuple[float, int]]) -> int:

@@ -61,7 +61,10 @@ class Sequence:
         return plan.rooted if position == 0 else plan
 
     def debt(self, layer: int, unit: Unit, phase: Phase) -> Debt:
-        return self._debts.setdefault((layer, unit, phase), Debt())
+        key = (layer, unit, phase)
+        if key not in self._debts:
+            self._debts[key] = Debt()
+        return self._debts[key]
 
     @property
     def has_debts(self) -> bool:

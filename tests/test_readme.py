@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from pydantic.fields import FieldInfo
 
+from benchmarks.__main__ import COMMANDS as BENCHMARKS
 from elastiformer.families import FAMILIES
 from service.__main__ import flag
 from service.__main__ import parser as service_parser
@@ -106,6 +107,11 @@ def test_a_command_in_the_readme_exists(command):
         parser = argparse.ArgumentParser()
         module.add_arguments(parser)
         parser.parse_args(words[4:])
+    elif words[:3] == ["python", "-m", "benchmarks"]:
+        module = importlib.import_module(f"benchmarks.{words[3]}")
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        parser.parse_args(words[4:])
     elif words[:3] == ["python", "-m", "training.corpora"]:
         assert {"brown", "--out"} <= set(words[3:])
         importlib.import_module("training.corpora")
@@ -123,6 +129,8 @@ def test_every_command_is_in_the_readme():
         assert f"make {target}" in shown, target
     for command in COMMANDS:
         assert any(line.startswith(f"python -m training {command} ") for line in shown), command
+    for command in BENCHMARKS:
+        assert any(line.startswith(f"python -m benchmarks {command}") for line in shown), command
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "exec make test"
 
 

@@ -29,6 +29,7 @@ from elastiformer.calibration import QUANTILES, DataRecord, Measured, Step, walk
 from training.allotment import LEAST_KL, Allotment, Curves, fields_of, late_layers, uniform
 from training.data import Corpus, Windows, pack, read_corpus
 from training.files import DataError
+from training.options import units
 from training.progress import track
 from training.quality import Setting, Window, measure, miss, prompt_share, recalibrate, windows_of
 from training.sensitivity import (
@@ -90,18 +91,6 @@ def capacities(text: str) -> list[float]:
     if not all(0 < value <= 1 for value in values):
         raise argparse.ArgumentTypeError(f"each above 0 and at most 1; got {text!r}")
     return sorted(values | {1.0}, reverse=True)
-
-
-def units(text: str) -> tuple[Unit, ...]:
-    """Comma-separated units; "none" leaves out whole sub-layers only."""
-    if text == "none":
-        return ()
-    known = {unit.value: unit for unit in Unit}
-    if stray := [name for name in text.split(",") if name not in known]:
-        raise argparse.ArgumentTypeError(
-            f"unknown unit {', '.join(stray)}; known: {', '.join(known)}"
-        )
-    return tuple(known[name] for name in text.split(","))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

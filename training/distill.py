@@ -29,7 +29,7 @@ from training.files import RunError, write_json
 from training.lessons import tolerances
 from training.loop import Distillation, Text
 from training.losses import Direction
-from training.options import real, whole
+from training.options import real, units, whole
 from training.processes import World, joined, shard_base
 from training.progress import track
 from training.sensitivity import Meter, Probe
@@ -49,9 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, help=".txt, .jsonl, a folder of them, or hub:NAME[:split]")
     add("--out", type=Path, required=True, help="folder of the adapter to write")
     add("--resume", action="store_true", help="go on from the last checkpoint")
-    add("--units", type=_units, default=",".join(Unit), help="what may be left out")
-    add("--prompt-units", type=_units, help="of them, in prompts (default: all of --units)")
-    add("--output-units", type=_units, help="of them, in outputs (default: all of --units)")
+    add("--units", type=units, default=",".join(Unit), help="what may be left out")
+    add(
+        "--prompt-units",
+        type=units,
+        help="of them, in prompts (default: all of --units; none: whole late layers only)",
+    )
+    add("--output-units", type=units, help="of them, in outputs (default: all of --units)")
     add("--experts", type=whole(2), default=16, help="blocks that each MLP is divided into")
     add(
         "--expert-split",
@@ -155,10 +159,13 @@ def _begin(args: argparse.Namespace, world: World) -> Distillation:
             f"divide among the processes, of which there are {world.size}"
         )
     for name in ("prompt_units", "output_units"):
-        asked = getattr(args, name) or args.units
+        asked = getattr(args, name)
+        asked = args.units if asked is None else asked
         setattr(args, name, asked)
         if stray := [unit for unit in asked if unit not in args.units]:
             raise RunError(f"--{name.replace('_', '-')}: {', '.join(stray)} is not among --units")
+    if not args.output_units:
+        raise RunError("--output-units: at least one; whole late layers are for prompts only")
     model = ElasticModel.load(args.base, dtype=args.dtype, device=world.device)
     if args.window > model.context:
         raise RunError(f"--window {args.window}: the context of this model is {model.context}")
@@ -258,11 +265,3 @@ def _place(name: str) -> tuple[int, str]:
 def _plain(value: object) -> object:
     """An option as JSON gives it back."""
     return [str(each) for each in value] if isinstance(value, tuple) else value
-
-
-def _units(text: str) -> tuple[Unit, ...]:
-    try:
-        return tuple(dict.fromkeys(Unit(name.strip()) for name in text.split(",")))
-    except ValueError as error:
-        known = ", ".join(Unit)
-        raise argparse.ArgumentTypeError(f"{error}; known: {known}") from error

@@ -53,7 +53,7 @@ class Teacher:
     """
 
     shape: ModelShape
-    prompt_units: tuple[Unit, ...]  # what may be left out, by phase
+    prompt_units: tuple[Unit, ...]  # what may be left out, by phase; none: whole late layers
     output_units: tuple[Unit, ...]
     least: float  # the lowest capacity drawn
     window: int
@@ -82,7 +82,9 @@ class Teacher:
     def prompt_plan(self, rng: random.Random, lowest: bool) -> Plan:
         capacity = self._capacity(rng, lowest)
         fields = [name for name in TOKEN_FIELDS if name in self.prompt_units]
-        if not fields or rng.random() >= LATE_LAYERS:
+        if not self.prompt_units:
+            fields = list(TOKEN_FIELDS)  # whole sub-layers need no unit
+        elif not fields or rng.random() >= LATE_LAYERS:
             return self.plan(rng, capacity, self.prompt_units)
         if len(fields) > 1 and rng.random() < 0.25:
             fields = [rng.choice(fields)]

@@ -1,10 +1,12 @@
-"""Numbers on the command line, each with its bounds: one outside is refused with both named."""
+"""What stands on the command line, with its bounds: what is outside is refused with both named."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable
+
+from elastiformer import Unit
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -44,3 +46,16 @@ def real(above: float | None = None, least: float | None = None, below: float = 
 
 
 Parser = Callable[[str], float]
+
+
+def units(text: str) -> tuple[Unit, ...]:
+    """Comma-separated units, each once; "none" leaves out whole sub-layers only."""
+    if text == "none":
+        return ()
+    known = {unit.value: unit for unit in Unit}
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    if stray := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(
+            f"unknown unit {', '.join(stray)}; known: {', '.join(known)}"
+        )
+    return tuple(known[name] for name in names)

@@ -82,6 +82,17 @@ def test_each_phase_lowers_its_own_units_only(shape):
         assert all(layer.heads == 1 for layer in lesson.output)
 
 
+def test_without_units_prompts_leave_out_whole_late_layers_only(shape):
+    drawn = lessons(shape, prompt_units=(), output_units=(Unit.CHANNELS,))
+    lowered = [lesson.prompt for lesson in drawn if lesson.prompt != dense_plan(LAYERS)]
+
+    assert lowered
+    for plan in lowered:
+        for layer in plan:
+            assert {layer.attention_tokens, layer.mlp_tokens} <= {0.0, 1.0}
+            assert layer.heads == layer.experts == layer.mlp_in == layer.mlp_out == 1
+
+
 def test_windows_are_cut_everywhere(shape):
     cuts = [each.prompt_tokens for each in lessons(shape)]
 
