@@ -41,8 +41,9 @@ class Taken:
         for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
             key = divmod(pair, kinds)
             plan = packed.distinct_kinds[key[1]].plan
-            changed = plan.skipped_mlp[layer]
-            if unit is Unit.ATTENTION_TOKENS:
+            if unit is Unit.MLP_TOKENS:
+                changed = plan.skipped_mlp[layer]
+            else:
                 changed = plan.skipped_attention[layer]
                 self._unattended.setdefault(key, []).append((layer, count))
             self._changes[key] = self._changes.get(key, Price()) + changed * count
