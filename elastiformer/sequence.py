@@ -68,11 +68,16 @@ class Sequence:
 
     @property
     def has_debts(self) -> bool:
-        return bool(self._debts)
+        """Whether a router has decided about its prompt tokens."""
+        return any(phase is Phase.PROMPT for _, _, phase in self._debts)
 
     def debts(self) -> dict[DebtKey, tuple[float, int]]:
-        """How the token units' debts stand now."""
-        return {key: (debt.owed, debt.seen) for key, debt in self._debts.items()}
+        """How the debts of its prompt tokens stand now."""
+        return {
+            key: (debt.owed, debt.seen)
+            for key, debt in self._debts.items()
+            if key[2] is Phase.PROMPT
+        }
 
     def resume(self, length: int, debts: Mapping[DebtKey, tuple[float, int]]) -> None:
         """Go on after `length` tokens that somebody else has computed alike."""

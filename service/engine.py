@@ -354,8 +354,9 @@ class Engine:
     def _end(self, entry: Entry, reason: str) -> None:
         """One job is complete; the last one completes its request."""
         request = self._requests[entry]
-        self._forget(entry)
+        # Counted first: who sees the engine idle finds everything counted.
         self._metrics.success.labels(self.name, reason).inc()
+        self._forget(entry)
         request.open_jobs -= 1
         if request.open_jobs == 0:
             self._close(request, Done(request.summary(self._clock())))
@@ -366,8 +367,8 @@ class Engine:
         reason = "abort" if isinstance(error, Cancelled) else "error"
         for entry in request.entries:
             if entry in self._requests:
-                self._forget(entry)
                 self._metrics.success.labels(self.name, reason).inc()
+                self._forget(entry)
         self._close(request, Failed(error))
 
     def _fail_all(self, error: Exception) -> None:
