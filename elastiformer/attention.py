@@ -1,13 +1,13 @@
 """Attention of packed queries over each request's own cache, behind one small interface.
 
 A back end takes all of a layer's queries at once and says its name. `Portable` runs PyTorch's
-scaled dot product attention, one call a request, on any device. `Varlen` runs PyTorch's
-variable-length attention, one call a layer, on CUDA devices that have it. Which one runs is
-decided once (`backend`), and what it cannot express (a capped score, some heads only) is the
-portable one's.
+scaled dot product attention, one call a request, on any device. `Compiled` runs all requests that
+ask with one token in one call, on a CPU in float32. `Varlen` runs PyTorch's variable-length
+attention, one call a layer, on CUDA devices that have it. Which one runs is decided once
+(`backend`), and what it cannot express (a capped score, some heads only) is the portable one's.
 
 Shape letters: N packed queries   Q queries of a request   K keys   A query heads
-    G key/value heads   H head size
+    G key/value heads   H head size   S single queries   P rows of the pool
 """
 
 from __future__ import annotations
@@ -16,12 +16,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
 from elastiformer.families import Layer
+from elastiformer.single_queries import attend
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Where a request's keys and values lie in a pool: [2, G, room, H] from row `first` on."""
+
+    rows_PH: Tensor
+    first: int
+    room: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +49,7 @@ class Read:
     keys_GKH: Tensor
     values_GKH: Tensor
     positions_K: Tensor | None
+    held: Held
 
     @property
     def count(self) -> int:
@@ -112,6 +124,52 @@ class Portable:
         return out_AQH.transpose(0, 1)
 
 
+class Compiled:
+    """All requests that ask with one token in one call (single_queries.py), on a CPU in float32.
+
+    Longer asks, windows that hide a key, and capped scores are the portable back end's.
+    """
+
+    name = "compiled"
+
+    def __init__(self) -> None:
+        self._portable = Portable()
+
+    @staticmethod
+    def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
+        return device.type == "cpu" and dtype == torch.float32
+
+    def attend(
+        self, query_NAH: Tensor, position_N: Tensor, reads: Sequence[Read], layer: Layer
+    ) -> Tensor:
+        single = [read for read in reads if _is_single(read, layer)]
+        if not single or torch._C._len_torch_dispatch_stack():  # somebody counts operators
+            return self._portable.attend(query_NAH, position_N, reads, layer)
+        query_NAH = query_NAH.contiguous()
+        out_NAH = torch.empty_like(query_NAH)
+        attend(
+            single[0].held.rows_PH.numpy(),
+            query_NAH.numpy(),
+            np.array([read.queries.start for read in single]),
+            np.array([read.held.first for read in single]),
+            np.array([read.held.room for read in single]),
+            np.array([read.keys_GKH.shape[1] for read in single]),
+            len(single[0].keys_GKH),
+            layer.scale,
+            out_NAH.numpy(),
+        )
+        for read in reads:
+            if not _is_single(read, layer):
+                at = read.queries
+                out_NAH[at] = self._portable.attend(query_NAH, position_N, [read], layer)
+        return out_NAH
+
+
+def _is_single(read: Read, layer: Layer) -> bool:
+    whole = layer.window is None or read.last < layer.window
+    return read.sees_all and whole and layer.softcap is None
+
+
 class Varlen:
     """PyTorch's variable-length attention (FlashAttention): all requests in one call, on CUDA.
 
@@ -158,7 +216,9 @@ class Varlen:
 
 def backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """The fastest back end that runs here."""
-    return Varlen() if Varlen.runs_on(device, dtype) else Portable()
+    if Varlen.runs_on(device, dtype):
+        return Varlen()
+    return Compiled() if Compiled.runs_on(device, dtype) else Portable()
 
 
 def _bounds(counts: Sequence[int], device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastiformer.attention import Read
+from elastiformer.attention import Held, Read
 from elastiformer.packed import Packed, Rows
 
 
@@ -70,6 +70,7 @@ class Placing:
                     keys_GKH,
                     values_GKH,
                     cache.positions_K(layer),
+                    Held(cache.pool.rows, cache.first_row(layer), int(cache.room_L[layer])),
                 )
             )
         return found

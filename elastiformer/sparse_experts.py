@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elastiformer.capacity import Site, Unit
-from elastiformer.expert_table import ExpertTable, picked
+from elastiformer.expert_table import ExpertTable
 from elastiformer.families import Layer
 from elastiformer.packed import Kind, Packed, Rows
-from elastiformer.products import pick
+from elastiformer.products import pick, picked
 from elastiformer.repair import Repair
 from elastiformer.routers import best, part_gate
 from elastiformer.workshop import Workshop
@@ -70,7 +70,7 @@ class SparseExperts:
         repair = tools.repair(layer, group.repair)
         for projection in layer.at_site(Site.MLP_IN):
             repair.read(projection, reading.only_RI)
-        index_RK = None if reading.picks is None else reading.index_RK()
+        index_RK = None if reading.count is None else reading.index_RK()
 
         picking = group.channels_out < group.neurons
         a_RI = x_RD.new_zeros(len(x_RD), layer.shape.mlp_width)  # in the experts' order

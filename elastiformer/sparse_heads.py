@@ -18,13 +18,12 @@ from torch.nn import functional as F
 
 from elastiformer.attention import Read
 from elastiformer.capacity import Site, Unit
-from elastiformer.expert_table import picked
 from elastiformer.families import Layer
 from elastiformer.keeping import Kept
 from elastiformer.packed import Kind, Packed, Rows
 from elastiformer.placing import Placing
 from elastiformer.pointwise import Rotation
-from elastiformer.products import Reading, pick
+from elastiformer.products import Reading, pick, picked
 from elastiformer.repair import Repair
 from elastiformer.routers import best, part_gate
 from elastiformer.workshop import Workshop
@@ -97,7 +96,7 @@ class SparseHeads:
 
     def _queries(self, layer: Layer, reading: Reading, chosen_RM: Tensor, repair: Repair) -> Tensor:
         x_RD = reading.x_RI
-        index_RK = None if reading.picks is None else reading.index_RK()
+        index_RK = None if reading.count is None else reading.index_RK()
         out_RA = x_RD.new_zeros(len(x_RD), layer.shape.attention_width)
         bias_A = layer.query.bias_O
         for rows_S, part in _heads(layer, chosen_RM):

@@ -17,7 +17,7 @@ from elastiformer.accounting import KVPolicy
 from elastiformer.adapter import Adapter
 from elastiformer.attention import Backend, Portable, backend
 from elastiformer.capacity import Site, Unit
-from elastiformer.costs import MOST_ROWS, CostTable, compare
+from elastiformer.costs import ROWS, CostTable, compare
 from elastiformer.expert_table import ExpertTable
 from elastiformer.families import Layer, Layout, Projection
 from elastiformer.lora import LoraPair
@@ -121,28 +121,29 @@ class Workshop:
 
     @torch.inference_mode()
     def measure(self, seconds: float) -> CostTable:
-        """Measure from how many rows on a dense product beats picking, for every site's shape."""
+        """Measure up to how many rows a product goes row by row, for every site's shape."""
         layers, few = self.layout.layers, {}
         for site in SITES:
             pairs = [(self.at_site(x, site), self.layout.column_norms(x, site)) for x in layers]
             for product, _ in pairs:
-                product.prepare(picking=True)
+                product.prepare()
+            if not pairs[0][0].has_tiles:
+                continue
             # One layer after another, as in a step: a weight must not lie in the cache already.
             turns = cycle(pairs)
             first = pairs[0][0]
-            sample_RI = torch.randn(MOST_ROWS, first.inputs, device=self.device, dtype=self.dtype)
+            sample_RI = torch.randn(ROWS[-1], first.inputs, device=self.device, dtype=self.dtype)
 
             def run(
-                picking: bool,
+                by_row: bool,
                 share: float,
                 rows: int,
                 turns: Iterator[tuple[Product, Tensor]] = turns,
                 sample_RI: Tensor = sample_RI,
             ) -> None:
                 product, norms_I = next(turns)
-                count = min(round(share * product.inputs), product.inputs - 1)
-                reading = pick(sample_RI[:rows], norms_I, count)
-                _ = product.picked(reading) if picking else product.dense(reading.only_RI)
+                reading = pick(sample_RI[:rows], norms_I, round(share * product.inputs))
+                _ = product.by_row(reading) if by_row else product.at_once(reading)
 
             each = seconds / len(SITES)
             few_rows = compare(partial(run, True), partial(run, False), each)

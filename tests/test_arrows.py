@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LOW_TO_HIGH = """
     elastiformer: errors capacity usage accounting calibration card priced families experts
         routers lora lora_files weights adapter masked pool cache sequence prefixes pointwise
-        packed taken costs products flop_formulas expert_table repair attention placing workshop
-        keeping sparse_heads sparse_attention sparse_experts sparse_mlp sparse planning drawing
-        sampling inputs model __init__
+        packed taken costs lanes kernels tiles products flop_formulas expert_table repair
+        single_queries attention placing workshop keeping sparse_heads sparse_attention
+        sparse_experts sparse_mlp sparse planning drawing sampling inputs model __init__
 
     service: __init__ errors settings schemas scheduler pace metrics knob orders rows middleware
         engine served zero_shot desk answers streams routes app server __main__
@@ -42,6 +42,8 @@ DOORS = {
     "huggingface_hub": {"elastiformer.adapter", "elastiformer.weights"},
     "gguf": set(),  # Transformers reads GGUF with it
     "datasets": {"training.data"},
+    "numba": {"elastiformer.lanes", "elastiformer.kernels", "elastiformer.single_queries"},
+    "llvmlite": {"elastiformer.lanes"},
     "matplotlib": {"training.pictures", "training.progress"},
     "fastapi": {"service"},
     "fastapi_offline": {"service.app"},

@@ -1,0 +1,265 @@
+"""Loops of the sparse form on a CPU, compiled by Numba: the search for channels, and the product.
+
+Each gives the same bits for a row whatever other rows there are, and adds in the order of the
+inputs, SUMMED of them in one go, as oneDNN's float32 product does: so the two can take turns.
+
+Shape letters: R rows   I inputs   O outputs   T tiles   W outputs of a tile   G groups of inputs
+    P picks of all rows   S rows + 1   K picks of one row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import prange
+
+from elastiformer.lanes import GROUP, WIDTH, add_rows, widen_rows
+
+SUMMED = 1024
+NOTHING = np.empty((1, 1, WIDTH), dtype=np.float32)
+_BLOCK = 64  # inputs of a tile that stay in the first cache while rows take turns
+_ROWS_ALONE = 4  # so few rows are searched faster by one thread
+
+# Numba must find the OpenMP library that PyTorch brought along: two pools of threads would stand
+# in each other's way. Its other pool does not stand two callers at once, so they take turns.
+TURN = Lock()
+
+
+def multiply(
+    weight_TIW: np.ndarray,
+    steps: np.ndarray,
+    lows: np.ndarray,
+    index_P: np.ndarray,
+    value_P: np.ndarray,
+    start_S: np.ndarray,
+    out_RO: np.ndarray,
+) -> None:
+    """out = the picked values times the stored weight (tiles.py)."""
+    widens = len(out_RO) > 1 and weight_TIW.dtype != np.float32
+    with TURN:
+        _multiply(weight_TIW, steps, lows, widens, index_P, value_P, start_S, out_RO)
+
+
+def search(
+    x_RI: np.ndarray,
+    norms_I: np.ndarray,
+    index_P: np.ndarray,
+    value_P: np.ndarray,
+    start_S: np.ndarray,
+) -> None:
+    """Fill in each row's channels of the largest size x norm, ascending; of equal ones the first.
+
+    Args:
+        start_S: where the picks of each row begin, and the last ones end.
+    """
+    if len(x_RI) <= _ROWS_ALONE:
+        _search_in_turn(x_RI, norms_I, index_P, value_P, start_S)
+        return
+    with TURN:
+        _search_side_by_side(x_RI, norms_I, index_P, value_P, start_S)
+
+
+def spread(
+    index_P: np.ndarray, value_P: np.ndarray, start_S: np.ndarray, only_RI: np.ndarray
+) -> None:
+    """Put each row's picks where they belong."""
+    _spread(index_P, value_P, start_S, only_RI)
+
+
+def fit_grid(full_TIW: np.ndarray, codes: np.ndarray, steps: np.ndarray, lows: np.ndarray) -> bool:
+    """Fill in the grid on which a weight lies; False where it lies on none that is known."""
+    with TURN:
+        return bool(_fit_grid(full_TIW, codes, steps, lows).all())
+
+
+def use_threads() -> None:
+    """Let this thread's calls use as many threads as PyTorch does."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile at the first call; kept on disk where there is a place to."""
+    options = {"fastmath": {"contract"}, "nogil": True, **options}
+
+    def compile_later(function: Callable[..., Any]) -> Any:
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder that can be written
+            return numba.njit(**options)(function)
+
+    return compile_later
+
+
+@compiled()
+def _search_row(x_RI, norms_I, index_P, value_P, start_S, row):  # type: ignore[no-untyped-def]
+    inputs = x_RI.shape[1]
+    begin = start_S[row]
+    wanted = start_S[row + 1] - begin
+    if wanted == inputs:
+        for i in range(inputs):
+            index_P[begin + i] = i
+            value_P[begin + i] = x_RI[row, i]
+        return
+    # Numbers that are not negative sort as their bits do. Bisected for the least one kept, in
+    # passes that only count, which processors do eight at a time.
+    weighed_I = np.empty(inputs, dtype=np.float32)
+    for i in range(inputs):
+        weighed_I[i] = abs(x_RI[row, i]) * norms_I[i]
+    bits_I = weighed_I.view(np.int32)
+    least, over = np.int32(0), np.int32(2**31 - 1)
+    as_large = np.int32(inputs)
+    while over - least > 1 and as_large != wanted:
+        middle = least + (over - least) // np.int32(2)
+        count = np.int32(0)
+        for i in range(inputs):
+            count += np.int32(bits_I[i] >= middle)
+        if count >= wanted:
+            least, as_large = middle, count
+        else:
+            over = middle
+    surplus = as_large - wanted  # more than one channel equals the least
+    equal = np.int32(0)
+    for i in range(inputs):
+        equal += np.int32(bits_I[i] == least)
+    missing = equal - surplus
+    index_K = np.empty(inputs, dtype=np.int32)
+    kept = np.int32(0)
+    for i in range(inputs):  # without a branch, which would be guessed wrong half the time
+        index_K[kept] = i
+        ties = np.int32(bits_I[i] == least)
+        keeps = np.int32(bits_I[i] > least) | (ties & np.int32(missing > 0))
+        missing -= ties
+        kept += keeps
+    for k in range(wanted):
+        index_P[begin + k] = index_K[k]
+        value_P[begin + k] = x_RI[row, index_K[k]]
+
+
+@compiled()
+def _search_in_turn(x_RI, norms_I, index_P, value_P, start_S):  # type: ignore[no-untyped-def]
+    for row in range(len(x_RI)):
+        _search_row(x_RI, norms_I, index_P, value_P, start_S, row)
+
+
+@compiled(parallel=True)
+def _search_side_by_side(x_RI, norms_I, index_P, value_P, start_S):  # type: ignore[no-untyped-def]
+    for row in prange(len(x_RI)):
+        _search_row(x_RI, norms_I, index_P, value_P, start_S, row)
+
+
+@compiled()
+def _spread(index_P, value_P, start_S, only_RI):  # type: ignore[no-untyped-def]
+    for row in range(len(only_RI)):
+        for k in range(start_S[row], start_S[row + 1]):
+            only_RI[row, index_P[k]] = value_P[k]
+
+
+@compiled(parallel=True)
+def _multiply(  # type: ignore[no-untyped-def]
+    weight_TIW, steps, lows, widens, index_P, value_P, start_S, out_RO
+):
+    tiles, inputs, _ = weight_TIW.shape
+    rows, outputs = out_RO.shape
+    block = SUMMED if rows == 1 else _BLOCK
+    for tile in prange(tiles):
+        sums_RW = np.zeros((rows, WIDTH), dtype=np.float32)
+        total_RW = np.zeros((rows, WIDTH), dtype=np.float32)
+        wide_1IW = np.empty((1, _BLOCK, WIDTH), dtype=np.float32)
+        at_R = start_S[:-1].copy()
+        for first in range(0, inputs, block):
+            end = min(first + block, inputs)
+            if first and first % SUMMED == 0:
+                total_RW += sums_RW
+                sums_RW[:] = 0
+            if widens:
+                widen_rows(wide_1IW, weight_TIW, steps, lows, tile, first, end)
+            for row in range(rows):
+                begin, stop = at_R[row], start_S[row + 1]
+                if end < inputs:
+                    stop = begin
+                    while stop < start_S[row + 1] and index_P[stop] < end:
+                        stop += 1
+                at_R[row] = stop
+                if widens:
+                    add_rows(
+                        sums_RW, row * WIDTH, wide_1IW, NOTHING, NOTHING, 0, first,
+                        index_P, value_P, begin, stop,
+                    )  # fmt: skip
+                else:
+                    add_rows(
+                        sums_RW, row * WIDTH, weight_TIW, steps, lows, tile, 0,
+                        index_P, value_P, begin, stop,
+                    )  # fmt: skip
+        total_RW += sums_RW
+        begin, stop = tile * WIDTH, min(tile * WIDTH + WIDTH, outputs)
+        for row in range(rows):
+            for output in range(begin, stop):
+                out_RO[row, output] = total_RW[row, output - begin]
+
+
+@compiled()
+def _eleven_bits(number):  # type: ignore[no-untyped-def]
+    """The nearest number with a mantissa of 11 bits, as float16 has."""
+    bits = np.float32(number)
+    rounded = np.empty(1, dtype=np.float32)
+    rounded[0] = bits
+    raw = rounded.view(np.uint32)
+    raw[0] = (raw[0] + np.uint32(0xFFF) + ((raw[0] >> np.uint32(13)) & np.uint32(1))) & np.uint32(
+        0xFFFFE000
+    )
+    return rounded[0]
+
+
+@compiled(parallel=True)
+def _fit_grid(full_TIW, codes, steps, lows):  # type: ignore[no-untyped-def]
+    tiles, inputs, _ = full_TIW.shape
+    fits_T = np.ones(tiles, dtype=np.bool_)
+    for tile in prange(tiles):
+        for group in range(steps.shape[1]):
+            first, end = group * GROUP, min(group * GROUP + GROUP, inputs)
+            for output in range(WIDTH):
+                if not fits_T[tile]:
+                    break
+                low = high = full_TIW[tile, first, output]
+                for i in range(first, end):
+                    low = min(low, full_TIW[tile, i, output])
+                    high = max(high, full_TIW[tile, i, output])
+                size = max(abs(low), abs(high))
+                fits = False
+                # As quantised: Q4_1 from the least to the largest, Q4_0 and Q8_0 around zero.
+                for form in range(3):
+                    if form == 0:
+                        step = _eleven_bits((high - low) / np.float32(15))
+                        base = low
+                    elif form == 1:
+                        step = _eleven_bits(size / np.float32(8))
+                        base = np.float32(-8) * step
+                        if high > -low:
+                            step = -step
+                            base = -base
+                    else:
+                        step = _eleven_bits(size / np.float32(127))
+                        base = np.float32(-128) * step
+                    fits = True
+                    for i in range(first, end):
+                        code = np.float32(0)
+                        if step != 0:
+                            code = np.float32(np.round((full_TIW[tile, i, output] - base) / step))
+                        if (
+                            code < 0
+                            or code > 255
+                            or code * step + base != full_TIW[tile, i, output]
+                        ):
+                            fits = False
+                            break
+                        codes[tile, i, output] = np.uint8(code)
+                    if fits:
+                        steps[tile, group, output], lows[tile, group, output] = step, base
+                        break
+                fits_T[tile] &= fits
+    return fits_T

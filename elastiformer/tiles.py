@@ -1,0 +1,128 @@
+"""A weight as the kernels of a CPU read it: in tiles, in the smallest form that loses nothing.
+
+A step of few rows waits for memory, so fewer bytes are less time. A model kept in float32 mostly
+came from a smaller form: its weights are bfloat16 or float16 numbers, or lie on a grid of at most
+256 steps for every 32 inputs, as GGUF's Q4_1, Q4_0 and Q8_0 leave them. Where all of a weight does,
+bit for bit, it is stored so and widened on the way to the processor; else as float32.
+
+Shape letters: O outputs   I inputs   T tiles   W outputs of a tile   G groups of inputs   R rows
+    P picks of all rows   S rows + 1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from elastiformer import kernels
+from elastiformer.lanes import GROUP, WIDTH
+
+_FORMS = {np.uint8: "grid", np.uint16: "bfloat16", np.int16: "float16", np.float32: "float32"}
+
+
+class Picks(NamedTuple):
+    """The inputs that each row of a product reads: its own, ascending, row after row."""
+
+    index_P: np.ndarray
+    value_P: np.ndarray
+    start_S: np.ndarray
+
+    def over_zeros(self, rows: int, inputs: int) -> np.ndarray:
+        """Dense rows [R, I], zero but for the picks."""
+        only_RI = np.zeros((rows, inputs), dtype=np.float32)
+        kernels.spread(*self, only_RI)
+        return only_RI
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tiles:
+    """One weight. `steps` and `lows` [T, G, W] are of the grid, where there is one."""
+
+    outputs: int
+    weight_TIW: np.ndarray
+    steps: np.ndarray
+    lows: np.ndarray
+
+    @classmethod
+    def of(cls, weight_OI: Tensor) -> Tiles:
+        """Lay out a float32 weight."""
+        outputs, inputs = weight_OI.shape
+        padded_OI = F.pad(weight_OI, (0, 0, 0, -outputs % WIDTH))
+        tiled_TIW = padded_OI.view(-1, WIDTH, inputs).transpose(1, 2).contiguous()
+        full_TIW = tiled_TIW.numpy()
+        if (grid := _on_grid(full_TIW)) is not None:
+            return cls(outputs, *grid)
+        nothing = (kernels.NOTHING, kernels.NOTHING)
+        for dtype, stored in ((torch.bfloat16, torch.uint16), (torch.float16, torch.int16)):
+            small_TIW = tiled_TIW.to(dtype)
+            if torch.equal(small_TIW.float(), tiled_TIW):
+                return cls(outputs, small_TIW.view(stored).numpy(), *nothing)
+        return cls(outputs, full_TIW, *nothing)
+
+    @property
+    def form(self) -> str:
+        """What the weight is stored as."""
+        return _FORMS[self.weight_TIW.dtype.type]
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.weight_TIW, self.steps, self.lows
+
+    @property
+    def bytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+    def multiply(self, picks: Picks) -> np.ndarray:
+        """The product with the picked inputs of each row: float32 [R, O]."""
+        out_RO = np.empty((len(picks.start_S) - 1, self.outputs), dtype=np.float32)
+        kernels.multiply(self.weight_TIW, self.steps, self.lows, *picks, out_RO)
+        return out_RO
+
+
+def search(x_RI: np.ndarray, norms_I: np.ndarray, start_S: np.ndarray) -> Picks:
+    """Each row's channels of the largest size x norm; of equal ones the first.
+
+    Args:
+        start_S: where each row's picks are to begin, and the last ones to end.
+    """
+    count = int(start_S[-1])
+    index_P, value_P = np.empty(count, dtype=np.int32), np.empty(count, dtype=np.float32)
+    kernels.search(x_RI, norms_I, index_P, value_P, start_S)
+    return Picks(index_P, value_P, start_S)
+
+
+def everything(x_RI: np.ndarray) -> Picks:
+    """All inputs of each row."""
+    rows, inputs = x_RI.shape
+    return Picks(_all_inputs(rows, inputs), x_RI.reshape(-1), even_starts(rows, inputs))
+
+
+@lru_cache(maxsize=4096)
+def even_starts(rows: int, count: int) -> np.ndarray:
+    """Where each row's picks begin if all rows have as many; and where the last ones end."""
+    return count * np.arange(rows + 1, dtype=np.int64)
+
+
+@lru_cache(maxsize=256)
+def _all_inputs(rows: int, inputs: int) -> np.ndarray:
+    return np.tile(np.arange(inputs, dtype=np.int32), rows)
+
+
+def _on_grid(full_TIW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Codes, steps and lows with code x step + low equal to the weight everywhere; else None."""
+    tiles, inputs, _ = full_TIW.shape
+    shape = (tiles, -(-inputs // GROUP), WIDTH)
+    # PyTorch's memory begins at the start of a cache line.
+    codes = torch.empty(full_TIW.shape, dtype=torch.uint8).numpy()
+    steps, lows = torch.empty(shape).numpy(), torch.empty(shape).numpy()
+    # The first tile alone shows for most weights that there is no grid.
+    for some in (slice(0, 1), slice(1, tiles)):
+        if not kernels.fit_grid(full_TIW[some], codes[some], steps[some], lows[some]):
+            return None
+    return codes, steps, lows
