@@ -7,7 +7,7 @@ attention, one call a layer, on CUDA devices that have it. Which one runs is dec
 (`backend`), and what it cannot express (a capped score, some heads only) is the portable one's.
 
 Shape letters: N packed queries   Q queries of a request   K keys   A query heads
-    G key/value heads   H head size   S single queries   P rows of the pool
+    G key/value heads   H head size   S single queries
 """
 
 from __future__ import annotations
@@ -22,17 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from elastiformer.cache import Held
 from elastiformer.families import Layer
 from elastiformer.single_queries import attend
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Where a request's keys and values lie in a pool: [2, G, room, H] from row `first` on."""
-
-    rows_PH: Tensor
-    first: int
-    room: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +38,8 @@ class Read:
     first: int  # position of the first query
     last: int
     sees_all: bool  # a single query, after which there is no key
-    keys_GKH: Tensor
-    values_GKH: Tensor
-    positions_K: Tensor | None
     held: Held
+    positions_K: Tensor | None
 
     @property
     def count(self) -> int:
@@ -59,14 +49,12 @@ class Read:
     @property
     def in_order(self) -> bool:
         """The queries are the latest tokens, with none left out, and no key comes after them."""
-        return (
-            self.sees_all or self.last == self.keys_GKH.shape[1] - 1 == self.first + self.count - 1
-        )
+        return self.sees_all or self.last == self.held.length - 1 == self.first + self.count - 1
 
     @property
     def is_square(self) -> bool:
         """The queries are exactly the tokens whose keys there are."""
-        return self.positions_K is None and self.count == self.keys_GKH.shape[1]
+        return self.positions_K is None and self.count == self.held.length
 
 
 class Backend(Protocol):
@@ -92,7 +80,7 @@ class Portable:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _one(self, query_NAH: Tensor, position_N: Tensor, read: Read, layer: Layer) -> Tensor:
-        keys_GKH, values_GKH = read.keys_GKH, read.values_GKH
+        keys_GKH, values_GKH = read.held.keys_GKH, read.held.values_GKH
         query_QAH = query_NAH[read.queries]
         _, heads, size = query_QAH.shape
         kv_heads = len(keys_GKH)
@@ -148,13 +136,14 @@ class Compiled:
         query_NAH = query_NAH.contiguous()
         out_NAH = torch.empty_like(query_NAH)
         attend(
-            single[0].held.rows_PH.numpy(),
+            single[0].held.rows_NH.numpy(),
             query_NAH.numpy(),
             np.array([read.queries.start for read in single]),
-            np.array([read.held.first for read in single]),
+            np.array([read.held.key for read in single]),
+            np.array([read.held.value for read in single]),
             np.array([read.held.room for read in single]),
-            np.array([read.keys_GKH.shape[1] for read in single]),
-            len(single[0].keys_GKH),
+            np.array([read.held.length for read in single]),
+            single[0].held.kv_heads,
             layer.scale,
             out_NAH.numpy(),
         )
@@ -194,10 +183,10 @@ class Varlen:
         fits = all(read.positions_K is None and read.in_order for read in reads)
         if not fits or layer.softcap is not None:
             return self._portable.attend(query_NAH, position_N, reads, layer)
-        keys_SGH = torch.cat([read.keys_GKH.transpose(0, 1) for read in reads])
-        values_SGH = torch.cat([read.values_GKH.transpose(0, 1) for read in reads])
+        keys_SGH = torch.cat([read.held.keys_GKH.transpose(0, 1) for read in reads])
+        values_SGH = torch.cat([read.held.values_GKH.transpose(0, 1) for read in reads])
         counts = [read.count for read in reads]
-        lengths = [read.keys_GKH.shape[1] for read in reads]
+        lengths = [read.held.length for read in reads]
         out_NAH = varlen_attn(
             query_NAH,
             keys_SGH,
@@ -231,7 +220,7 @@ def _seen(positions_Q: Tensor, read: Read, window: int | None) -> Tensor:
     """Which keys each query sees."""
     positions_K = read.positions_K
     if positions_K is None:
-        positions_K = torch.arange(read.keys_GKH.shape[1], device=positions_Q.device)
+        positions_K = torch.arange(read.held.length, device=positions_Q.device)
     back_QK = positions_Q[:, None] - positions_K[None, :]
     seen_QK = back_QK >= 0
     if window is not None:

@@ -21,7 +21,8 @@ def attend(
     rows_NH: np.ndarray,
     query_QAH: np.ndarray,
     query_S: np.ndarray,
-    first_S: np.ndarray,
+    key_S: np.ndarray,
+    value_S: np.ndarray,
     room_S: np.ndarray,
     length_S: np.ndarray,
     kv_heads: int,
@@ -32,13 +33,14 @@ def attend(
 
     Args:
         query_S: which of the queries.
-        first_S, room_S, length_S: where the request's part [2, G, room, H] begins among the rows
-            of the pool, and how many keys it holds.
+        key_S, value_S: where the request's keys and values begin among the rows of the pool, head
+            after head.
+        room_S, length_S: how far apart the heads are, and how many tokens they hold.
     """
     with TURN:
         _attend(
-            rows_NH, query_QAH, query_S, first_S, room_S, length_S, kv_heads, np.float32(scale),
-            out_QAH,
+            rows_NH, query_QAH, query_S, key_S, value_S, room_S, length_S, kv_heads,
+            np.float32(scale), out_QAH,
         )  # fmt: skip
 
 
@@ -71,15 +73,15 @@ def _exponentials(score_K: Any) -> Any:
 
 @compiled(parallel=True, fastmath={"contract", "reassoc", "nsz"})
 def _attend(  # type: ignore[no-untyped-def]
-    rows_NH, query_QAH, query_S, first_S, room_S, length_S, kv_heads, scale, out_QAH
+    rows_NH, query_QAH, query_S, key_S, value_S, room_S, length_S, kv_heads, scale, out_QAH
 ):
     _, heads, size = query_QAH.shape
     group = heads // kv_heads
     for task in prange(len(query_S) * heads):
         single, head = task // heads, task % heads
         query, keys, room = query_S[single], length_S[single], room_S[single]
-        first_key = first_S[single] + head // group * room
-        first_value = first_key + kv_heads * room
+        first_key = key_S[single] + head // group * room
+        first_value = value_S[single] + head // group * room
         score_K = np.empty(keys, dtype=np.float32)
         for k in range(keys):
             score = np.float32(0)

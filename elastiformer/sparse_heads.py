@@ -126,14 +126,12 @@ class SparseHeads:
             for head in range(layer.shape.heads):
                 rows_S = read.queries.start + torch.nonzero(chosen_RM[read.queries, head])[:, 0]
                 if len(rows_S):
-                    key_head = slice(head // group, head // group + 1)
                     # Which keys follow a row is read off the positions, unless it is the only one.
                     alone = replace(
                         read,
                         queries=slice(0, len(rows_S)),
                         sees_all=read.sees_all,
-                        keys_GKH=read.keys_GKH[key_head],
-                        values_GKH=read.values_GKH[key_head],
+                        held=read.held.head(head // group),
                     )
                     query_S1H = query_RMH[rows_S, head : head + 1]
                     out_RMH[rows_S, head] = self._one_head(
