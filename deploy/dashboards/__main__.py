@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     drawing.add_argument("--prometheus", required=True, metavar="URL")
     drawing.add_argument("--out", type=Path, default=Path("docs/dashboards"))
     drawing.add_argument("--minutes", type=float, default=5.0, help="how far back (%(default)s)")
+    drawing.add_argument("--end", type=float, help="until when, in seconds since 1970 (now)")
     drawing.add_argument(
         "--scrape-seconds", type=float, default=15.0, help="the scrape interval (%(default)s)"
     )
@@ -85,7 +86,8 @@ def render(args: argparse.Namespace) -> int:
     from deploy.dashboards.pictures import Span, draw
     from deploy.dashboards.prometheus import Prometheus
 
-    span = Span.until(time.time(), args.minutes * 60, args.scrape_seconds)
+    end = time.time() if args.end is None else args.end
+    span = Span.until(end, args.minutes * 60, args.scrape_seconds)
     args.out.mkdir(parents=True, exist_ok=True)
     drawn = []
     try:

@@ -90,9 +90,11 @@ def _panel(panel: Panel) -> _Drawn:
         case Kind.TABLE:
             drawn = _table()
         case Kind.LINES | Kind.AREAS:
-            drawn = _lines(stacked=panel.kind is Kind.AREAS)
+            drawn = _lines(panel)
     drawn.title(panel.title).description(panel.question).datasource(SOURCE)
-    drawn.unit(panel.scale.value).thresholds(_thresholds(panel.alarm))
+    drawn.thresholds(_thresholds(panel.alarm))
+    if panel.kind is not Kind.HEATMAP:  # its numbers are counts; its unit stands on its axis
+        drawn.unit(panel.scale.value)
     for place, query in enumerate(panel.queries):
         drawn.with_target(_target(panel.kind, query, "ABCDEF"[place]))
     return drawn
@@ -119,10 +121,10 @@ def _stat() -> stat.Panel:
     )
 
 
-def _lines(stacked: bool) -> timeseries.Panel:
+def _lines(panel: Panel) -> timeseries.Panel:
+    stacked = panel.kind is Kind.AREAS
     drawn = (
         timeseries.Panel()
-        .min(0)
         .line_width(1)
         .fill_opacity(30 if stacked else 0)
         .show_points(common.VisibilityMode.AUTO)
@@ -138,6 +140,12 @@ def _lines(stacked: bool) -> timeseries.Panel:
             builders.FieldColor().mode(dashboard.FieldColorModeId.PALETTE_CLASSIC_BY_NAME)
         )
     )
+    if panel.logarithmic:
+        drawn.scale_distribution(
+            common_builders.ScaleDistributionConfig().type(common.ScaleDistribution.LOG).log(10)
+        )
+    else:
+        drawn.axis_soft_min(0)
     if stacked:
         drawn.stacking(common_builders.StackingConfig().mode(common.StackingMode.NORMAL))
     return drawn

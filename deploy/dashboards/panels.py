@@ -58,6 +58,7 @@ class Panel:
     queries: tuple[Query, ...]
     width: int = 8
     alarm: float | None = None  # from here on it is shown in red
+    logarithmic: bool = False
 
 
 @dataclass(frozen=True, slots=True)

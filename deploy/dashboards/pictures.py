@@ -17,10 +17,10 @@ from deploy.dashboards.panels import WIDTH, Board, Kind, Panel, Place, Row, Scal
 from deploy.dashboards.prometheus import Course, Prometheus
 from deploy.dashboards.queries import VARIABLES, Window
 
-_COLUMN_INCHES, _LINE_INCHES, _DOTS_PER_INCH = 0.6, 0.34, 80
+_COLUMN_INCHES, _LINE_INCHES, _DOTS_PER_INCH = 0.6, 0.36, 80
 _POINTS = 240  # of a line, at most
-_COLOURS = 64  # of a picture: few, so that its file stays small
-_INK, _FAINT, _GREEN, _RED = "#24292e", "#8a9199", "#2e8540", "#c4162a"
+_TICK_SECONDS = (10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600)
+_INK, _FAINT, _GREEN, _RED = "#24292e", "#8a9199", "#1a7f37", "#c4162a"
 _LINES = (
     "#3274d9",
     "#e0752d",
@@ -108,7 +108,7 @@ def draw(board: Board, prometheus: Prometheus, span: Span) -> bytes:
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png")
         pyplot.close(figure)
-    return _small(drawn)
+    return drawn.getvalue()
 
 
 class _Canvas:
@@ -152,9 +152,9 @@ class _Canvas:
         else:
             inner = (
                 left + 0.055,
-                bottom + 1.35 / self._lines,
+                bottom + 1.95 / self._lines,
                 width - 0.07,
-                height - 2.75 / self._lines,
+                height - 3.3 / self._lines,
             )
         return self._figure.add_axes(inner)
 
@@ -213,6 +213,9 @@ def _curves(axes: Any, panel: Panel, found: Sequence[Answer], span: Span) -> Non
             axes.plot(hours, column, label=answer.name, color=colour, linewidth=1.3)
     highest = max((value for each in columns for value in each if math.isfinite(value)), default=0)
     lowest = min((value for each in columns for value in each if math.isfinite(value)), default=0)
+    if panel.logarithmic and highest > 0:
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_yticks([0, *(10.0**power for power in range(math.ceil(math.log10(highest)) + 1))])
     axes.set_ylim(bottom=min(0.0, 1.05 * lowest))
     if highest <= 0:
         axes.set_ylim(top=1)
@@ -221,8 +224,8 @@ def _curves(axes: Any, panel: Panel, found: Sequence[Answer], span: Span) -> Non
     _frame(axes, span)
     axes.legend(
         loc="upper left",
-        bbox_to_anchor=(-0.06, -0.1),
-        ncols=min(6, len(shown_ones)) if len(shown_ones) > 1 else 1,
+        bbox_to_anchor=(-0.08, -0.1),
+        ncols=_columns([answer.name for answer in shown_ones]),
         frameon=False,
         fontsize=7.5,
         handlelength=1.2,
@@ -249,13 +252,14 @@ def _heatmap(axes: Any, panel: Panel, found: Sequence[Answer], span: Span) -> No
         axes.set_axis_off()
         axes.text(0.5, 0.5, "nothing in this time", color=_FAINT, ha="center", va="center")
         return
-    rows = rows[max(used[0] - 1, 0) : used[-1] + 2]
+    rows = rows[max(used[0] - 1, 0) : used[-1] + 1]
     hours = [datetime.fromtimestamp(time) for time in times]
     cells = [[math.nan if value <= 1e-9 else value**0.5 for value in row] for _, row in rows]
     axes.pcolormesh(hours, range(len(rows)), cells, cmap="Blues", vmin=0, shading="nearest")
     names = [shown(bound, panel.scale) for bound, _ in rows]
     every = math.ceil(len(names) / 9)
-    axes.set_yticks(range(0, len(names), every), names[::every])
+    first = (len(names) - 1) % every  # counted from the top: there stands 1.0
+    axes.set_yticks(range(first, len(names), every), names[first::every])
     axes.set_ylim(-0.5, len(rows) - 0.5)
     _frame(axes, span)
 
@@ -265,7 +269,8 @@ def _table(axes: Any, rows: Sequence[Mapping[str, str]]) -> None:
     names = sorted({name for row in rows for name in row if name != "__name__"})
     text = [[row.get(name, "") for name in names] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(names, *text, strict=True)]
-    shares = [max(width, 6) / sum(max(each, 6) for each in widths) for width in widths]
+    whole = sum(max(width, 6) for width in widths) * 1.05  # the table begins inside its axes
+    shares = [max(width, 6) / whole for width in widths]
     drawn = axes.table(
         cellText=text,
         colLabels=names,
@@ -281,14 +286,21 @@ def _table(axes: Any, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def _frame(axes: Any, span: Span) -> None:
-    from matplotlib.dates import AutoDateLocator, DateFormatter
-
+    every = next((each for each in _TICK_SECONDS if (span.end - span.start) / each <= 7), 86400)
+    first = math.ceil(span.start / every) * every
+    ticks = [datetime.fromtimestamp(time) for time in range(first, int(span.end) + 1, every)]
     axes.set_xlim(datetime.fromtimestamp(span.start), datetime.fromtimestamp(span.end))
-    axes.xaxis.set_major_locator(AutoDateLocator(minticks=3, maxticks=6))
-    axes.xaxis.set_major_formatter(DateFormatter("%H:%M"))
+    axes.set_xticks(ticks, [f"{tick:%H:%M:%S}".removesuffix(":00") for tick in ticks])
     axes.tick_params(labelsize=7.5, colors=_FAINT, length=2)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _columns(names: Sequence[str]) -> int:
+    """How many legends fit side by side, in at most two lines."""
+    if sum(len(name) + 6 for name in names) <= 72:
+        return len(names)
+    return math.ceil(len(names) / 2)
 
 
 def _times(span: Span) -> list[float]:
@@ -329,12 +341,3 @@ def shown(value: float, scale: Scale) -> str:
 def _when(span: Span) -> str:
     start, end = datetime.fromtimestamp(span.start), datetime.fromtimestamp(span.end)
     return f"{start:%Y-%m-%d %H:%M} to {end:%H:%M}; every job, model and instance"
-
-
-def _small(drawn: io.BytesIO) -> bytes:
-    from PIL import Image
-
-    small = io.BytesIO()
-    with Image.open(drawn) as picture:
-        picture.convert("RGB").quantize(_COLOURS).save(small, format="png", optimize=True)
-    return small.getvalue()

@@ -163,6 +163,7 @@ _TOKENS = Row(
             Kind.LINES,
             Scale.PER_SECOND,
             (Query(rate(LEFT_OUT, "unit"), "{{unit}}"),),
+            logarithmic=True,  # there are hundreds of channels to a token
         ),
         Panel(
             "Share left out, by unit and phase",
