@@ -103,6 +103,13 @@ def assert_holds(read, written):
         assert read == written
 
 
+def test_a_picture_of_each_lies_in_the_docs_and_is_small():
+    pictures = sorted((ROOT / "docs" / "dashboards").glob("*.png"))
+    assert [path.stem for path in pictures] == NAMES
+    assert all(0 < path.stat().st_size < 300_000 for path in pictures)
+    assert "(docs/dashboards/savings.png)" in (ROOT / "README.md").read_text("utf-8")
+
+
 def test_the_variables_are_source_job_model_and_instance(committed):
     variables = committed["templating"]["list"]
     assert [each["name"] for each in variables] == ["datasource", "job", "model", "instance"]
