@@ -10,11 +10,11 @@ import re
 
 from service.metrics import Metrics
 
-_WORDS = frozenset(
-    "and or unless on ignoring by without group_left group_right offset bool inf nan "
-    "start end atan2 sum min max avg group stddev stdvar count count_values bottomk topk "
-    "quantile".split()
-)
+_LANGUAGE = """
+    and or unless on ignoring by without group_left group_right offset bool inf nan start end
+    atan2 sum min max avg group stddev stdvar count count_values bottomk topk quantile
+"""
+_WORDS = frozenset(_LANGUAGE.split())
 _COMMENT = re.compile(r"#[^\n]*")
 _STRING = re.compile(r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'|`[^`]*`')
 _BRACES_OR_BRACKETS = re.compile(r"\{[^{}]*\}|\[[^\[\]]*\]")

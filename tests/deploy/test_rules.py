@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -98,3 +99,8 @@ def test_the_target_has_the_job_that_the_rules_look_for():
     jobs = {each["job_name"] for each in read(PROMETHEUS / "prometheus.yml")["scrape_configs"]}
     assert "elastiformer" in jobs
     assert all('up{job="elastiformer"}' in rule["expr"] for rule in RULES if "up{" in rule["expr"])
+
+
+def test_the_guide_names_every_alert_and_no_other():
+    guide = (PROMETHEUS.parent / "README.md").read_text("utf-8")
+    assert set(re.findall(r"^\| `(Elasti\w+)` \|", guide, flags=re.MULTILINE)) == set(ALERTS)
