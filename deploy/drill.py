@@ -320,6 +320,7 @@ async def drill(stage: Stage) -> dict[str, Any]:
 
 async def play(stage: Stage, scene: Scene) -> Seen:
     say(scene.name)
+    await calm(stage, scene.alerts)  # what an earlier scene left shall not be taken for this one's
     before = await stage.firing()
     begun = time.monotonic()
     await scene.cause()

@@ -166,7 +166,7 @@ def health(port: int) -> subprocess.CompletedProcess[str]:
         env={**os.environ, **proxy, "ELASTI_PORT": str(port)},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,  # starting Python on a busy machine
     )
 
 
