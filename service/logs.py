@@ -23,6 +23,7 @@ from urllib.parse import quote
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from elastiformer.weights import tell_through_logging
 from service.errors import refusal_of
 from service.orders import Done, Failed, Ticket
 from service.tracing import PROBES, Place, Tracing
@@ -34,7 +35,6 @@ TRACEPARENT = "traceparent"
 log = logging.getLogger("elasti.access")
 _KEY = "elasti.visit"  # in a request's ASGI scope
 _ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
-_LIBRARIES = ("transformers", "huggingface_hub")  # they bring handlers of their own
 CALLER_LEFT = 499  # the status of an answer that nobody waited for
 
 
@@ -226,10 +226,7 @@ def configure(form: Format, level: str) -> Callable[[str], None]:
     if form == "text":
         return say
     logging.captureWarnings(True)
-    for name in _LIBRARIES:
-        library = logging.getLogger(name)
-        library.handlers.clear()
-        library.propagate = True
+    tell_through_logging()
     speaker = logging.getLogger("elasti.server")
     speaker.setLevel(logging.INFO)
     return speaker.info

@@ -36,7 +36,7 @@ class Machinery:
     cache_bytes: int
     prefix_cache: bool
     energy: bool  # whether the device's counter can be read
-    files: dict[str, str]  # SHA-256 of the adapter's files, taken once; empty without one
+    adapter_files: dict[str, str]  # SHA-256 of the adapter's files, taken once; empty without one
     costs: str | None = None  # which product runs for how many rows; None where not measured
 
     @classmethod
@@ -52,7 +52,7 @@ class Machinery:
             cache_bytes=model.cache.rows.nbytes,
             prefix_cache=model.prefixes is not None,
             energy=energy,
-            files=hashes(folder) if (folder := _folder(model)) is not None else {},
+            adapter_files=hashes(folder) if (folder := _folder(model)) is not None else {},
             costs=costs,
         )
 
