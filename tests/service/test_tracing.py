@@ -62,7 +62,7 @@ def test_a_trace_says_what_the_answer_says():
         with memory.provider.get_tracer("caller").start_as_current_span("caller"):
             headers = {}
             propagate.inject(headers)
-        reply = await house.post("/v1/completions", **LONG, capacity=0.7, n=2, headers=headers)
+        reply = await house.post("/v1/completions", **LONG, capacity=0.5, n=2, headers=headers)
         await house.until_idle()
         answer = reply.json()
         usage, elasti = answer["usage"], answer["elasti"]
@@ -103,7 +103,7 @@ def test_a_trace_says_what_the_answer_says():
         assert told["gen_ai.response.finish_reasons"] == ("length", "length")
         assert told["gen_ai.usage.input_tokens"] == usage["prompt_tokens"]
         assert told["gen_ai.usage.output_tokens"] == usage["completion_tokens"] == 24
-        assert told["elasti.capacity.requested"] == told["elasti.capacity.applied"] == "0.7"
+        assert told["elasti.capacity.requested"] == told["elasti.capacity.applied"] == "0.5"
         assert told["elasti.capacity.spent"] == elasti["capacity_spent"]
         assert told["elasti.flops"] == usage["compute"]["flops"]
         assert told["elasti.dense_flops"] == usage["compute"]["dense_flops"]
