@@ -128,7 +128,7 @@ def _http_cost(args: argparse.Namespace, model: ElasticModel, address: str) -> H
     taken = take_turns(
         {
             IN_PROCESS: lambda: _in_process(model, prompts(IN_PROCESS), args.tokens),
-            OVER_HTTP: lambda: asyncio.run(_over_http(address, prompts(OVER_HTTP), args.tokens)),
+            OVER_HTTP: lambda: asyncio.run(over_http(address, prompts(OVER_HTTP), args.tokens)),
         },
         args.http_seconds,
         least=2,
@@ -164,7 +164,7 @@ def _in_process(model: ElasticModel, prompts: Sequence[Sequence[int]], tokens: i
     return seconds
 
 
-async def _over_http(address: str, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+async def over_http(address: str, prompts: Sequence[Sequence[int]], tokens: int) -> float:
     limits = httpx.Limits(max_connections=len(prompts))
     async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
         began = time.perf_counter()
