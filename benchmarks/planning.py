@@ -4,7 +4,7 @@ First steps are measured: so many rows that decode, beside so many prompt tokens
 capacities. Then the server's own scheduler runs over these step times with random arrivals
 (`benchmarks/simulation.py`), and the highest rate is searched at which `--share` of the requests
 get their first token and the following ones in time. What HTTP and threads add is one factor: the
-same sixteen streams over HTTP, at capacity 1.0, over the time that the simulation gives them.
+same sixteen streams over HTTP, of the first mix, over the time that the simulation gives them.
 
 With --check, GuideLLM then sends requests at rates around the planned one, and the rate at which
 the promise breaks is compared with the simulation's over the same rates and the same time.
@@ -64,6 +64,12 @@ SEEDS = 12  # simulations of the time that is checked: as short as that, each is
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_model_arguments(parser)
+    parser.add_argument(
+        "--mix",
+        type=_mix,
+        action="append",
+        help="capacities in equal parts, such as 1.0,0.6; may be repeated; unset: as in serving",
+    )
     parser.add_argument("--seconds", type=real(least=0), default=60.0, help="of steps, each mix")
     parser.add_argument("--least", type=whole(1), default=3, help="steps of each kind, at least")
     parser.add_argument("--prompt", type=whole(2), default=128, help="tokens of each prompt")
@@ -84,6 +90,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="compare with a load generator")
     parser.add_argument("--guidellm", help="the load generator's program; unset: on the PATH")
     parser.add_argument("--check-seconds", type=real(above=0), default=40.0, help="at each rate")
+
+
+def _mix(text: str) -> tuple[float, ...]:
+    return tuple(real(above=0)(each) for each in text.split(","))
+
+
+def _mixes(args: argparse.Namespace) -> dict[str, tuple[float, ...]]:
+    """Each mix by its name."""
+    if args.mix:
+        return {", ".join(f"{share:g}" for share in mix): mix for mix in args.mix}
+    return {
+        name: tuple(share for share in mix if isinstance(share, float))
+        for name, mix in MODES.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +147,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     engine = serve(ModelSpec(server.NAME, args.base), model, settings, Metrics()).engine
     promise = Promise(args.first_token_ms / 1000, args.between_tokens_ms / 1000, args.share)
     starts = count(0, 3)  # no prompt twice: a stored one would cost nothing
+    mixes = _mixes(args)
     jobs = {
-        mode: [_job(args, engine, Capacity(share, share)) for share in _shares(mode)]
-        for mode in MODES
+        mode: [_job(args, engine, Capacity(share, share)) for share in mix]
+        for mode, mix in mixes.items()
     }
     hosts = {
         mode: Host(
@@ -137,17 +158,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             max_decode_delay_seconds=settings.max_decode_delay_seconds,
             times=step_times(engine, jobs[mode], starts, args.seconds, args.least, mode),
         )
-        for mode in MODES
+        for mode in mixes
     }
     needs_server = args.overhead is None or program is not None
     with _server(args) if needs_server else nullcontext() as place:
         overhead = args.overhead
         if overhead is None:
             assert place is not None
-            dense = next(iter(MODES))
-            overhead = _overhead(args, model, hosts[dense], jobs[dense], place.address, starts)
+            first = next(iter(mixes))
+            overhead = _overhead(
+                args, model, hosts[first], jobs[first], mixes[first], place.address, starts
+            )
         hosts = {mode: replace(host, overhead=overhead) for mode, host in hosts.items()}
-        planned = [_plan(mode, hosts[mode], jobs[mode], promise, args.requests) for mode in MODES]
+        planned = [_plan(mode, hosts[mode], jobs[mode], promise, args.requests) for mode in mixes]
         if program is not None:
             assert place is not None
             load = guidellm.Load(
@@ -159,7 +182,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 seconds=args.check_seconds,
             )
             planned = [
-                _checked(each, hosts[each.mode], jobs[each.mode], promise, program, load)
+                _checked(
+                    each,
+                    hosts[each.mode],
+                    jobs[each.mode],
+                    mixes[each.mode],
+                    promise,
+                    program,
+                    load,
+                )
                 for each in planned
             ]
     return write(_report(args, model, planned, overhead), args.out)
@@ -168,10 +199,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _server(args: argparse.Namespace) -> AbstractContextManager[server.Running]:
     adapter = models.adapter_of(args)
     return server.running(args.base, adapter, args.dtype, args.device, args.threads)
-
-
-def _shares(mode: str) -> list[float]:
-    return [share for share in MODES[mode] if isinstance(share, float)]
 
 
 def _job(args: argparse.Namespace, engine: Engine, capacity: Capacity) -> Job:
@@ -190,20 +217,21 @@ def _overhead(
     model: ElasticModel,
     host: Host,
     jobs: Sequence[Job],
+    mix: Sequence[float],
     address: str,
     starts: Iterator[int],
 ) -> float:
     """The same streams over HTTP, over what the simulation says; the median of three tries."""
     streams = host.limits.max_running
     ids = models.text_ids(model, 4096 + args.prompt)
-    on_paper = _last([Arrival(0.0, jobs[0]) for _ in range(streams)], host)
+    on_paper = _last([Arrival(0.0, jobs[at % len(jobs)]) for at in range(streams)], host)
     taken = []
     for _ in range(4):
         prompts = [
             ids[start : start + args.prompt]
             for start in (next(starts) % 4096 for _ in range(streams))
         ]
-        taken.append(asyncio.run(over_http(address, prompts, args.tokens)))
+        taken.append(asyncio.run(over_http(address, prompts, args.tokens, mix)))
     return statistics.median(taken[1:]) / on_paper  # the first one warms up
 
 
@@ -240,6 +268,7 @@ def _checked(
     planned: Planned,
     host: Host,
     jobs: Sequence[Job],
+    mix: Sequence[float],
     promise: Promise,
     program: str,
     load: guidellm.Load,
@@ -249,7 +278,7 @@ def _checked(
     with tempfile.TemporaryDirectory() as folder:
         for part in track(AROUND, label=planned.mode):
             rate = round(part * planned.rate, 3)
-            phase = guidellm.at_rate(program, load, MODES[planned.mode], rate, Path(folder))
+            phase = guidellm.at_rate(program, load, mix, rate, Path(folder))
             finished = [each for each in phase.requests if each.ended is not None]
             stories = [
                 _times(simulate_at(host, jobs, rate, load.seconds, seed)) for seed in range(SEEDS)
@@ -381,7 +410,8 @@ def _told(value: float | None) -> str:
 
 
 def _draw(figure: Any, planned: Sequence[Planned], share: float) -> None:
-    for axis, each in zip(figure.subplots(1, len(planned), sharey=True), planned, strict=True):
+    axes = figure.subplots(1, len(planned), sharey=True, squeeze=False)[0]
+    for axis, each in zip(axes, planned, strict=True):
         at = [point.rate for point in each.checked]
         axis.plot(at, [point.kept for point in each.checked], "o-", label="measured")
         axis.plot(at, [point.kept_on_paper for point in each.checked], "x--", label="on paper")

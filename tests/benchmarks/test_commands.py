@@ -182,3 +182,14 @@ def test_planning_says_what_each_mix_holds(run):
 def test_planning_that_shall_be_checked_needs_its_load_generator(tiny_options, capsys):
     assert main(["planning", *tiny_options, "--check", "--guidellm", "no/such/program"]) == 1
     assert INSTALL in capsys.readouterr().err
+
+
+def test_planning_takes_a_mix_of_one_s_own(run):
+    written = run(
+        "planning",
+        *QUICK,
+        *("--prompt", "40", "--tokens", "6", "--requests", "50", "--mix", "1.0,0.6"),
+    )
+    (planned,) = written["results"]["planned"]
+    assert planned["mode"] == "1, 0.6"
+    assert written["results"]["overhead"] > 0  # measured over HTTP
