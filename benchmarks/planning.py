@@ -58,7 +58,7 @@ from service.settings import ModelSpec, Settings
 from training.options import real, whole
 from training.progress import track
 
-AROUND = (0.6, 0.8, 1.0, 1.2, 1.4)  # of the planned rate: what is checked
+AROUND = (0.6, 0.8, 1.0, 1.2, 1.4)  # times the planned rate: what is checked
 SEEDS = 12  # simulations of the time that is checked: as short as that, each is another story
 
 
@@ -275,9 +275,10 @@ def _checked(
 ) -> Planned:
     """The same rates for the same time: sent by a load generator, and on paper."""
     points = []
+    around = planned.rate or planned.saturated  # where nothing is held, the most there is
     with tempfile.TemporaryDirectory() as folder:
         for part in track(AROUND, label=planned.mode):
-            rate = round(part * planned.rate, 3)
+            rate = round(part * around, 3)
             phase = guidellm.at_rate(program, load, mix, rate, Path(folder))
             finished = [each for each in phase.requests if each.ended is not None]
             stories = [

@@ -7,6 +7,7 @@ the engine's thread delivers, and ends with exactly one `Done` or `Failed`. No t
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from service.scheduler import Job
 
 if TYPE_CHECKING:  # for their names only: this file stays importable without torch
     from elastiformer.sampling import Sampled, Sampling
+
+log = logging.getLogger("elasti.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,10 @@ class Ticket:
         if isinstance(event, Done | Failed):
             self.ending = event
             for tell in self._told:
-                tell(event)
+                try:
+                    tell(event)
+                except Exception:  # whoever looks on must not cost anybody an ending
+                    log.exception("an ending could not be told")
 
     def when_ended(self, tell: Callable[[Done | Failed], None]) -> None:
         """Call back with the ending, also after the caller has gone; on the event loop only."""

@@ -13,7 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from elastiformer.usage import Usage
 from service.logs import JsonLines, Lines
+from service.orders import Done, Summary, Ticket
 from tests.service.conftest import Watched, in_house
 from tests.service.test_tracing import Memory
 
@@ -151,6 +153,24 @@ def test_who_leaves_and_who_is_late_are_told_with_what_they_spent():
     assert (late["status"], late["error"]) == (503, "timeout")
     assert (left["status"], left["error"]) == (499, "cancelled")
     assert 0 < late["completion_tokens"] < 300 and late["capacity_spent"] > 0
+
+
+def test_who_looks_on_and_fails_costs_nobody_an_ending():
+    async def visit():
+        summary = Summary(Usage(), 0, 0, 0, 0.0, None, 0.0)
+        ticket = Ticket(None, lambda: None, asyncio.get_running_loop())
+        told = []
+        ticket.when_ended(lambda ending: 1 / 0)
+        ticket.when_ended(told.append)
+        ticket.deliver(Done(summary))
+        assert told == [Done(summary)] == [event async for event in ticket.events()]
+        ticket.when_ended(told.append)  # late, and told all the same
+        assert len(told) == 2
+
+    with written() as lines:
+        asyncio.run(visit())
+    (line,) = map(json.loads, lines)
+    assert "ZeroDivisionError" in line["exception"]
 
 
 def test_a_path_cannot_begin_a_line_of_its_own():
