@@ -20,8 +20,9 @@ LOW_TO_HIGH = """
         single_queries attention placing workshop keeping sparse_heads sparse_attention
         sparse_experts sparse_mlp sparse planning drawing sampling inputs model __init__
 
-    service: __init__ errors settings schemas scheduler pace metrics knob orders rows middleware
-        engine served zero_shot desk answers streams routes app server __main__
+    service: __init__ errors build settings schemas scheduler pace metrics knob orders energy rows
+        middleware engine served zero_shot desk tracing logs answers streams routes app server
+        __main__
 
     training: __init__ files options signals progress processes corpora data losses lessons student
         checkpoint quality allotment tuning sensitivity baselines pictures stopwatch reports loop
@@ -46,6 +47,8 @@ DOORS = {
     "llvmlite": {"elastiformer.lanes"},
     "matplotlib": {"training.pictures", "training.progress"},
     "fastapi": {"service"},
+    "opentelemetry": {"service.tracing"},
+    "pynvml": {"service.energy"},
     "fastapi_offline": {"service.app"},
     "starlette": {"service"},
     "uvicorn": {"service.server"},
@@ -58,7 +61,7 @@ DOORS = {
 # Files that know no tensor, and import no file of ours that does.
 WITHOUT_TORCH = {
     "elastiformer": "errors capacity usage accounting calibration card inputs",
-    "service": "errors settings scheduler pace metrics knob middleware zero_shot",
+    "service": "errors build settings scheduler pace metrics knob middleware zero_shot",
     "training": "files signals corpora allotment",
 }
 
