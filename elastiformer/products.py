@@ -162,6 +162,13 @@ class Product:
         if self.has_tiles:
             _ = self._tiles
 
+    @property
+    def stored_bytes(self) -> int:
+        """The weight in the form that few rows read."""
+        if self.has_tiles:
+            return self._tiles.bytes
+        return self.inputs * self.outputs * self.projections[0].weight_OI.element_size()
+
     @cached_property
     def has_tiles(self) -> bool:
         weight_OI = self.projections[0].weight_OI

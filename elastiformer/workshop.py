@@ -119,6 +119,13 @@ class Workshop:
             packed.repaired = [(name, rows) for name, rows in groups if name is not None]
         return packed.repaired
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """On average over the layers' products, as they are stored for few rows."""
+        products = [self.at_site(layer, site) for layer in self.layout.layers for site in SITES]
+        weights = sum(product.inputs * product.outputs for product in products)
+        return sum(product.stored_bytes for product in products) / weights
+
     @torch.inference_mode()
     def measure(self, seconds: float) -> CostTable:
         """Measure up to how many rows a product goes row by row, for every site's shape."""

@@ -15,15 +15,13 @@ from deploy.dashboards.__main__ import BOARDS, JSON, files, main, write
 from deploy.dashboards.panels import WIDTH, Scale
 from deploy.dashboards.pictures import shown
 from deploy.dashboards.queries import RANGE, RATE, VARIABLES, Window
-from service.metrics import Metrics
+from tests.deploy.promql import exported, names_in
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = sorted((ROOT / JSON).glob("*.json"))
 NAMES = [path.stem for path in FILES]
 WINDOW = Window(3600, 60, {variable.name: ("a.b", "c|d") for variable in VARIABLES})
 PROMETHEUS_OWN = {"up"}
-NOT_METRICS = {"and", "bool", "by", "group_left", "group_right", "ignoring", "offset", "on", "or"}
-NOT_METRICS |= {"unless", "without", "inf", "nan"}
 
 
 @pytest.fixture(params=FILES, ids=NAMES)
@@ -37,26 +35,6 @@ def panels(board):
 
 def queries(board):
     return [target["expr"] for panel in panels(board) for target in panel["targets"]]
-
-
-def names_in(expr):
-    """The metrics of an expression: what stands where neither a function nor a label can."""
-    bare = re.sub(r'"(\\.|[^"\\])*"', '""', expr)
-    bare = re.sub(r"{[^}]*}|\[[^\]]*\]", " ", bare)
-    bare = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", " ", bare)
-    words = re.findall(r"(?<![\w.])[a-zA-Z_:][\w:]*\b(?!\s*\()", bare)
-    return {word for word in words if word.lower() not in NOT_METRICS | {"sum", "max", "min"}}
-
-
-def exported():
-    """Every name that a query may use: a histogram has three."""
-    found = set()
-    for family in Metrics().registry.collect():
-        if family.type == "histogram":
-            found |= {f"{family.name}_{part}" for part in ("bucket", "sum", "count")}
-        else:
-            found.add(family.name + ("_total" if family.type == "counter" else ""))
-    return found
 
 
 def test_the_files_are_what_the_program_writes(tmp_path, capsys):
@@ -154,20 +132,6 @@ def test_every_metric_in_a_query_is_exported_by_the_service(committed):
         names = names_in(expr)
         assert names, expr
         assert names <= exported() | PROMETHEUS_OWN, expr
-
-
-@pytest.mark.parametrize(
-    ("expr", "names"),
-    [
-        ('sum by (le, tier) (rate(a_bucket{x="y(z)"}[5m]))', {"a_bucket"}),
-        ("1 - sum(a) / (b or vector(0))", {"a", "b"}),
-        ("histogram_quantile(0.95, sum by (le) (c_bucket)) > 1e9", {"c_bucket"}),
-        ("a / on (x) group_left (y) b offset 5m", {"a", "b"}),
-        ("elasti_gone_total", {"elasti_gone_total"}),
-    ],
-)
-def test_the_metrics_of_an_expression_are_found(expr, names):
-    assert names_in(expr) - {"m"} == names
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
