@@ -213,7 +213,7 @@ def test_the_command_serves_tells_a_line_to_try_and_drains(tiny_folder):
             start = "".join(lines)
             assert "loading mine" in lines[0]
             assert "attention by" in start and "cache of 32768 tokens" in start
-            assert "rows up to which channels are picked" in start
+            assert "rows up to which a product goes row by row" in start
             address = next(line for line in lines if "ready: " in line).split()[1]
             assert f"curl -N {address}/v1/chat/completions" in start
 
