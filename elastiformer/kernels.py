@@ -64,11 +64,12 @@ def search(
         _search_side_by_side(x_RI, norms_I, index_P, value_P, start_S)
 
 
-def spread(
-    index_P: np.ndarray, value_P: np.ndarray, start_S: np.ndarray, only_RI: np.ndarray
+def keep_largest(
+    x_RI: np.ndarray, norms_I: np.ndarray, counts_R: np.ndarray, only_RI: np.ndarray
 ) -> None:
-    """Put each row's picks where they belong."""
-    _spread(index_P, value_P, start_S, only_RI)
+    """Fill in `x`, zero but for what `search` would find."""
+    with TURN:
+        _keep_largest(x_RI, norms_I, counts_R, only_RI)
 
 
 def fit_grid(full_TIW: np.ndarray, codes: np.ndarray, steps: np.ndarray, lows: np.ndarray) -> bool:
@@ -96,6 +97,38 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 @compiled()
+def _weigh(x_I, norms_I):  # type: ignore[no-untyped-def]
+    """Size x norm, as bits: numbers that are not negative sort as their bits do."""
+    weighed_I = np.empty(len(x_I), dtype=np.float32)
+    for i in range(len(x_I)):
+        weighed_I[i] = abs(x_I[i]) * norms_I[i]
+    return weighed_I.view(np.int32)
+
+
+@compiled()
+def _least_kept(bits_I, wanted):  # type: ignore[no-untyped-def]
+    """The least of the `wanted` largest, and how many that equal it are among them.
+
+    Bisected, in passes that only count, which processors do eight at a time.
+    """
+    least, over = np.int32(0), np.int32(2**31 - 1)
+    as_large = np.int32(len(bits_I))
+    while over - least > 1 and as_large != wanted:
+        middle = least + (over - least) // np.int32(2)
+        count = np.int32(0)
+        for i in range(len(bits_I)):
+            count += np.int32(bits_I[i] >= middle)
+        if count >= wanted:
+            least, as_large = middle, count
+        else:
+            over = middle
+    equal = np.int32(0)
+    for i in range(len(bits_I)):
+        equal += np.int32(bits_I[i] == least)
+    return least, np.int32(equal - (as_large - wanted)), as_large == wanted
+
+
+@compiled()
 def _search_row(x_RI, norms_I, index_P, value_P, start_S, row):  # type: ignore[no-untyped-def]
     inputs = x_RI.shape[1]
     begin = start_S[row]
@@ -105,28 +138,8 @@ def _search_row(x_RI, norms_I, index_P, value_P, start_S, row):  # type: ignore[
             index_P[begin + i] = i
             value_P[begin + i] = x_RI[row, i]
         return
-    # Numbers that are not negative sort as their bits do. Bisected for the least one kept, in
-    # passes that only count, which processors do eight at a time.
-    weighed_I = np.empty(inputs, dtype=np.float32)
-    for i in range(inputs):
-        weighed_I[i] = abs(x_RI[row, i]) * norms_I[i]
-    bits_I = weighed_I.view(np.int32)
-    least, over = np.int32(0), np.int32(2**31 - 1)
-    as_large = np.int32(inputs)
-    while over - least > 1 and as_large != wanted:
-        middle = least + (over - least) // np.int32(2)
-        count = np.int32(0)
-        for i in range(inputs):
-            count += np.int32(bits_I[i] >= middle)
-        if count >= wanted:
-            least, as_large = middle, count
-        else:
-            over = middle
-    surplus = as_large - wanted  # more than one channel equals the least
-    equal = np.int32(0)
-    for i in range(inputs):
-        equal += np.int32(bits_I[i] == least)
-    missing = equal - surplus
+    bits_I = _weigh(x_RI[row], norms_I)
+    least, missing, _ = _least_kept(bits_I, wanted)
     index_K = np.empty(inputs, dtype=np.int32)
     kept = np.int32(0)
     for i in range(inputs):  # without a branch, which would be guessed wrong half the time
@@ -140,6 +153,26 @@ def _search_row(x_RI, norms_I, index_P, value_P, start_S, row):  # type: ignore[
         value_P[begin + k] = x_RI[row, index_K[k]]
 
 
+@compiled(parallel=True)
+def _keep_largest(x_RI, norms_I, counts_R, only_RI):  # type: ignore[no-untyped-def]
+    for row in prange(len(x_RI)):
+        x_I, only_I = x_RI[row], only_RI[row]
+        if counts_R[row] == len(x_I):
+            only_I[:] = x_I
+            continue
+        bits_I = _weigh(x_I, norms_I)
+        least, missing, all_equal = _least_kept(bits_I, counts_R[row])
+        if all_equal:  # of those that equal the least
+            for i in range(len(x_I)):
+                only_I[i] = x_I[i] if bits_I[i] >= least else np.float32(0)
+            continue
+        for i in range(len(x_I)):
+            ties = bits_I[i] == least
+            keeps = bits_I[i] > least or (ties and missing > 0)
+            missing -= np.int32(ties)
+            only_I[i] = x_I[i] if keeps else np.float32(0)
+
+
 @compiled()
 def _search_in_turn(x_RI, norms_I, index_P, value_P, start_S):  # type: ignore[no-untyped-def]
     for row in range(len(x_RI)):
@@ -150,13 +183,6 @@ def _search_in_turn(x_RI, norms_I, index_P, value_P, start_S):  # type: ignore[n
 def _search_side_by_side(x_RI, norms_I, index_P, value_P, start_S):  # type: ignore[no-untyped-def]
     for row in prange(len(x_RI)):
         _search_row(x_RI, norms_I, index_P, value_P, start_S, row)
-
-
-@compiled()
-def _spread(index_P, value_P, start_S, only_RI):  # type: ignore[no-untyped-def]
-    for row in range(len(only_RI)):
-        for k in range(start_S[row], start_S[row + 1]):
-            only_RI[row, index_P[k]] = value_P[k]
 
 
 @compiled(parallel=True)

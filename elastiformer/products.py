@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from elastiformer.costs import FewRows
 from elastiformer.families import Projection
-from elastiformer.tiles import Picks, Tiles, even_starts, everything, search
+from elastiformer.tiles import Picks, Tiles, even_starts, everything, over_zeros, search
 
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
@@ -37,14 +37,22 @@ class Reading:
         count: int | None = None,
         picks: Picks | None = None,
         kept_RI: Tensor | None = None,
+        only_RI: Tensor | None = None,
     ) -> None:
-        """Of `count` channels over all rows: as picks on a CPU in float32, elsewhere as a mask."""
+        """Of `count` channels over all rows: as picks, as a mask, or zero elsewhere."""
         self.x_RI, self.count = x_RI, count
         self._picks, self._kept_RI = picks, kept_RI
+        if only_RI is not None:
+            self.__dict__["only_RI"] = only_RI
 
     @property
     def share(self) -> float:
         return 1.0 if self.count is None else self.count / self.x_RI.numel()
+
+    @property
+    def has_picks(self) -> bool:
+        """Whether each row's channels are known by number."""
+        return self.count is None or self._picks is not None
 
     @cached_property
     def only_RI(self) -> Tensor:
@@ -52,8 +60,11 @@ class Reading:
         if self.count is None:
             return self.x_RI
         if self._picks is not None:
-            rows, inputs = self.x_RI.shape
-            return torch.from_numpy(self._picks.over_zeros(rows, inputs))
+            index_P, value_P, start_S = (torch.from_numpy(array) for array in self._picks)
+            row_P = torch.repeat_interleave(start_S.diff())
+            only_RI = torch.zeros_like(self.x_RI)
+            only_RI[row_P, index_P] = value_P
+            return only_RI
         assert self._kept_RI is not None
         return self.x_RI * self._kept_RI
 
@@ -71,14 +82,18 @@ class Reading:
         """The picks, or all channels, on the host."""
         if self._picks is not None:
             return self._picks
+        assert self.count is None, "picks that nobody numbered"
         return everything(self.x_RI.contiguous().numpy())
 
 
-def pick(x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray) -> Reading:
+def pick(
+    x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray, few: FewRows | None = None
+) -> Reading:
     """Each row's channels of the largest size x column norm.
 
     Args:
         counts: how many, the same for every row or one for each [R].
+        few: up to how many rows the channels' numbers are wanted; always, if not given.
     """
     rows, inputs = x_RI.shape
     if isinstance(counts, int):
@@ -90,14 +105,18 @@ def pick(x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray) -> Reading:
         np.cumsum(np.minimum(counts, inputs), out=start_S[1:])
         if start_S[-1] == rows * inputs:
             return Reading(x_RI)
+    count = int(start_S[-1])
     if x_RI.device.type == "cpu" and x_RI.dtype == torch.float32:
-        picks = search(x_RI.contiguous().numpy(), norms_I.numpy(), start_S)
-        return Reading(x_RI, len(picks.index_P), picks)
+        on_host_RI, norms = x_RI.contiguous().numpy(), norms_I.numpy()
+        if few is None or rows <= few.rows(count / x_RI.numel()):
+            return Reading(x_RI, count, search(on_host_RI, norms, start_S))
+        only_RI = torch.from_numpy(over_zeros(on_host_RI, norms, np.diff(start_S)))
+        return Reading(x_RI, count, only_RI=only_RI)
     order_RI = (x_RI.abs().float() * norms_I).argsort(dim=1, descending=True)
     count_R1 = torch.from_numpy(np.diff(start_S)).to(x_RI.device)[:, None]
     best_RI = torch.arange(inputs, device=x_RI.device) < count_R1
     kept_RI = torch.zeros_like(order_RI, dtype=torch.bool).scatter_(1, order_RI, best_RI)
-    return Reading(x_RI, int(start_S[-1]), kept_RI=kept_RI)
+    return Reading(x_RI, count, kept_RI=kept_RI)
 
 
 def picked(weight_IO: Tensor, bias_O: Tensor | None, x_RI: Tensor, index_RK: Tensor) -> Tensor:
@@ -124,8 +143,9 @@ class Product:
 
     def run(self, reading: Reading) -> Tensor:
         """The outputs [R, O]."""
-        few = len(reading.x_RI) <= self.few.rows(reading.share)
-        return self.by_row(reading) if few and self.has_tiles else self.at_once(reading)
+        by_row = self.has_tiles and reading.has_picks
+        by_row = by_row and len(reading.x_RI) <= self.few.rows(reading.share)
+        return self.by_row(reading) if by_row else self.at_once(reading)
 
     def dense(self, x_RI: Tensor) -> Tensor:
         """The product over all channels."""

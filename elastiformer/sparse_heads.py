@@ -78,7 +78,7 @@ class SparseHeads:
     ) -> Tensor:
         tools = self.workshop
         x_RD = rows.of(x_ND)
-        reading = tools.read(layer, Site.ATTENTION_IN, x_RD, packed, rows)
+        reading = tools.read(layer, Site.ATTENTION_IN, x_RD, packed, rows, numbered=True)
         repair = tools.repair(layer, group.repair)
         repair.read(layer.query, reading.only_RI)
         scores_RM = tools.router(layer, Unit.HEADS)(x_RD)

@@ -33,12 +33,6 @@ class Picks(NamedTuple):
     value_P: np.ndarray
     start_S: np.ndarray
 
-    def over_zeros(self, rows: int, inputs: int) -> np.ndarray:
-        """Dense rows [R, I], zero but for the picks."""
-        only_RI = np.zeros((rows, inputs), dtype=np.float32)
-        kernels.spread(*self, only_RI)
-        return only_RI
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiles:
@@ -95,6 +89,13 @@ def search(x_RI: np.ndarray, norms_I: np.ndarray, start_S: np.ndarray) -> Picks:
     index_P, value_P = np.empty(count, dtype=np.int32), np.empty(count, dtype=np.float32)
     kernels.search(x_RI, norms_I, index_P, value_P, start_S)
     return Picks(index_P, value_P, start_S)
+
+
+def over_zeros(x_RI: np.ndarray, norms_I: np.ndarray, counts_R: np.ndarray) -> np.ndarray:
+    """`x`, zero but for what `search` would find."""
+    only_RI = np.empty_like(x_RI)
+    kernels.keep_largest(x_RI, norms_I, counts_R, only_RI)
+    return only_RI
 
 
 def everything(x_RI: np.ndarray) -> Picks:

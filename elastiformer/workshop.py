@@ -17,7 +17,7 @@ from elastiformer.accounting import KVPolicy
 from elastiformer.adapter import Adapter
 from elastiformer.attention import Backend, Portable, backend
 from elastiformer.capacity import Site, Unit
-from elastiformer.costs import ROWS, CostTable, compare
+from elastiformer.costs import ROWS, SHARES, CostTable, FewRows, compare
 from elastiformer.expert_table import ExpertTable
 from elastiformer.families import Layer, Layout, Projection
 from elastiformer.lora import LoraPair
@@ -60,12 +60,21 @@ class Workshop:
     def at_site(self, layer: Layer, site: Site) -> Product:
         return self.product(*layer.at_site(site))
 
-    def read(self, layer: Layer, site: Site, x_RI: Tensor, packed: Packed, rows: Rows) -> Reading:
-        """What products at `site` read of these rows."""
+    def read(
+        self,
+        layer: Layer,
+        site: Site,
+        x_RI: Tensor,
+        packed: Packed,
+        rows: Rows,
+        numbered: bool = False,
+    ) -> Reading:
+        """What products at `site` read of these rows; `numbered`: by the channels' numbers."""
         if not packed.picks:
             return Reading(x_RI)
         counts = packed.channels(layer.index, _PLACE[site], rows)
-        return pick(x_RI, self.layout.column_norms(layer, site), counts)
+        few = None if numbered else self.at_site(layer, site).few
+        return pick(x_RI, self.layout.column_norms(layer, site), counts, few)
 
     def experts(self, layer: Layer) -> ExpertTable:
         assert self.adapter is not None, "experts without an adapter"
@@ -149,7 +158,8 @@ class Workshop:
                 sample_RI: Tensor = sample_RI,
             ) -> None:
                 product, norms_I = next(turns)
-                reading = pick(sample_RI[:rows], norms_I, round(share * product.inputs))
+                few = FewRows((ROWS[-1] if by_row else 0,) * len(SHARES))
+                reading = pick(sample_RI[:rows], norms_I, round(share * product.inputs), few)
                 _ = product.by_row(reading) if by_row else product.at_once(reading)
 
             each = seconds / len(SITES)
