@@ -3,8 +3,9 @@
 Each gives the same bits for a row whatever other rows there are, and adds in the order of the
 inputs, SUMMED of them in one go, as oneDNN's float32 product does: so the two can take turns.
 
-Shape letters: R rows   I inputs   O outputs   T tiles   W outputs of a tile   G groups of inputs
-    P picks of all rows   S rows + 1   K picks of one row
+Shape letters: R rows   I inputs   O outputs   S slabs of a weight   C chunks of a slab
+    W outputs of a chunk   G groups of inputs   P picks of all rows   K picks of one row; in
+    start_S: S rows + 1
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import numpy as np
 import torch
 from numba import prange
 
-from elastiformer.lanes import GROUP, WIDTH, add_rows, widen_rows
+from elastiformer.lanes import AHEAD, GROUP, WIDTH, add_rows, widen_rows
 
 SUMMED = 1024
-NOTHING = np.empty((1, 1, WIDTH), dtype=np.float32)
+NOTHING = np.empty((1, 1, 1, WIDTH), dtype=np.float32)
 _BLOCK = 64  # inputs of a tile that stay in the first cache while rows take turns
 _ROWS_ALONE = 4  # so few rows are searched faster by one thread
 
@@ -31,7 +32,7 @@ TURN = Lock()
 
 
 def multiply(
-    weight_TIW: np.ndarray,
+    weight_SICW: np.ndarray,
     steps: np.ndarray,
     lows: np.ndarray,
     index_P: np.ndarray,
@@ -40,9 +41,11 @@ def multiply(
     out_RO: np.ndarray,
 ) -> None:
     """out = the picked values times the stored weight (tiles.py)."""
-    widens = len(out_RO) > 1 and weight_TIW.dtype != np.float32
     with TURN:
-        _multiply(weight_TIW, steps, lows, widens, index_P, value_P, start_S, out_RO)
+        if len(out_RO) == 1:
+            _multiply_one(weight_SICW, steps, lows, index_P, value_P, out_RO[0])
+        else:
+            _multiply_some(weight_SICW, steps, lows, index_P, value_P, start_S, out_RO)
 
 
 def search(
@@ -72,10 +75,10 @@ def keep_largest(
         _keep_largest(x_RI, norms_I, counts_R, only_RI)
 
 
-def fit_grid(full_TIW: np.ndarray, codes: np.ndarray, steps: np.ndarray, lows: np.ndarray) -> bool:
+def fit_grid(full_SIO: np.ndarray, codes: np.ndarray, steps: np.ndarray, lows: np.ndarray) -> bool:
     """Fill in the grid on which a weight lies; False where it lies on none that is known."""
     with TURN:
-        return bool(_fit_grid(full_TIW, codes, steps, lows).all())
+        return bool(_fit_grid(full_SIO, codes, steps, lows).all())
 
 
 def use_threads() -> None:
@@ -186,24 +189,52 @@ def _search_side_by_side(x_RI, norms_I, index_P, value_P, start_S):  # type: ign
 
 
 @compiled(parallel=True)
-def _multiply(  # type: ignore[no-untyped-def]
-    weight_TIW, steps, lows, widens, index_P, value_P, start_S, out_RO
-):
-    tiles, inputs, _ = weight_TIW.shape
+def _multiply_one(weight_SICW, steps, lows, index_P, value_P, out_O):  # type: ignore[no-untyped-def]
+    """One row: picks a few at a time, each over a whole slab, as they lie in memory."""
+    slabs, _, chunks, _ = weight_SICW.shape
+    picks = len(index_P)
+    for slab in prange(slabs):
+        sums_O = np.zeros(chunks * WIDTH, dtype=np.float32)
+        total_O = np.zeros(chunks * WIDTH, dtype=np.float32)
+        first, summed = 0, SUMMED
+        while first < picks:
+            stop = min(first + AHEAD, picks)
+            if index_P[first] >= summed:
+                total_O += sums_O
+                sums_O[:] = 0
+                while index_P[first] >= summed:
+                    summed += SUMMED
+            while index_P[stop - 1] >= summed:
+                stop -= 1
+            for chunk in range(chunks):
+                add_rows(
+                    sums_O, chunk * WIDTH, weight_SICW, steps, lows, slab, chunk, 0,
+                    index_P, value_P, first, stop, picks,
+                )  # fmt: skip
+            first = stop
+        total_O += sums_O
+        begin = slab * chunks * WIDTH
+        for output in range(begin, min(begin + chunks * WIDTH, len(out_O))):
+            out_O[output] = total_O[output - begin]
+
+
+@compiled(parallel=True)
+def _multiply_some(weight_SICW, steps, lows, index_P, value_P, start_S, out_RO):  # type: ignore[no-untyped-def]
+    """Some rows, in turn over each block of inputs of a tile."""
+    slabs, inputs, chunks, _ = weight_SICW.shape
     rows, outputs = out_RO.shape
-    block = SUMMED if rows == 1 else _BLOCK
-    for tile in prange(tiles):
+    for tile in prange(slabs * chunks):
+        slab, chunk = tile // chunks, tile % chunks
         sums_RW = np.zeros((rows, WIDTH), dtype=np.float32)
         total_RW = np.zeros((rows, WIDTH), dtype=np.float32)
-        wide_1IW = np.empty((1, _BLOCK, WIDTH), dtype=np.float32)
+        wide_1I1W = np.empty((1, _BLOCK, 1, WIDTH), dtype=np.float32)
         at_R = start_S[:-1].copy()
-        for first in range(0, inputs, block):
-            end = min(first + block, inputs)
+        for first in range(0, inputs, _BLOCK):
+            end = min(first + _BLOCK, inputs)
             if first and first % SUMMED == 0:
                 total_RW += sums_RW
                 sums_RW[:] = 0
-            if widens:
-                widen_rows(wide_1IW, weight_TIW, steps, lows, tile, first, end)
+            widen_rows(wide_1I1W, weight_SICW, steps, lows, slab, chunk, first, end)
             for row in range(rows):
                 begin, stop = at_R[row], start_S[row + 1]
                 if end < inputs:
@@ -211,16 +242,10 @@ def _multiply(  # type: ignore[no-untyped-def]
                     while stop < start_S[row + 1] and index_P[stop] < end:
                         stop += 1
                 at_R[row] = stop
-                if widens:
-                    add_rows(
-                        sums_RW, row * WIDTH, wide_1IW, NOTHING, NOTHING, 0, first,
-                        index_P, value_P, begin, stop,
-                    )  # fmt: skip
-                else:
-                    add_rows(
-                        sums_RW, row * WIDTH, weight_TIW, steps, lows, tile, 0,
-                        index_P, value_P, begin, stop,
-                    )  # fmt: skip
+                add_rows(
+                    sums_RW, row * WIDTH, wide_1I1W, NOTHING, NOTHING, 0, 0, first,
+                    index_P, value_P, begin, stop, stop,
+                )  # fmt: skip
         total_RW += sums_RW
         begin, stop = tile * WIDTH, min(tile * WIDTH + WIDTH, outputs)
         for row in range(rows):
@@ -242,50 +267,52 @@ def _eleven_bits(number):  # type: ignore[no-untyped-def]
 
 
 @compiled(parallel=True)
-def _fit_grid(full_TIW, codes, steps, lows):  # type: ignore[no-untyped-def]
-    tiles, inputs, _ = full_TIW.shape
-    fits_T = np.ones(tiles, dtype=np.bool_)
-    for tile in prange(tiles):
-        for group in range(steps.shape[1]):
-            first, end = group * GROUP, min(group * GROUP + GROUP, inputs)
-            for output in range(WIDTH):
-                if not fits_T[tile]:
-                    break
-                low = high = full_TIW[tile, first, output]
-                for i in range(first, end):
-                    low = min(low, full_TIW[tile, i, output])
-                    high = max(high, full_TIW[tile, i, output])
-                size = max(abs(low), abs(high))
+def _fit_grid(full_SIO, codes, steps, lows):  # type: ignore[no-untyped-def]
+    slabs, inputs, outputs = full_SIO.shape
+    groups = steps.shape[1]
+    fits_L = np.ones(slabs * groups, dtype=np.bool_)
+    for line in prange(slabs * groups):
+        slab, group = line // groups, line % groups
+        first, end = group * GROUP, min(group * GROUP + GROUP, inputs)
+        for output in range(outputs):
+            fits, step, low = _fit_group(
+                full_SIO[slab, first:end, output], codes[slab, first:end, output]
+            )
+            steps[slab, group, output], lows[slab, group, output] = step, low
+            if not fits:
+                fits_L[line] = False
+                break
+    return fits_L
+
+
+@compiled()
+def _fit_group(full_I, codes_I):  # type: ignore[no-untyped-def]
+    """Codes, step and low of numbers on one grid: as Q4_1, Q4_0 or Q8_0 would have made it."""
+    low = high = full_I[0]
+    for number in full_I:
+        low, high = min(low, number), max(high, number)
+    size = max(abs(low), abs(high))
+    step, base = np.float32(0), low
+    for form in range(3):
+        if form == 0:  # from the least to the largest
+            step, base = _eleven_bits((high - low) / np.float32(15)), low
+        elif form == 1:  # around zero; what is largest in size is code 0
+            step = _eleven_bits(size / np.float32(8))
+            if high > -low:
+                step = -step
+            base = np.float32(-8) * step
+        else:
+            step = _eleven_bits(size / np.float32(127))
+            base = np.float32(-128) * step
+        fits = True
+        for i in range(len(full_I)):
+            code = np.float32(0)
+            if step != 0:
+                code = np.float32(np.round((full_I[i] - base) / step))
+            if code < 0 or code > 255 or code * step + base != full_I[i]:
                 fits = False
-                # As quantised: Q4_1 from the least to the largest, Q4_0 and Q8_0 around zero.
-                for form in range(3):
-                    if form == 0:
-                        step = _eleven_bits((high - low) / np.float32(15))
-                        base = low
-                    elif form == 1:
-                        step = _eleven_bits(size / np.float32(8))
-                        base = np.float32(-8) * step
-                        if high > -low:
-                            step = -step
-                            base = -base
-                    else:
-                        step = _eleven_bits(size / np.float32(127))
-                        base = np.float32(-128) * step
-                    fits = True
-                    for i in range(first, end):
-                        code = np.float32(0)
-                        if step != 0:
-                            code = np.float32(np.round((full_TIW[tile, i, output] - base) / step))
-                        if (
-                            code < 0
-                            or code > 255
-                            or code * step + base != full_TIW[tile, i, output]
-                        ):
-                            fits = False
-                            break
-                        codes[tile, i, output] = np.uint8(code)
-                    if fits:
-                        steps[tile, group, output], lows[tile, group, output] = step, base
-                        break
-                fits_T[tile] &= fits
-    return fits_T
+                break
+            codes_I[i] = np.uint8(code)
+        if fits:
+            return True, step, base
+    return False, step, base

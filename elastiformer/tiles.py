@@ -5,8 +5,8 @@ came from a smaller form: its weights are bfloat16 or float16 numbers, or lie on
 256 steps for every 32 inputs, as GGUF's Q4_1, Q4_0 and Q8_0 leave them. Where all of a weight does,
 bit for bit, it is stored so and widened on the way to the processor; else as float32.
 
-Shape letters: O outputs   I inputs   T tiles   W outputs of a tile   G groups of inputs   R rows
-    P picks of all rows   S rows + 1
+Shape letters: O outputs   I inputs   S slabs   C chunks of a slab   W outputs of a chunk
+    G groups of inputs   R rows   P picks of all rows; in start_S: S rows + 1
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from elastiformer import kernels
 from elastiformer.lanes import GROUP, WIDTH
 
+_MOST_CHUNKS = 16  # of a slab: its sums stay in the first cache
 _FORMS = {np.uint8: "grid", np.uint16: "bfloat16", np.int16: "float16", np.float32: "float32"}
 
 
@@ -36,10 +37,10 @@ class Picks(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiles:
-    """One weight. `steps` and `lows` [T, G, W] are of the grid, where there is one."""
+    """One weight. `steps` and `lows` [S, G, C, W] are of the grid, where there is one."""
 
     outputs: int
-    weight_TIW: np.ndarray
+    weight_SICW: np.ndarray
     steps: np.ndarray
     lows: np.ndarray
 
@@ -47,26 +48,28 @@ class Tiles:
     def of(cls, weight_OI: Tensor) -> Tiles:
         """Lay out a float32 weight."""
         outputs, inputs = weight_OI.shape
-        padded_OI = F.pad(weight_OI, (0, 0, 0, -outputs % WIDTH))
-        tiled_TIW = padded_OI.view(-1, WIDTH, inputs).transpose(1, 2).contiguous()
-        full_TIW = tiled_TIW.numpy()
-        if (grid := _on_grid(full_TIW)) is not None:
-            return cls(outputs, *grid)
+        slabs, chunks = _slabs(-(-outputs // WIDTH))
+        padded_OI = F.pad(weight_OI, (0, 0, 0, slabs * chunks * WIDTH - outputs))
+        full_SIO = padded_OI.view(slabs, -1, inputs).transpose(1, 2).contiguous()
+        lines = (chunks, WIDTH)
+        if (grid := _on_grid(full_SIO.numpy())) is not None:
+            return cls(outputs, *(array.reshape(*array.shape[:2], *lines) for array in grid))
         nothing = (kernels.NOTHING, kernels.NOTHING)
         for dtype, stored in ((torch.bfloat16, torch.uint16), (torch.float16, torch.int16)):
-            small_TIW = tiled_TIW.to(dtype)
-            if torch.equal(small_TIW.float(), tiled_TIW):
-                return cls(outputs, small_TIW.view(stored).numpy(), *nothing)
-        return cls(outputs, full_TIW, *nothing)
+            small_SIO = full_SIO.to(dtype)
+            if torch.equal(small_SIO.float(), full_SIO):
+                small = small_SIO.view(stored).view(slabs, inputs, *lines)
+                return cls(outputs, small.numpy(), *nothing)
+        return cls(outputs, full_SIO.view(slabs, inputs, *lines).numpy(), *nothing)
 
     @property
     def form(self) -> str:
         """What the weight is stored as."""
-        return _FORMS[self.weight_TIW.dtype.type]
+        return _FORMS[self.weight_SICW.dtype.type]
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.weight_TIW, self.steps, self.lows
+        return self.weight_SICW, self.steps, self.lows
 
     @property
     def bytes(self) -> int:
@@ -75,7 +78,7 @@ class Tiles:
     def multiply(self, picks: Picks) -> np.ndarray:
         """The product with the picked inputs of each row: float32 [R, O]."""
         out_RO = np.empty((len(picks.start_S) - 1, self.outputs), dtype=np.float32)
-        kernels.multiply(self.weight_TIW, self.steps, self.lows, *picks, out_RO)
+        kernels.multiply(self.weight_SICW, self.steps, self.lows, *picks, out_RO)
         return out_RO
 
 
@@ -115,15 +118,22 @@ def _all_inputs(rows: int, inputs: int) -> np.ndarray:
     return np.tile(np.arange(inputs, dtype=np.int32), rows)
 
 
-def _on_grid(full_TIW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def _slabs(chunks: int) -> tuple[int, int]:
+    """How many slabs, and how many chunks each: a share for every thread, with little padding."""
+    threads = torch.get_num_threads()
+    most = max(threads, threads * -(-chunks // (threads * _MOST_CHUNKS)))
+    slabs = min(most, chunks)
+    return slabs, -(-chunks // slabs)
+
+
+def _on_grid(full_SIO: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Codes, steps and lows with code x step + low equal to the weight everywhere; else None."""
-    tiles, inputs, _ = full_TIW.shape
-    shape = (tiles, -(-inputs // GROUP), WIDTH)
+    slabs, inputs, outputs = full_SIO.shape
+    # A few inputs show for most weights that there is no grid.
+    if inputs > GROUP and _on_grid(full_SIO[:1, :GROUP].copy()) is None:
+        return None
+    shape = (slabs, -(-inputs // GROUP), outputs)
     # PyTorch's memory begins at the start of a cache line.
-    codes = torch.empty(full_TIW.shape, dtype=torch.uint8).numpy()
+    codes = torch.empty(full_SIO.shape, dtype=torch.uint8).numpy()
     steps, lows = torch.empty(shape).numpy(), torch.empty(shape).numpy()
-    # The first tile alone shows for most weights that there is no grid.
-    for some in (slice(0, 1), slice(1, tiles)):
-        if not kernels.fit_grid(full_TIW[some], codes[some], steps[some], lows[some]):
-            return None
-    return codes, steps, lows
+    return (codes, steps, lows) if kernels.fit_grid(full_SIO, codes, steps, lows) else None
