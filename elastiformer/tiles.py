@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from elastiformer import kernels
 from elastiformer.lanes import GROUP, WIDTH
 
-# A slab holds long lines of memory for each input, or else a single row that leaves inputs out waits
-# for memory as long as one that leaves none: on the machine measured (layers of a 1.5 B Llama's
+# A slab holds long lines of memory for each input, or else a single row that leaves inputs out
+# waits for memory as long as one that leaves none: on the machine measured (layers of a 1.5 B Llama's
 # shape, bfloat16 numbers), half the inputs took 1.35 of the time of all with one chunk a slab, and
 # 0.71 with sixteen. All inputs take a seventh longer for it.
 _MOST_CHUNKS = 16
