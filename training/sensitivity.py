@@ -29,7 +29,6 @@ from elastiformer.calibration import Schedule
 from elastiformer.capacity import WHOLE_LAYER, LayerPlan, Plan, dense_plan
 from elastiformer.masked import PlanGrid, Selection
 from training.allotment import (
-    ALMOST_WHOLE,
     STEEPNESS,
     TOKEN_FIELDS,
     Curves,
@@ -198,25 +197,18 @@ class Meter:
         return torch.ones_like(self._ids_WT, dtype=torch.bool)
 
     def _record(self, phase: Phase) -> list[Any]:
-        """What each layer gives when nothing is left out but the plan is not the dense one.
-
-        So its low-rank repair runs, as it does below a probed layer.
-        """
+        """What each layer gives when nothing is left out, as below a probed layer."""
         outputs: list[Any] = [None] * self._layers
         handles = [
             module.register_forward_hook(lambda _, args, out, at=at: outputs.__setitem__(at, out))
             for at, module in enumerate(self._modules())
         ]
         try:
-            self._run(phase, self.nearly_dense())
+            self._run(phase, self._dense)
         finally:
             for handle in handles:
                 handle.remove()
         return outputs
-
-    def nearly_dense(self) -> Plan:
-        """A plan that keeps everything and yet counts as routed: the base line of every probe."""
-        return (*self._dense[:-1], ALMOST_WHOLE)
 
     def _modules(self) -> list[nn.Module]:
         layout = self._model.layout
@@ -299,12 +291,12 @@ def ask(
     return 0
 
 
-def curves(answers: dict[Probe, float], phase: Phase, layers: int, base_kl: float) -> Curves:
-    """The loss curves of a phase; what repair alone changes (`base_kl`) is no probe's fault."""
+def curves(answers: dict[Probe, float], phase: Phase, layers: int) -> Curves:
+    """The loss curves of a phase."""
     probed: dict[tuple[int, str], dict[float, float]] = {}
     for probe, kl in answers.items():
         if probe.phase is phase and probe.field != LATE:
-            probed.setdefault((probe.layer, probe.field), {})[probe.share] = kl - base_kl
+            probed.setdefault((probe.layer, probe.field), {})[probe.share] = kl
     found = Curves(layers, probed)
     for name in STEEPNESS:
         measured = sorted(
@@ -317,10 +309,8 @@ def curves(answers: dict[Probe, float], phase: Phase, layers: int, base_kl: floa
     return found
 
 
-def late_losses(answers: dict[Probe, float], layers: int, base_kl: float) -> dict[int, float]:
-    return {
-        probe.layer: max(0.0, kl - base_kl) for probe, kl in answers.items() if probe.field == LATE
-    }
+def late_losses(answers: dict[Probe, float]) -> dict[int, float]:
+    return {probe.layer: max(0.0, kl) for probe, kl in answers.items() if probe.field == LATE}
 
 
 def _steepness(points: dict[float, float]) -> float | None:
