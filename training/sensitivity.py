@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastiformer import ElasticModel, Phase, Unit
+from elastiformer import Adapter, ElasticModel, Phase, Unit
 from elastiformer.calibration import Schedule
 from elastiformer.capacity import WHOLE_LAYER, LayerPlan, Plan, dense_plan
 from elastiformer.masked import PlanGrid, Selection
@@ -241,20 +241,23 @@ class Notebook:
     """The answers so far, in a file of one JSON object a line.
 
     Answers to another adapter, other data or other windows are kept in the file and not used.
+
+    Args:
+        about: by phase, what its answers hang on.
     """
 
-    def __init__(self, path: Path, about: str) -> None:
+    def __init__(self, path: Path, about: Mapping[Phase, str]) -> None:
         self._path = path
         self._about = about
         self.answers: dict[Probe, float] = {}
-        for entry in _whole_lines(path):
-            if entry.get("about") == about:
-                probe = Probe(Phase(entry["phase"]), entry["layer"], entry["field"], entry["share"])
+        for entry in whole_lines(path):
+            probe = _probe(entry)
+            if entry.get("about") == about[probe.phase]:
                 self.answers[probe] = entry["kl"]
 
     def note(self, probe: Probe, kl: float) -> None:
         self.answers[probe] = kl
-        line = json.dumps(asdict(probe) | {"kl": kl, "about": self._about})
+        line = json.dumps(asdict(probe) | {"kl": kl, "about": self._about[probe.phase]})
         with self._path.open("a", encoding="utf-8") as file:
             # A run that was killed may have left half a line.
             file.write(line + "\n" if _ends_whole(self._path) else "\n" + line + "\n")
@@ -264,15 +267,19 @@ class Notebook:
 
 def remembered(path: Path) -> dict[Probe, float]:
     """The answers of the latest calibration that wrote in this file; none without one."""
-    entries = list(_whole_lines(path))
-    return {_probe(each): each["kl"] for each in entries if each["about"] == entries[-1]["about"]}
+    entries = list(whole_lines(path))
+    latest = {entry["phase"]: entry["about"] for entry in entries}
+    return {_probe(e): e["kl"] for e in entries if e["about"] == latest[e["phase"]]}
 
 
-def about(adapter_identity: str, ids_WT: Tensor, prompt_tokens: int) -> str:
-    """A short hash of everything that an answer hangs on."""
-    digest = hashlib.sha256(f"{adapter_identity}/{prompt_tokens}/".encode())
-    digest.update(ids_WT.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def about(adapter: Adapter, ids_WT: Tensor, prompt_tokens: int) -> dict[Phase, str]:
+    """For each phase a short hash of everything that an answer hangs on."""
+    found = {}
+    for phase in Phase:
+        digest = hashlib.sha256(f"{adapter.identity_in(phase)}/{prompt_tokens}/".encode())
+        digest.update(ids_WT.cpu().numpy().tobytes())
+        found[phase] = digest.hexdigest()[:16]
+    return found
 
 
 def ask(
@@ -329,7 +336,8 @@ def _steepness(points: dict[float, float]) -> float | None:
     return low
 
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """What stands in a file of one JSON object a line; none without the file."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8").splitlines():
