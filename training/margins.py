@@ -37,7 +37,7 @@ Place = tuple[int, str]  # layer, site
 Shares = dict[Place, float]
 
 BAND = 0.04  # of a place's channels, on either side of the cut
-RATES = (0.8, 0.6, 0.4)  # how far each round goes towards where all FLOPs are worth the same
+RATES = (0.8, 0.5)  # how far each round goes towards where all FLOPs are worth the same
 MOST_MOVE = 0.15  # of a share in one round: what is worth little by chance can come back
 LEAST_WORTH = 1e-2  # of the median place's: what lies below is noise
 NEARLY_WHOLE = 0.85  # above this capacity little is lost, and its gradient is mostly noise
@@ -132,11 +132,18 @@ def _gated(
     def hook(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         x_BTI = args[0]
         weighed_BTI = x_BTI.detach().abs().float() * norm_I
-        place_BTI = weighed_BTI.argsort(-1, descending=True).argsort(-1)
-        scale_BTI = torch.where(place_BTI < inner, 1.0, gate * (place_BTI < outer))
+        inside_BTI, reached_BTI = (_largest(weighed_BTI, count) for count in (inner, outer))
+        scale_BTI = torch.where(inside_BTI, 1.0, gate * reached_BTI)
         return (x_BTI * scale_BTI.to(x_BTI.dtype),)
 
     return hook
+
+
+def _largest(weighed_BTI: Tensor, count: int) -> Tensor:
+    inputs = weighed_BTI.shape[-1]
+    if count in (0, inputs):
+        return torch.full_like(weighed_BTI, count > 0, dtype=torch.bool)
+    return weighed_BTI >= weighed_BTI.kthvalue(inputs - count + 1, -1, keepdim=True).values
 
 
 def balanced(

@@ -43,6 +43,7 @@ def test_what_is_owed_comes_nearer_the_higher_the_rank(family):
     model = ElasticModel(tiny(family))
     other_WT = text(6, seed=2)
 
+    @torch.no_grad()
     def owed_wrongly() -> float:
         """How far keys and values of the last layer are from what they would have been."""
         given = residuals(model, other_WT)
