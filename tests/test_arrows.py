@@ -24,8 +24,8 @@ LOW_TO_HIGH = """
         engine served zero_shot desk answers streams routes app server __main__
 
     training: __init__ files options signals progress processes corpora data losses lessons student
-        checkpoint quality allotment tuning sensitivity margins baselines pictures stopwatch reports
-        loop distill repair calibrate evaluate synthesize __main__
+        checkpoint quality allotment tuning sensitivity baselines pictures stopwatch reports loop
+        distill repair calibrate evaluate synthesize __main__
 """
 
 # library: the only files that may import it. A package stands for all its files.

@@ -4,9 +4,9 @@
 
 Measures how much each layer and unit matters in each phase, finds the order in which to give them
 up, sets the routers' thresholds, then checks on other data, through the form that is served, that
-a capacity is kept and what it loses. Every answer is remembered in DIR/sensitivity.jsonl and
-DIR/margins.jsonl: a run that was stopped continues where it was. Writes calibration.json,
-calibration.png and the model card into DIR.
+a capacity is kept and what it loses. Every answer is remembered in DIR/sensitivity.jsonl: a run
+that was stopped continues where it was. Writes calibration.json, calibration.png and the model
+card into DIR.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from elastiformer.calibration import QUANTILES, DataRecord, Measured, Step, walk
 from training.allotment import LEAST_KL, Allotment, Curves, fields_of, late_layers, uniform
 from training.data import Corpus, Windows, pack, read_corpus
 from training.files import DataError
-from training.margins import Margins, margin_path
 from training.options import units
 from training.progress import track
 from training.quality import Setting, Window, measure, miss, prompt_share, recalibrate, windows_of
@@ -44,7 +43,7 @@ from training.sensitivity import (
 )
 from training.tuning import Score, tune
 
-LATE_LAYERS, UNIFORM, MARGINS = "late layers", "uniform", "margins"
+LATE_LAYERS, UNIFORM = "late layers", "uniform"
 TOLERANCE = 0.02  # what a request spends lies so near to what it asked
 # Of the time allowed, when a phase's probes end, and when the tuning of its path does.
 PROBING = {Phase.OUTPUT: 0.35, Phase.PROMPT: 0.6}
@@ -63,12 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="held-out text that no training saw")
     parser.add_argument("--capacities", type=capacities, default=capacities(CAPACITIES))
     parser.add_argument("--windows", type=int, default=4, help="texts that every probe runs on")
-    parser.add_argument(
-        "--margin-windows",
-        type=int,
-        default=8,
-        help="texts on which channels of outputs are weighed, at most; 0: not so",
-    )
     parser.add_argument("--check-windows", type=int, default=6, help="other texts, for the table")
     parser.add_argument("--window", type=int, default=192, help="tokens of a text")
     parser.add_argument(
@@ -113,9 +106,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompt_tokens = args.prompt_tokens or args.window * 2 // 3
     if not 2 <= prompt_tokens < args.window:
         raise DataError(f"--prompt-tokens: from 2 to below --window; got {prompt_tokens}")
-    known_WT, check_WT = two_sets(corpus, model, args)
+    probe_WT, check_WT = two_sets(corpus, model, args)
     recalibrate(model, None)  # what an earlier one said must not count
-    job = _Job(model, args, known_WT, prompt_tokens, until=started + 60 * args.max_minutes)
+    job = _Job(model, args, probe_WT, prompt_tokens, until=started + 60 * args.max_minutes)
     paths = job.find_paths()
     least = lowest(paths, model.shape, args.window, args.capacities)
     draft = Calibration(
@@ -165,22 +158,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def two_sets(
     corpus: Corpus, model: ElasticModel, args: argparse.Namespace
 ) -> tuple[Tensor, Tensor]:
-    """Windows to ask with and others to check on, from different documents."""
+    """Windows to probe with and others to check on, from different documents."""
     assert model.tokenizer is not None
     chosen = []
-    for part, wanted, most in zip(
-        corpus.split(0.5),
-        (args.windows, args.check_windows),
-        (max(args.windows, args.margin_windows), args.check_windows),
-        strict=True,
-    ):
+    for part, wanted in zip(corpus.split(0.5), (args.windows, args.check_windows), strict=True):
         ids_WT = pack(part, model.tokenizer, args.window)
         if len(ids_WT) < wanted:
             raise DataError(
                 f"{corpus.source}: {len(ids_WT)} windows of {args.window} tokens in one half of "
                 f"it, {wanted} wanted; give more text or a smaller --window"
             )
-        chosen.append(Windows(ids_WT, args.seed).take(min(len(ids_WT), most)))
+        chosen.append(Windows(ids_WT, args.seed).take(wanted))
     return chosen[0], chosen[1]
 
 
@@ -208,13 +196,9 @@ class _Job:
                 (Phase.OUTPUT, args.output_units),
             )
         }
-        probed_WT = ids_WT[: args.windows]
-        self._meter = Meter(model, probed_WT, prompt_tokens)
-        self._folder = args.adapter
-        self._weighed_WT = ids_WT[: args.margin_windows]
+        self._meter = Meter(model, ids_WT, prompt_tokens)
         self.notebook = Notebook(
-            args.adapter / "sensitivity.jsonl",
-            about(model.adapter, probed_WT, prompt_tokens),
+            args.adapter / "sensitivity.jsonl", about(model.adapter, ids_WT, prompt_tokens)
         )
         self.chosen: dict[Phase, str] = {}
         self.compared: dict[str, dict[str, dict[str, float]]] = {}
@@ -271,15 +255,11 @@ class _Job:
             )
             if (path := make(known))
         }
-        if phase is Phase.OUTPUT and (path := self._by_margins()):
-            judged[MARGINS] = self._score(phase, MARGINS, path), path
         if not judged:
             raise AdapterError(f"nothing that can be left out was measured for {phase} tokens")
         best = min(judged, key=lambda name: judged[name][0])
         self.chosen[phase] = best
-        if (
-            best in (LATE_LAYERS, UNIFORM, MARGINS) or not fields
-        ):  # no curve shaped it: nothing to turn
+        if best in (LATE_LAYERS, UNIFORM) or not fields:  # no curve shaped it: nothing to turn
             return judged[best][1]
         path, _, knobs = tune(
             known,
@@ -292,19 +272,6 @@ class _Job:
         self.knobs[phase.value] = asdict(knobs)
         self._score(phase, f"{best}, tuned", path)
         return path
-
-    def _by_margins(self) -> tuple[Step, ...]:
-        """A path for outputs by what channels are worth; empty without channels, or late."""
-        if Unit.CHANNELS not in self._units[Phase.OUTPUT] or not len(self._weighed_WT):
-            return ()
-        margins = Margins(self._model, self._weighed_WT, self._folder / "margins.jsonl")
-        return margin_path(
-            self._model,
-            margins,
-            self._context,
-            self._capacities,
-            self._deadline(TUNING[Phase.OUTPUT]),
-        )
 
     def _makers(
         self, phase: Phase, fields: Sequence[str], late: Mapping[int, float]

@@ -250,7 +250,7 @@ class Notebook:
         self._path = path
         self._about = about
         self.answers: dict[Probe, float] = {}
-        for entry in whole_lines(path):
+        for entry in _whole_lines(path):
             probe = _probe(entry)
             if entry.get("about") == about[probe.phase]:
                 self.answers[probe] = entry["kl"]
@@ -267,7 +267,7 @@ class Notebook:
 
 def remembered(path: Path) -> dict[Probe, float]:
     """The answers of the latest calibration that wrote in this file; none without one."""
-    entries = list(whole_lines(path))
+    entries = list(_whole_lines(path))
     latest = {entry["phase"]: entry["about"] for entry in entries}
     return {_probe(e): e["kl"] for e in entries if e["about"] == latest[e["phase"]]}
 
@@ -336,8 +336,7 @@ def _steepness(points: dict[float, float]) -> float | None:
     return low
 
 
-def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """What stands in a file of one JSON object a line; none without the file."""
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8").splitlines():
