@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import elastiformer
 from elastiformer import DENSE, Capacity, Chunk, ElasticModel, Phase, PlanGrid
+from elastiformer.lora import LoraPair
 
 BASE = "smollm2-135m-instruct"
 ADAPTER = Path(elastiformer.__file__).parent / "adapters" / BASE
@@ -93,6 +94,31 @@ def test_the_sparse_form_takes_the_decisions_that_the_masked_form_measured(ids):
     expected_RV = expected[0, prompt - 1 :].float()
     torch.testing.assert_close(torch.cat(actual), expected_RV, atol=1e-3, rtol=1e-3)
     assert sequence.phase_at(prompt - 1) is Phase.OUTPUT
+
+
+def test_the_repair_gives_prompts_back_most_of_what_leaving_late_layers_costs(
+    model, ids, monkeypatch
+):
+    """Prompt at a capacity of 0.65, continuation whole; the same with the repair turned off."""
+    ids_BT, prompt = torch.tensor([ids[:96]]), 64
+    plans = [(model.plans(Capacity(0.65), 96)[0], model.plans(DENSE, 96)[1])]
+    output_BT = torch.arange(96)[None] >= prompt - 1
+
+    def lost() -> float:
+        with torch.inference_mode():
+            found = model.masked(ids_BT, plans, output_BT).logits_BTV
+            return float(kl_per_token(found[output_BT]).mean())
+
+    def kl_per_token(student_NV):
+        teacher = model.teacher(ids_BT)[output_BT].log_softmax(-1)
+        return (teacher.exp() * (teacher - student_NV.log_softmax(-1))).sum(-1)
+
+    with_repair = lost()
+    for pair in model.adapter.lora.modules():
+        if isinstance(pair, LoraPair):
+            monkeypatch.setattr(pair, "scale", 0.0)
+    without = lost()
+    assert with_repair < 0.6 * without
 
 
 def test_more_capacity_is_measured_as_no_worse(model):
