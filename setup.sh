@@ -23,7 +23,7 @@ sources=(pyproject.toml constraints.txt embedded.txt setup.sh)
 
 case $wanted in
     service) extras=service ready=("$venv/ready-service") ;;
-    all) extras=service,training,dev ready=("$venv/ready-service" "$venv/ready-all") ;;
+    all) extras=service,tracing,energy,training,dev ready=("$venv/ready-service" "$venv/ready-all") ;;
     *) echo "setup.sh: 'service' or 'all'; got '$wanted'" >&2; exit 2 ;;
 esac
 

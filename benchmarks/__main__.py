@@ -6,6 +6,7 @@
     python -m benchmarks overhead    an adapter that nobody uses against no adapter
     python -m benchmarks cache       bytes per token, and how many requests fit
     python -m benchmarks serving     load over HTTP, and what HTTP and scheduling cost
+    python -m benchmarks planning    requests per second that this machine holds, on paper
     python -m benchmarks soak        random requests, cancels and disconnects; is anything left?
     python -m benchmarks profile     where a decode step's time goes
 
@@ -25,7 +26,17 @@ from collections.abc import Sequence
 from elastiformer.errors import ElastiError
 from training.__main__ import Help
 
-COMMANDS = ("saving", "dense", "mixed", "overhead", "cache", "serving", "soak", "profile")
+COMMANDS = (
+    "saving",
+    "dense",
+    "mixed",
+    "overhead",
+    "cache",
+    "serving",
+    "planning",
+    "soak",
+    "profile",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

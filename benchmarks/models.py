@@ -128,6 +128,9 @@ def shaped(name: str, layers: int | None, dtype: str, device: str) -> ElasticMod
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_config(config, dtype=_dtype(dtype, torch.device(place)))
+    with torch.no_grad():
+        for weight in base.parameters():
+            weight.copy_(weight.bfloat16())  # as nearly every checkpoint holds them
     model = ElasticModel(base.to(place))
     adapter = model.blank_adapter((Unit.CHANNELS,), lora_rank=0)
     late_first = reversed(range(layers))

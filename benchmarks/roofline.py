@@ -44,7 +44,7 @@ class Roofline:
 
     def seconds(self, plan: Plan, rows: int, context: int) -> float:
         """Of one step of so many rows, each over `context` keys, all under one plan."""
-        size = self._model.dtype.itemsize
+        size, of_keys = self._model.bytes_per_weight, self._model.dtype.itemsize
         shape = self._model.shape
         head = shape.width * shape.vocabulary
         products = [_Product(head * size, 2 * head * rows)]
@@ -54,12 +54,12 @@ class Roofline:
             staying = rows * kept.attention_tokens
             keys = staying * context
             products.append(
-                _Product(2 * layer.kv_width * size * keys, 4 * layer.attention_width * keys)
+                _Product(2 * layer.kv_width * of_keys * keys, 4 * layer.attention_width * keys)
             )
         return sum(product.seconds(self._limits) for product in products)
 
     def _at_site(
-        self, index: int, layer: LayerShape, plan: LayerPlan, site: Site, rows: int, size: int
+        self, index: int, layer: LayerShape, plan: LayerPlan, site: Site, rows: int, size: float
     ) -> _Product:
         counts = layer_counts(layer, plan)
         share = plan.attention_tokens if site in _ATTENTION else plan.mlp_tokens

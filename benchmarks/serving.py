@@ -128,7 +128,7 @@ def _http_cost(args: argparse.Namespace, model: ElasticModel, address: str) -> H
     taken = take_turns(
         {
             IN_PROCESS: lambda: _in_process(model, prompts(IN_PROCESS), args.tokens),
-            OVER_HTTP: lambda: asyncio.run(_over_http(address, prompts(OVER_HTTP), args.tokens)),
+            OVER_HTTP: lambda: asyncio.run(over_http(address, prompts(OVER_HTTP), args.tokens)),
         },
         args.http_seconds,
         least=2,
@@ -164,22 +164,36 @@ def _in_process(model: ElasticModel, prompts: Sequence[Sequence[int]], tokens: i
     return seconds
 
 
-async def _over_http(address: str, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+async def over_http(
+    address: str,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    capacities: Sequence[object] = (1.0,),
+) -> float:
+    """Seconds for one stream per prompt, all at once, the capacities in turn."""
     limits = httpx.Limits(max_connections=len(prompts))
     async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
         began = time.perf_counter()
-        made = await asyncio.gather(*(_stream(client, ids, tokens) for ids in prompts))
+        made = await asyncio.gather(
+            *(
+                _stream(client, ids, tokens, capacities[place % len(capacities)])
+                for place, ids in enumerate(prompts)
+            )
+        )
         seconds = time.perf_counter() - began
     assert made == [tokens] * len(prompts), f"{made} tokens came back, not {tokens} each"
     return seconds
 
 
-async def _stream(client: httpx.AsyncClient, ids: Sequence[int], tokens: int) -> int:
+async def _stream(
+    client: httpx.AsyncClient, ids: Sequence[int], tokens: int, capacity: object
+) -> int:
     """Reads one stream to its end; the tokens that its usage counts."""
     body = {
         "model": server.NAME,
         "prompt": list(ids),
         "max_tokens": tokens,
+        "capacity": capacity,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,

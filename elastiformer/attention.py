@@ -1,13 +1,13 @@
 """Attention of packed queries over each request's own cache, behind one small interface.
 
 A back end takes all of a layer's queries at once and says its name. `Portable` runs PyTorch's
-scaled dot product attention, one call a request, on any device. `Varlen` runs PyTorch's
-variable-length attention, one call a layer, on CUDA devices that have it. Which one runs is
-decided once (`backend`), and what it cannot express (a capped score, some heads only) is the
-portable one's.
+scaled dot product attention, one call a request, on any device. `Compiled` runs all requests that
+ask with one token in one call, on a CPU in float32. `Varlen` runs PyTorch's variable-length
+attention, one call a layer, on CUDA devices that have it. Which one runs is decided once
+(`backend`), and what it cannot express (a capped score, some heads only) is the portable one's.
 
 Shape letters: N packed queries   Q queries of a request   K keys   A query heads
-    G key/value heads   H head size
+    G key/value heads   H head size   S single queries
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from elastiformer.cache import Held
 from elastiformer.families import Layer
+from elastiformer.single_queries import attend
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,7 @@ class Read:
     first: int  # position of the first query
     last: int
     sees_all: bool  # a single query, after which there is no key
-    keys_GKH: Tensor
-    values_GKH: Tensor
+    held: Held
     positions_K: Tensor | None
 
     @property
@@ -47,14 +49,12 @@ class Read:
     @property
     def in_order(self) -> bool:
         """The queries are the latest tokens, with none left out, and no key comes after them."""
-        return (
-            self.sees_all or self.last == self.keys_GKH.shape[1] - 1 == self.first + self.count - 1
-        )
+        return self.sees_all or self.last == self.held.length - 1 == self.first + self.count - 1
 
     @property
     def is_square(self) -> bool:
         """The queries are exactly the tokens whose keys there are."""
-        return self.positions_K is None and self.count == self.keys_GKH.shape[1]
+        return self.positions_K is None and self.count == self.held.length
 
 
 class Backend(Protocol):
@@ -80,7 +80,7 @@ class Portable:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _one(self, query_NAH: Tensor, position_N: Tensor, read: Read, layer: Layer) -> Tensor:
-        keys_GKH, values_GKH = read.keys_GKH, read.values_GKH
+        keys_GKH, values_GKH = read.held.keys_GKH, read.held.values_GKH
         query_QAH = query_NAH[read.queries]
         _, heads, size = query_QAH.shape
         kv_heads = len(keys_GKH)
@@ -112,6 +112,53 @@ class Portable:
         return out_AQH.transpose(0, 1)
 
 
+class Compiled:
+    """All requests that ask with one token in one call (single_queries.py), on a CPU in float32.
+
+    Longer asks, windows that hide a key, and capped scores are the portable back end's.
+    """
+
+    name = "compiled"
+
+    def __init__(self) -> None:
+        self._portable = Portable()
+
+    @staticmethod
+    def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
+        return device.type == "cpu" and dtype == torch.float32
+
+    def attend(
+        self, query_NAH: Tensor, position_N: Tensor, reads: Sequence[Read], layer: Layer
+    ) -> Tensor:
+        single = [read for read in reads if _is_single(read, layer)]
+        if not single or torch._C._len_torch_dispatch_stack():  # somebody counts operators
+            return self._portable.attend(query_NAH, position_N, reads, layer)
+        query_NAH = query_NAH.contiguous()
+        out_NAH = torch.empty_like(query_NAH)
+        attend(
+            single[0].held.rows_NH.numpy(),
+            query_NAH.numpy(),
+            np.array([read.queries.start for read in single]),
+            np.array([read.held.key for read in single]),
+            np.array([read.held.value for read in single]),
+            np.array([read.held.room for read in single]),
+            np.array([read.held.length for read in single]),
+            single[0].held.kv_heads,
+            layer.scale,
+            out_NAH.numpy(),
+        )
+        for read in reads:
+            if not _is_single(read, layer):
+                at = read.queries
+                out_NAH[at] = self._portable.attend(query_NAH, position_N, [read], layer)
+        return out_NAH
+
+
+def _is_single(read: Read, layer: Layer) -> bool:
+    whole = layer.window is None or read.last < layer.window
+    return read.sees_all and whole and layer.softcap is None
+
+
 class Varlen:
     """PyTorch's variable-length attention (FlashAttention): all requests in one call, on CUDA.
 
@@ -136,10 +183,10 @@ class Varlen:
         fits = all(read.positions_K is None and read.in_order for read in reads)
         if not fits or layer.softcap is not None:
             return self._portable.attend(query_NAH, position_N, reads, layer)
-        keys_SGH = torch.cat([read.keys_GKH.transpose(0, 1) for read in reads])
-        values_SGH = torch.cat([read.values_GKH.transpose(0, 1) for read in reads])
+        keys_SGH = torch.cat([read.held.keys_GKH.transpose(0, 1) for read in reads])
+        values_SGH = torch.cat([read.held.values_GKH.transpose(0, 1) for read in reads])
         counts = [read.count for read in reads]
-        lengths = [read.keys_GKH.shape[1] for read in reads]
+        lengths = [read.held.length for read in reads]
         out_NAH = varlen_attn(
             query_NAH,
             keys_SGH,
@@ -158,7 +205,9 @@ class Varlen:
 
 def backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """The fastest back end that runs here."""
-    return Varlen() if Varlen.runs_on(device, dtype) else Portable()
+    if Varlen.runs_on(device, dtype):
+        return Varlen()
+    return Compiled() if Compiled.runs_on(device, dtype) else Portable()
 
 
 def _bounds(counts: Sequence[int], device: torch.device) -> Tensor:
@@ -171,7 +220,7 @@ def _seen(positions_Q: Tensor, read: Read, window: int | None) -> Tensor:
     """Which keys each query sees."""
     positions_K = read.positions_K
     if positions_K is None:
-        positions_K = torch.arange(read.keys_GKH.shape[1], device=positions_Q.device)
+        positions_K = torch.arange(read.held.length, device=positions_Q.device)
     back_QK = positions_Q[:, None] - positions_K[None, :]
     seen_QK = back_QK >= 0
     if window is not None:

@@ -49,6 +49,35 @@ class CacheShape:
         return Pool(blocks, rows, self.head_dim, dtype, device, grows)
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Where one layer's keys and values lie: head by head, from two rows of a pool on."""
+
+    rows_NH: Tensor
+    key: int
+    value: int
+    room: int
+    kv_heads: int
+    length: int  # K
+
+    def head(self, head: int) -> Held:
+        """Those of one head."""
+        at = head * self.room
+        return Held(self.rows_NH, self.key + at, self.value + at, self.room, 1, self.length)
+
+    @property
+    def keys_GKH(self) -> Tensor:
+        return self._part(self.key)
+
+    @property
+    def values_GKH(self) -> Tensor:
+        return self._part(self.value)
+
+    def _part(self, first: int) -> Tensor:
+        part = self.rows_NH[first : first + self.kv_heads * self.room]
+        return part.view(self.kv_heads, self.room, -1)[:, : self.length]
+
+
 def blocks_of(tokens: int) -> int:
     """The blocks that hold so many tokens of one layer."""
     return -(-tokens // BLOCK_TOKENS)
@@ -75,13 +104,13 @@ class SequenceCache:
         self.length_L = np.zeros(shape.layers, dtype=np.int64)
         before_L = np.cumsum([0, *blocks_L[:-1]])
         self._offset_L = before_L * pool.block_rows
-        self._views: list[tuple[Tensor, Tensor]] = []
+        self._first_rows: list[np.ndarray] = []  # none once it was moved; no cycle with the pool
         self._positions_LC: list[Tensor] | None = None
         if not complete:
             self._positions_LC = [
                 torch.empty(int(room), dtype=torch.long, device=device) for room in self.room_L
             ]
-        self._extent: Extent | None = pool.take(sum(blocks_L), self._views.clear)
+        self._extent: Extent | None = pool.take(sum(blocks_L), self._first_rows.clear)
         self._dropped = weakref.finalize(self, pool.drop, self._extent)
 
     @property
@@ -95,19 +124,18 @@ class SequenceCache:
     def first_rows_L(self) -> np.ndarray:
         """Where each layer's part begins among the rows of the pool."""
         assert self._extent is not None, "a sequence that was released"
-        first: np.ndarray = self._extent.start * self.pool.block_rows + self._offset_L
-        return first
+        if not self._first_rows:
+            self._first_rows.append(self._extent.start * self.pool.block_rows + self._offset_L)
+        return self._first_rows[0]
 
     def first_row(self, layer: int) -> int:
         return int(self.first_rows_L[layer])
 
-    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All that a layer holds: keys [G, K, H] and values [G, K, H]."""
-        if not self._views:
-            self._views += [self._view(each) for each in range(self.shape.layers)]
-        keys_GCH, values_GCH = self._views[layer]
+    def held(self, layer: int) -> Held:
+        """All that a layer holds."""
+        first, room, heads = self.first_row(layer), int(self.room_L[layer]), self.shape.kv_heads
         length = int(self.length_L[layer])
-        return keys_GCH.narrow(1, 0, length), values_GCH.narrow(1, 0, length)
+        return Held(self.pool.rows, first, first + heads * room, room, heads, length)
 
     def positions_K(self, layer: int) -> Tensor | None:
         """The position of each key; None where every token has one, in order."""
@@ -147,11 +175,5 @@ class SequenceCache:
             self._dropped.detach()
             self.pool.give(self._extent)
             self._extent = None
-            self._views.clear()
+            self._first_rows.clear()
             self.length_L[:] = 0
-
-    def _view(self, layer: int) -> tuple[Tensor, Tensor]:
-        first, room = self.first_row(layer), int(self.room_L[layer])
-        part = self.pool.rows[first : first + self.shape.rows_per_token * room]
-        keys_values = part.view(2, self.shape.kv_heads, room, self.shape.head_dim)
-        return keys_values[0], keys_values[1]

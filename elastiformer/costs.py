@@ -1,8 +1,8 @@
-"""From how many rows on a dense product beats picking channels: measured on this machine.
+"""Up to how many rows the product that goes row by row is the faster one: measured here.
 
-Picking reads a part of the weight, but each row its own part. A dense product reads all of it,
-once for all rows. So which one is faster depends on the number of rows, on the share of channels
-kept, and on the processor. Both give the same numbers; only time is at stake.
+Row by row reads what some row needs and computes what each row needs, but many rows at once use
+the processor better. So which one is faster depends on the number of rows, on the share of
+channels kept, and on the processor. Both give the same numbers; only time is at stake.
 """
 
 from __future__ import annotations
@@ -14,17 +14,14 @@ from dataclasses import dataclass, field
 from statistics import median
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-MOST_ROWS = 4
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(eq=False, slots=True)
 class FewRows:
-    """Up to how many rows picking is faster, for each share of SHARES.
+    """Up to how many rows going row by row is faster, for each share of SHARES."""
 
-    Unmeasured it is one: a single row reads least by picking, on every processor tried.
-    """
-
-    most: tuple[int, ...] = (1,) * len(SHARES)
+    most: tuple[int, ...] = (8,) * len(SHARES)  # unmeasured; right on every processor tried
 
     def rows(self, share: float) -> int:
         return self.most[min(bisect_left(SHARES, share), len(SHARES) - 1)]
@@ -38,17 +35,17 @@ class CostTable:
 
     def __str__(self) -> str:
         if not self.few:
-            return "picking channels for single rows (not measured)"
+            return "not measured"
         parts = [
             f"{inputs}x{outputs}: "
             + " ".join(f"{share:g}:{rows}" for share, rows in zip(SHARES, few.most, strict=True))
             for (inputs, outputs), few in sorted(self.few.items())
         ]
-        return "rows up to which channels are picked, by share kept; " + "; ".join(parts)
+        return "rows up to which a product goes row by row, by share kept; " + "; ".join(parts)
 
 
 def compare(
-    picked: Callable[[float, int], None], dense: Callable[[float, int], None], seconds: float
+    by_row: Callable[[float, int], None], at_once: Callable[[float, int], None], seconds: float
 ) -> FewRows:
     """Time both ways; each is called with a share and a number of rows, and runs one product.
 
@@ -58,10 +55,9 @@ def compare(
     each = seconds / (4 * len(SHARES))
     most = []
     for share in SHARES:
-        rows = 0
-        while rows < MOST_ROWS and _is_faster(picked, dense, share, rows + 1, each):
-            rows += 1
-        most.append(rows)
+        slower = (rows for rows in ROWS if not _is_faster(by_row, at_once, share, rows, each))
+        first_slower = next(slower, 2 * ROWS[-1])
+        most.append(first_slower // 2)
     return FewRows(_falling(most))
 
 

@@ -14,13 +14,7 @@ from torch.nn import functional as F
 
 from elastiformer.adapter import Adapter
 from elastiformer.families import Layer, Projection
-
-
-def picked(weight_IO: Tensor, bias_O: Tensor | None, x_RI: Tensor, index_RK: Tensor) -> Tensor:
-    """The product over each row's picked channels; it reads no other rows of the weight."""
-    value_RK = x_RI.gather(1, index_RK)
-    out_RO = F.embedding_bag(index_RK, weight_IO, mode="sum", per_sample_weights=value_RK)
-    return out_RO if bias_O is None else out_RO + bias_O
+from elastiformer.products import picked
 
 
 @dataclass(frozen=True, slots=True, eq=False)

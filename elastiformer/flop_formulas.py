@@ -50,3 +50,10 @@ def _embedding_bag_flops(weight: Any, indices: Any, *_: Any, **__: Any) -> int:
 @register_flop_formula(torch.ops.aten._embedding_bag_forward_only)
 def _embedding_bag_forward_flops(weight: Any, indices: Any, *_: Any, **__: Any) -> int:
     return _embedding_bag_flops(weight, indices)
+
+
+@register_flop_formula(torch.ops.elasti.tiled_linear)
+def _tiled_linear_flops(
+    picks: Any, weight: Any, steps: Any, lows: Any, outputs: int, *__: Any, **___: Any
+) -> int:
+    return int(2 * picks[1][0] * outputs)

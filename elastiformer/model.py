@@ -232,6 +232,11 @@ class ElasticModel:
         """The name of what computes attention here."""
         return self._sparse.workshop.backend.name
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """What a weight takes in the form that steps of few rows read."""
+        return self._sparse.workshop.bytes_per_weight
+
     # The masked form, and the base itself: whole windows.
 
     def masked(

@@ -57,22 +57,17 @@ class Placing:
 
     def reads(self, layer: int, rows: Rows) -> list[Read]:
         """What the queries of these rows read, request by request."""
-        found = []
-        for part in self._parts_of(rows):
-            cache = self._caches[part.chunk]
-            keys_GKH, values_GKH = cache.keys_values(layer)
-            found.append(
-                Read(
-                    part.queries,
-                    part.first,
-                    part.last,
-                    part.ends_chunk,
-                    keys_GKH,
-                    values_GKH,
-                    cache.positions_K(layer),
-                )
+        return [
+            Read(
+                part.queries,
+                part.first,
+                part.last,
+                part.ends_chunk,
+                self._caches[part.chunk].held(layer),
+                self._caches[part.chunk].positions_K(layer),
             )
-        return found
+            for part in self._parts_of(rows)
+        ]
 
     def _parts_of(self, rows: Rows) -> Sequence[_Part]:
         if rows not in self._parts:

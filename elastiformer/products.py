@@ -1,19 +1,18 @@
 """The matrix products of the sparse form: over all channels, or over those that each row picks.
 
-Picked are, per token, the channels of the largest size x column norm. For a single row that reads
-only those columns of the weight: in PyTorch an `embedding_bag` over the transposed weight. From
-some number of rows on it is faster to read the whole weight once, for rows that are zero outside
-their picks; where that is, costs.py measures. On a CPU the dense product is oneDNN's over a weight
-packed once: it reads memory twice as fast for few rows as `F.linear`, and what a row gets does not
-depend on how many rows there are. In float32 both ways add the same numbers in the same order, so
-batch-mates change nothing, to the last bit.
+Picked are, per token, the channels of the largest size x column norm. For few rows a kernel reads
+the weight's smallest exact form, and of that only what some row needs (tiles.py). For many rows it
+is faster to read a whole weight once, packed for oneDNN, for rows that are zero outside their
+picks; where that is, costs.py measures. In float32 on a CPU both add the same numbers in the same
+order, so neither batch-mates nor the choice change anything, to the last bit.
 
-Shape letters: R rows   I inputs   O outputs   T tiles   B blocks   K picked channels
+Shape letters: R rows   I inputs   O outputs   K picked channels
 """
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -24,9 +23,9 @@ from torch.nn import functional as F
 
 from elastiformer.costs import FewRows
 from elastiformer.families import Projection
+from elastiformer.tiles import Picks, Tiles, even_starts, everything, over_zeros, search
 
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-_SUMMED_INPUTS = 1024  # oneDNN sums so many inputs in one go, then the next ones, and adds
 
 
 class Reading:
@@ -35,130 +34,96 @@ class Reading:
     def __init__(
         self,
         x_RI: Tensor,
-        picks: int | None = None,
+        count: int | None = None,
+        picks: Picks | None = None,
         kept_RI: Tensor | None = None,
-        kept_on_host_RI: np.ndarray | None = None,
         only_RI: Tensor | None = None,
     ) -> None:
-        """Of `picks` channels over all rows, and of a mask of them, on a CPU in NumPy's form.
-
-        Where some rows pick and others do not there is no mask, but `only_RI`.
-        """
-        self.x_RI, self.picks = x_RI, picks
-        self._kept_RI, self._on_host_RI = kept_RI, kept_on_host_RI
-        self.mixed = only_RI is not None
+        """Of `count` channels over all rows: as picks, as a mask, or zero elsewhere."""
+        self.x_RI, self.count = x_RI, count
+        self._picks, self._kept_RI = picks, kept_RI
         if only_RI is not None:
             self.__dict__["only_RI"] = only_RI
 
     @property
     def share(self) -> float:
-        return 1.0 if self.picks is None else self.picks / self.x_RI.numel()
+        return 1.0 if self.count is None else self.count / self.x_RI.numel()
+
+    @property
+    def has_picks(self) -> bool:
+        """Whether each row's channels are known by number."""
+        return self.count is None or self._picks is not None
 
     @cached_property
     def only_RI(self) -> Tensor:
         """`x`, zero but for the picked channels."""
-        if self.picks is None:
+        if self.count is None:
             return self.x_RI
-        if self._on_host_RI is not None:
-            return torch.from_numpy(self.x_RI.numpy() * self._on_host_RI)
+        if self._picks is not None:
+            index_P, value_P, start_S = (torch.from_numpy(array) for array in self._picks)
+            row_P = torch.repeat_interleave(start_S.diff())
+            only_RI = torch.zeros_like(self.x_RI)
+            only_RI[row_P, index_P] = value_P
+            return only_RI
         assert self._kept_RI is not None
         return self.x_RI * self._kept_RI
 
     def index_RK(self) -> Tensor:
         """The picked channels, of rows that all pick as many."""
-        assert self.picks is not None, "nothing was picked"
-        (index,) = torch.nonzero(self.kept_RI.flatten(), as_tuple=True)
-        return index.remainder(self.x_RI.shape[1]).view(len(self.x_RI), -1)
+        if self._picks is not None:
+            index_P = torch.from_numpy(self._picks.index_P.astype(np.int64))
+        else:
+            assert self._kept_RI is not None, "nothing was picked"
+            index_P = torch.nonzero(self._kept_RI)[:, 1]
+        return index_P.view(len(self.x_RI), -1)
 
-    @property
-    def kept_RI(self) -> Tensor:
-        """True where a channel is picked."""
-        if self._kept_RI is None:
-            assert self._on_host_RI is not None, "nothing was picked"
-            return torch.from_numpy(self._on_host_RI)
-        return self._kept_RI
-
-    def on_host(self, row: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """The indices and values of one row's picks, where they are on the host already."""
-        if self._on_host_RI is None:
-            return None
-        index_K = self._on_host_RI[row].nonzero()[0]
-        return index_K, self.x_RI.numpy()[row][index_K]
+    @cached_property
+    def picks(self) -> Picks:
+        """The picks, or all channels, on the host."""
+        if self._picks is not None:
+            return self._picks
+        assert self.count is None, "picks that nobody numbered"
+        return everything(self.x_RI.contiguous().numpy())
 
 
-def pick(x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray) -> Reading:
+def pick(
+    x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray, few: FewRows | None = None
+) -> Reading:
     """Each row's channels of the largest size x column norm.
 
     Args:
         counts: how many, the same for every row or one for each [R].
+        few: up to how many rows the channels' numbers are wanted; always, if not given.
     """
     rows, inputs = x_RI.shape
     if isinstance(counts, int):
         if counts >= inputs:
             return Reading(x_RI)
-        picks = rows * counts
+        start_S = even_starts(rows, counts)
     else:
-        counts_R = np.minimum(counts, inputs)
-        picks = int(counts_R.sum())
-        choosy_S = np.flatnonzero(counts_R < inputs)
-        if len(choosy_S) == 0:
+        start_S = np.zeros(rows + 1, dtype=np.int64)
+        np.cumsum(np.minimum(counts, inputs), out=start_S[1:])
+        if start_S[-1] == rows * inputs:
             return Reading(x_RI)
-        if len(choosy_S) < rows:
-            at_S = torch.from_numpy(choosy_S).to(x_RI.device)
-            only_RI = x_RI.clone()
-            only_RI[at_S] = pick(x_RI[at_S], norms_I, counts_R[choosy_S]).only_RI
-            return Reading(x_RI, picks, only_RI=only_RI)
-        counts = counts_R
+    count = int(start_S[-1])
     if x_RI.device.type == "cpu" and x_RI.dtype == torch.float32:
-        # NumPy partitions and sorts with the processor's vectors: much faster than PyTorch here.
-        weighed_RI = np.abs(x_RI.numpy())
-        weighed_RI *= norms_I.numpy()
-        kept_on_host_RI = _largest(weighed_RI, counts, picks)
-        return Reading(x_RI, picks, kept_on_host_RI=kept_on_host_RI)
+        on_host_RI, norms = x_RI.contiguous().numpy(), norms_I.numpy()
+        if few is None or rows <= few.rows(count / x_RI.numel()):
+            return Reading(x_RI, count, search(on_host_RI, norms, start_S))
+        only_RI = torch.from_numpy(over_zeros(on_host_RI, norms, np.diff(start_S)))
+        return Reading(x_RI, count, only_RI=only_RI)
     order_RI = (x_RI.abs().float() * norms_I).argsort(dim=1, descending=True)
-    rank_I = torch.arange(inputs, device=x_RI.device)
-    if isinstance(counts, int):
-        best_RI = (rank_I < counts).expand(rows, -1)
-    else:
-        best_RI = rank_I < torch.from_numpy(counts).to(x_RI.device)[:, None]
+    count_R1 = torch.from_numpy(np.diff(start_S)).to(x_RI.device)[:, None]
+    best_RI = torch.arange(inputs, device=x_RI.device) < count_R1
     kept_RI = torch.zeros_like(order_RI, dtype=torch.bool).scatter_(1, order_RI, best_RI)
-    return Reading(x_RI, picks, kept_RI)
+    return Reading(x_RI, count, kept_RI=kept_RI)
 
 
-def _largest(weighed_RI: np.ndarray, counts: int | np.ndarray, picks: int) -> np.ndarray:
-    inputs = weighed_RI.shape[1]
-    if isinstance(counts, int):
-        at = inputs - counts
-        least_R1 = np.partition(weighed_RI, at, axis=1)[:, at : at + 1]
-    else:
-        at_R = np.minimum(inputs - counts, inputs - 1)
-        least_R1 = np.take_along_axis(np.sort(weighed_RI, axis=1), at_R[:, None], axis=1)
-    kept_RI: np.ndarray = weighed_RI >= least_R1
-    if np.count_nonzero(kept_RI) != picks:  # ties: zeros, mostly
-        of_R = np.broadcast_to(counts, len(kept_RI))
-        for row in np.flatnonzero(kept_RI.sum(axis=1) != of_R):
-            kept_RI[row] = False
-            kept_RI[row, np.argsort(-weighed_RI[row], kind="stable")[: of_R[row]]] = True
-    return kept_RI
-
-
-def _packed_linear(x_RI: Tensor, packed: Tensor, picks: int | None = None) -> Tensor:
-    # oneDNN ignores the scalars of "none"; there the FLOP formula finds the picks among zeros.
-    scalars = [] if picks is None else [picks]
-    out_RO: Tensor = torch.ops.mkldnn._linear_pointwise.default(
-        x_RI, packed, None, "none", scalars, ""
-    )
-    return out_RO
-
-
-def _picked_linear(x_RI: Tensor, weight_OI: Tensor, picks: int) -> Tensor:
-    return F.linear(x_RI, weight_OI)
-
-
-# An operator of its own, so that PyTorch's counter sees the picks and not the zeros.
-_LIBRARY: Any = torch.library.Library("elasti", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("picked_linear(Tensor x, Tensor weight, int picks) -> Tensor")
-_LIBRARY.impl("picked_linear", _picked_linear, "CompositeExplicitAutograd")
+def picked(weight_IO: Tensor, bias_O: Tensor | None, x_RI: Tensor, index_RK: Tensor) -> Tensor:
+    """The product over each row's picked channels; it reads no other rows of the weight."""
+    value_RK = x_RI.gather(1, index_RK)
+    out_RO = F.embedding_bag(index_RK, weight_IO, mode="sum", per_sample_weights=value_RK)
+    return out_RO if bias_O is None else out_RO + bias_O
 
 
 class Product:
@@ -178,36 +143,56 @@ class Product:
 
     def run(self, reading: Reading) -> Tensor:
         """The outputs [R, O]."""
-        if reading.picks is None:
-            return self.dense(reading.x_RI)
-        if not reading.mixed and len(reading.x_RI) <= self.few.rows(reading.share):
-            return self.picked(reading)
-        return self.over_zeros(reading)
+        by_row = self.has_tiles and reading.has_picks
+        by_row = by_row and len(reading.x_RI) <= self.few.rows(reading.share)
+        return self.by_row(reading) if by_row else self.at_once(reading)
 
     def dense(self, x_RI: Tensor) -> Tensor:
         """The product over all channels."""
-        if self._packed is None:
+        return self.run(Reading(x_RI))
+
+    def by_row(self, reading: Reading) -> Tensor:
+        """The product over each row's channels and no others, by way of the tiles."""
+        picks = reading.picks
+        if torch._C._len_torch_dispatch_stack():  # somebody counts operators
+            out_RO: Tensor = torch.ops.elasti.tiled_linear(
+                [torch.from_numpy(array) for array in picks],
+                *(torch.from_numpy(array) for array in self._tiles.arrays),
+                self.outputs,
+            )
+        else:
+            out_RO = torch.from_numpy(self._tiles.multiply(picks))
+        return out_RO if self._bias_O is None else out_RO.add_(self._bias_O)
+
+    def at_once(self, reading: Reading) -> Tensor:
+        """The product over a whole weight, for rows that are zero outside their picks."""
+        x_RI, count = reading.only_RI, reading.count
+        if self._packed is not None:
+            out_RO = _packed_linear(x_RI, self._packed, count)
+        elif count is None:
             return F.linear(x_RI, self._weight_OI, self._bias_O)
-        return self._biased(_packed_linear(x_RI, self._packed))
+        else:
+            out_RO = torch.ops.elasti.picked_linear(x_RI, self._weight_OI, count)
+        out_RO = out_RO if self._bias_O is None else out_RO + self._bias_O
+        return out_RO
 
-    def over_zeros(self, reading: Reading) -> Tensor:
-        """The product over the picked channels, by way of a dense one over zeros elsewhere."""
-        assert reading.picks is not None, "nothing was picked"
-        if self._packed is None:
-            x_RI, weight_OI = reading.only_RI, self._weight_OI
-            return self._biased(torch.ops.elasti.picked_linear(x_RI, weight_OI, reading.picks))
-        return self._biased(_packed_linear(reading.only_RI, self._packed, reading.picks))
-
-    def picked(self, reading: Reading) -> Tensor:
-        """The product row by row, each over its picked channels alone."""
-        outs = [self._picked(reading, row) for row in range(len(reading.x_RI))]
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    def prepare(self, picking: bool = False) -> None:
+    def prepare(self) -> None:
         """Lay the weight out now, rather than when a request first needs it."""
         _ = self._packed if self._packs else self._weight_OI
-        if picking:
+        if self.has_tiles:
             _ = self._tiles
+
+    @property
+    def stored_bytes(self) -> int:
+        """The weight in the form that few rows read."""
+        if self.has_tiles:
+            return self._tiles.bytes
+        return self.inputs * self.outputs * self.projections[0].weight_OI.element_size()
+
+    @cached_property
+    def has_tiles(self) -> bool:
+        weight_OI = self.projections[0].weight_OI
+        return weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32
 
     @cached_property
     def _packs(self) -> bool:
@@ -220,84 +205,55 @@ class Product:
 
     @cached_property
     def _weight_OI(self) -> Tensor:
-        weights = [projection.weight_OI.detach() for projection in self.projections]
-        if len(weights) == 1:
-            return weights[0]
-        if _side_by_side(self.projections):
-            module = self.projections[0].module.weight.detach()  # type: ignore[operator]
-            whole: Tensor = module if len(module) == self.outputs else torch.cat(weights)
-            return whole
-        return torch.cat(weights)
+        return self._joined()
 
     @cached_property
     def _packed(self) -> Tensor | None:
         if not self._packs:
             return None
-        weight_OI = torch.cat([p.weight_OI.detach() for p in self.projections])
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(self._joined().contiguous())
         return packed
 
     @cached_property
-    def _tiles(self) -> Tensor:
-        """The transposed weight, in a tile of outputs for each thread: [T x I, O / T]."""
-        weight_IO = torch.cat([p.weight_OI.detach() for p in self.projections]).T
-        tiles = torch.get_num_threads() if weight_IO.device.type == "cpu" else 1
-        if self.outputs % tiles:
-            tiles = 1
-        tiled = weight_IO.reshape(self.inputs, tiles, -1).transpose(0, 1)
-        return tiled.reshape(tiles * self.inputs, -1).contiguous()
+    def _tiles(self) -> Tiles:
+        return Tiles.of(self._joined())
 
-    def _picked(self, reading: Reading, row: int) -> Tensor:
-        """One row's product over its picked channels; it reads no other column of the weight."""
-        if (on_host := reading.on_host(row)) is not None:
-            return self._picked_on_host(*on_host)
-        x_I, index_K = reading.x_RI[row], reading.kept_RI[row].nonzero()[:, 0]
-        tiles = len(self._tiles) // self.inputs
-        starts_T1 = self.inputs * torch.arange(tiles, device=x_I.device)[:, None]
-        value_TK = x_I[index_K].expand(tiles, -1).contiguous()
-        out_TO = F.embedding_bag(
-            starts_T1 + index_K, self._tiles, mode="sum", per_sample_weights=value_TK
-        )
-        return self._biased(out_TO.reshape(1, -1))
-
-    def _picked_on_host(self, index_K: np.ndarray, value_K: np.ndarray) -> Tensor:
-        tiles_W, count = self._tiles, len(index_K)
-        tiles = tiles_W.shape[0] // self.inputs
-        if tiles > 1:
-            index_K = np.concatenate([index_K + self.inputs * tile for tile in range(tiles)])
-            value_K = np.concatenate([value_K] * tiles)
-        if self.inputs <= _SUMMED_INPUTS:
-            return self._biased(
-                self._bags(index_K, value_K, _offsets(count, tiles)).view(1, self.outputs)
-            )
-        # Block after block, as oneDNN adds.
-        bounds_B = np.arange(0, self.inputs, _SUMMED_INPUTS)
-        firsts_B = np.searchsorted(index_K[:count], bounds_B)
-        offsets = (count * np.arange(tiles)[:, None] + firsts_B).reshape(-1)
-        sums = self._bags(index_K, value_K, torch.from_numpy(offsets))
-        sums_TBW = sums.view(tiles, len(bounds_B), -1)
-        out_TW = sums_TBW[:, 0]
-        for block in range(1, len(bounds_B)):
-            out_TW = out_TW + sums_TBW[:, block]
-        return self._biased(out_TW.reshape(1, self.outputs))
-
-    def _bags(self, index: np.ndarray, value: np.ndarray, offsets: Tensor) -> Tensor:
-        values = torch.from_numpy(value)
-        summed: Tensor = torch.embedding_bag(
-            self._tiles, torch.from_numpy(index), offsets, False, 0, False, values
-        )[0]
-        return summed
-
-    def _biased(self, out_RO: Tensor) -> Tensor:
-        return out_RO if self._bias_O is None else out_RO + self._bias_O
+    def _joined(self) -> Tensor:
+        """The weights side by side; the base's own memory where they stand so already."""
+        weights = [projection.weight_OI.detach() for projection in self.projections]
+        if len(weights) == 1:
+            return weights[0]
+        module = self.projections[0].module
+        fused = all(projection.module is module for projection in self.projections)
+        whole: Tensor = module.weight.detach()  # type: ignore[operator]
+        return whole if fused and len(whole) == self.outputs else torch.cat(weights)
 
 
-@lru_cache(maxsize=65536)
-def _offsets(count: int, tiles: int) -> Tensor:
-    return torch.arange(0, count * tiles, count)
+def _packed_linear(x_RI: Tensor, packed: Tensor, count: int | None = None) -> Tensor:
+    # oneDNN ignores the scalars of "none"; there the FLOP formula finds the picks among zeros.
+    scalars = [] if count is None else [count]
+    out_RO: Tensor = torch.ops.mkldnn._linear_pointwise.default(
+        x_RI, packed, None, "none", scalars, ""
+    )
+    return out_RO
 
 
-def _side_by_side(projections: tuple[Projection, ...]) -> bool:
-    """Whether they are neighbours in one fused module."""
-    one = all(p.module is projections[0].module for p in projections)
-    return one and all(a.stop == b.start for a, b in pairwise(projections))
+def _picked_linear(x_RI: Tensor, weight_OI: Tensor, count: int) -> Tensor:
+    return F.linear(x_RI, weight_OI)
+
+
+def _tiled_linear(
+    picks: Sequence[Tensor], weight: Tensor, steps: Tensor, lows: Tensor, outputs: int
+) -> Tensor:
+    tiles = Tiles(outputs, weight.numpy(), steps.numpy(), lows.numpy())
+    return torch.from_numpy(tiles.multiply(Picks(*(tensor.numpy() for tensor in picks))))
+
+
+# Operators of their own, so that PyTorch's counter sees the picks and not the zeros.
+_LIBRARY: Any = torch.library.Library("elasti", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("picked_linear(Tensor x, Tensor weight, int count) -> Tensor")
+_LIBRARY.impl("picked_linear", _picked_linear, "CompositeExplicitAutograd")
+_LIBRARY.define(
+    "tiled_linear(Tensor[] picks, Tensor weight, Tensor steps, Tensor lows, int outputs) -> Tensor"
+)
+_LIBRARY.impl("tiled_linear", _tiled_linear, "CompositeExplicitAutograd")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import elastiformer.flop_formulas  # noqa: F401  (registers them)
+from elastiformer import kernels
 from elastiformer.accounting import ModelShape
 from elastiformer.adapter import Adapter
 from elastiformer.costs import CostTable
@@ -48,6 +49,7 @@ class SparseForm:
     @torch.inference_mode()
     def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Run the chunks; float32 logits [output rows, vocabulary] of each."""
+        kernels.use_threads()
         packed = Packed(chunks, self.workshop.device)
         placing, taken = Placing(packed), Taken(packed, self.shape)
         h_ND = self._embed(packed)
@@ -64,6 +66,7 @@ class SparseForm:
 
     def prepare(self, seconds: float) -> CostTable:
         """Lay out all products now, and measure which is faster when."""
+        kernels.use_threads()
         table = self.workshop.measure(seconds)
         for layer in self.layout.layers:
             self.workshop.product(layer.query, layer.key, layer.value).prepare()

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elastiformer.capacity import Site, Unit
-from elastiformer.expert_table import ExpertTable, picked
+from elastiformer.expert_table import ExpertTable
 from elastiformer.families import Layer
 from elastiformer.packed import Kind, Packed, Rows
-from elastiformer.products import pick
+from elastiformer.products import pick, picked
 from elastiformer.repair import Repair
 from elastiformer.routers import best, part_gate
 from elastiformer.workshop import Workshop
@@ -66,11 +66,11 @@ class SparseExperts:
         keep_R = torch.full((len(x_RD),), group.experts, device=x_RD.device)
         chosen_RM = best(scores_RM, keep_R)
         gate_RM = part_gate(scores_RM, chosen_RM, tools.part_gate).to(x_RD.dtype)
-        reading = tools.read(layer, Site.MLP_IN, x_RD, packed, rows)
+        reading = tools.read(layer, Site.MLP_IN, x_RD, packed, rows, numbered=True)
         repair = tools.repair(layer, group.repair)
         for projection in layer.at_site(Site.MLP_IN):
             repair.read(projection, reading.only_RI)
-        index_RK = None if reading.picks is None else reading.index_RK()
+        index_RK = None if reading.count is None else reading.index_RK()
 
         picking = group.channels_out < group.neurons
         a_RI = x_RD.new_zeros(len(x_RD), layer.shape.mlp_width)  # in the experts' order

@@ -18,13 +18,12 @@ from torch.nn import functional as F
 
 from elastiformer.attention import Read
 from elastiformer.capacity import Site, Unit
-from elastiformer.expert_table import picked
 from elastiformer.families import Layer
 from elastiformer.keeping import Kept
 from elastiformer.packed import Kind, Packed, Rows
 from elastiformer.placing import Placing
 from elastiformer.pointwise import Rotation
-from elastiformer.products import Reading, pick
+from elastiformer.products import Reading, pick, picked
 from elastiformer.repair import Repair
 from elastiformer.routers import best, part_gate
 from elastiformer.workshop import Workshop
@@ -78,7 +77,7 @@ class SparseHeads:
     ) -> Tensor:
         tools = self.workshop
         x_RD = rows.of(x_ND)
-        reading = tools.read(layer, Site.ATTENTION_IN, x_RD, packed, rows)
+        reading = tools.read(layer, Site.ATTENTION_IN, x_RD, packed, rows, numbered=True)
         repair = tools.repair(layer, group.repair)
         repair.read(layer.query, reading.only_RI)
         scores_RM = tools.router(layer, Unit.HEADS)(x_RD)
@@ -96,7 +95,7 @@ class SparseHeads:
 
     def _queries(self, layer: Layer, reading: Reading, chosen_RM: Tensor, repair: Repair) -> Tensor:
         x_RD = reading.x_RI
-        index_RK = None if reading.picks is None else reading.index_RK()
+        index_RK = None if reading.count is None else reading.index_RK()
         out_RA = x_RD.new_zeros(len(x_RD), layer.shape.attention_width)
         bias_A = layer.query.bias_O
         for rows_S, part in _heads(layer, chosen_RM):
@@ -126,14 +125,12 @@ class SparseHeads:
             for head in range(layer.shape.heads):
                 rows_S = read.queries.start + torch.nonzero(chosen_RM[read.queries, head])[:, 0]
                 if len(rows_S):
-                    key_head = slice(head // group, head // group + 1)
                     # Which keys follow a row is read off the positions, unless it is the only one.
                     alone = replace(
                         read,
                         queries=slice(0, len(rows_S)),
                         sees_all=read.sees_all,
-                        keys_GKH=read.keys_GKH[key_head],
-                        values_GKH=read.values_GKH[key_head],
+                        held=read.held.head(head // group),
                     )
                     query_S1H = query_RMH[rows_S, head : head + 1]
                     out_RMH[rows_S, head] = self._one_head(

@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from elastiformer.errors import BaseModelError, UnsupportedModel
@@ -110,6 +111,13 @@ def load_base(base: str, dtype: str = "auto", device: str = "auto") -> LoadedBas
         tokenizer=_load_tokenizer(resolved),
         identity=BaseIdentity(resolved.name, resolved.revision, config_hash(model.config)),
     )
+
+
+def tell_through_logging() -> None:
+    """Loading draws no bars, and what libraries log goes where the program's own lines go."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
 
 
 def resolve(base: str) -> Resolved:

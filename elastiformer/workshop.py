@@ -17,7 +17,7 @@ from elastiformer.accounting import KVPolicy
 from elastiformer.adapter import Adapter
 from elastiformer.attention import Backend, Portable, backend
 from elastiformer.capacity import Site, Unit
-from elastiformer.costs import MOST_ROWS, CostTable, compare
+from elastiformer.costs import ROWS, SHARES, CostTable, FewRows, compare
 from elastiformer.expert_table import ExpertTable
 from elastiformer.families import Layer, Layout, Projection
 from elastiformer.lora import LoraPair
@@ -60,12 +60,21 @@ class Workshop:
     def at_site(self, layer: Layer, site: Site) -> Product:
         return self.product(*layer.at_site(site))
 
-    def read(self, layer: Layer, site: Site, x_RI: Tensor, packed: Packed, rows: Rows) -> Reading:
-        """What products at `site` read of these rows."""
+    def read(
+        self,
+        layer: Layer,
+        site: Site,
+        x_RI: Tensor,
+        packed: Packed,
+        rows: Rows,
+        numbered: bool = False,
+    ) -> Reading:
+        """What products at `site` read of these rows; `numbered`: by the channels' numbers."""
         if not packed.picks:
             return Reading(x_RI)
         counts = packed.channels(layer.index, _PLACE[site], rows)
-        return pick(x_RI, self.layout.column_norms(layer, site), counts)
+        few = None if numbered else self.at_site(layer, site).few
+        return pick(x_RI, self.layout.column_norms(layer, site), counts, few)
 
     def experts(self, layer: Layer) -> ExpertTable:
         assert self.adapter is not None, "experts without an adapter"
@@ -123,30 +132,39 @@ class Workshop:
             ]
         return packed.repaired[layer.index]
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """On average over the layers' products, as they are stored for few rows."""
+        products = [self.at_site(layer, site) for layer in self.layout.layers for site in SITES]
+        weights = sum(product.inputs * product.outputs for product in products)
+        return sum(product.stored_bytes for product in products) / weights
+
     @torch.inference_mode()
     def measure(self, seconds: float) -> CostTable:
-        """Measure from how many rows on a dense product beats picking, for every site's shape."""
+        """Measure up to how many rows a product goes row by row, for every site's shape."""
         layers, few = self.layout.layers, {}
         for site in SITES:
             pairs = [(self.at_site(x, site), self.layout.column_norms(x, site)) for x in layers]
             for product, _ in pairs:
-                product.prepare(picking=True)
+                product.prepare()
+            if not pairs[0][0].has_tiles:
+                continue
             # One layer after another, as in a step: a weight must not lie in the cache already.
             turns = cycle(pairs)
             first = pairs[0][0]
-            sample_RI = torch.randn(MOST_ROWS, first.inputs, device=self.device, dtype=self.dtype)
+            sample_RI = torch.randn(ROWS[-1], first.inputs, device=self.device, dtype=self.dtype)
 
             def run(
-                picking: bool,
+                by_row: bool,
                 share: float,
                 rows: int,
                 turns: Iterator[tuple[Product, Tensor]] = turns,
                 sample_RI: Tensor = sample_RI,
             ) -> None:
                 product, norms_I = next(turns)
-                count = min(round(share * product.inputs), product.inputs - 1)
-                reading = pick(sample_RI[:rows], norms_I, count)
-                _ = product.picked(reading) if picking else product.dense(reading.only_RI)
+                few = FewRows((ROWS[-1] if by_row else 0,) * len(SHARES))
+                reading = pick(sample_RI[:rows], norms_I, round(share * product.inputs), few)
+                _ = product.by_row(reading) if by_row else product.at_once(reading)
 
             each = seconds / len(SITES)
             few_rows = compare(partial(run, True), partial(run, False), each)

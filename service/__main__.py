@@ -11,10 +11,9 @@ finish, a second one does not.
 from __future__ import annotations
 
 import argparse
-import logging
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from pydantic import ValidationError
@@ -22,10 +21,12 @@ from pydantic_settings import SettingsError
 
 from elastiformer.errors import ElastiError
 from service.app import create_app
+from service.logs import configure, say
 from service.metrics import Metrics
 from service.served import load
 from service.server import Server
 from service.settings import Key, Settings, read_keys
+from service.tracing import from_environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,26 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValidationError, SettingsError, ValueError, OSError) as error:
         say(f"error: {_told(error)}")
         return 2
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    # Each request of a client library would be told twice.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    tell = configure(settings.log_format, settings.log_level)
     with place:
-        return serve(settings, keys, place)
+        return serve(settings, keys, place, tell)
 
 
-def serve(settings: Settings, keys: Sequence[Key], place: socket.socket) -> int:
+def serve(
+    settings: Settings, keys: Sequence[Key], place: socket.socket, tell: Callable[[str], None]
+) -> int:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     metrics = Metrics()
     try:
-        catalogue = load(settings, metrics, say)
+        catalogue = load(settings, metrics, tell)
     except ElastiError as error:
-        say(f"error: {error}")
+        tell(f"error: {error}")
         return 1
-    app = create_app(settings, catalogue, metrics, keys)
-    Server(app, settings, place, say).run(sockets=[place])
+    app = create_app(settings, catalogue, metrics, keys, from_environment(tell))
+    Server(app, settings, place, tell).run(sockets=[place])
     return 0
 
 
@@ -106,10 +105,6 @@ def listen(settings: Settings) -> socket.socket:
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror}"
         ) from None
     return place
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _told(error: Exception) -> str:

@@ -64,10 +64,13 @@ async def gather(events: AsyncIterator[Event], jobs: int) -> Answer:
 
 def usage_json(summary: Summary) -> Json:
     """OpenAI's usage, and what was computed for it."""
+    compute = compute_json(summary.usage)
+    if summary.energy_joules is not None:
+        compute["energy_joules"] = round(summary.energy_joules, 6)
     return {
         **counts_json(summary.prompt_tokens, summary.generated_tokens),
         "prompt_tokens_details": {"cached_tokens": summary.cached_tokens},
-        "compute": compute_json(summary.usage),
+        "compute": compute,
     }
 
 

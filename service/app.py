@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from elastiformer.errors import ElastiError
+from service.build import version
 from service.desk import Desk
 from service.errors import (
     UNEXPECTED,
@@ -25,18 +27,24 @@ from service.errors import (
     refusal_of,
 )
 from service.knob import Knob
+from service.logs import REQUEST_ID, RequestLog, visit_of
 from service.metrics import NO_MODEL, Metrics
 from service.middleware import BodyBound
-from service.routes import SPENT_HEADER, Hall, hashed, installed_version, router
+from service.routes import SPENT_HEADER, Hall, hashed, router
 from service.served import Catalogue
 from service.settings import Key, Settings
+from service.tracing import OFF, Tracing
 
 log = logging.getLogger("elasti.http")
 SHOWN_CHARACTERS = 60  # of a refused value
 
 
 def create_app(
-    settings: Settings, catalogue: Catalogue, metrics: Metrics, keys: Iterable[Key] = ()
+    settings: Settings,
+    catalogue: Catalogue,
+    metrics: Metrics,
+    keys: Iterable[Key] = (),
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """An app over loaded models; its engines start and stop with it."""
     knob = Knob(settings.default_capacity, settings.effort, settings.capacity_ceiling)
@@ -45,6 +53,8 @@ def create_app(
         desk=Desk(catalogue, knob, settings.default_max_tokens),
         metrics=metrics,
         keys={hashed(key.key): key for key in keys},
+        tracing=tracing,
+        build=settings.build,
     )
 
     @asynccontextmanager
@@ -55,14 +65,17 @@ def create_app(
         hall.drain()
         for served in catalogue:
             served.engine.stop()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     # The pages of /docs with their scripts inside: nothing is loaded from elsewhere.
     app = FastAPIOffline(
         redoc_url=None,
         title="Elastiformer Serve",
-        version=installed_version(),
+        version=version(),
         description="A compute capacity per request. OpenAI-compatible.",
         lifespan=lifespan,
+        telemetry=OFF if tracing is None else tracing.of_app,
     )
     app.state.hall = hall
     app.include_router(router)
@@ -73,8 +86,9 @@ def create_app(
             allow_origins=list(settings.cors_origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=[SPENT_HEADER],
+            expose_headers=[SPENT_HEADER, REQUEST_ID],
         )
+    app.add_middleware(RequestLog, tracing=tracing)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     for kind in (ServiceError, ElastiError, Exception):
@@ -84,11 +98,14 @@ def create_app(
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
     refusal = refusal_of(error)
+    headers: dict[str, str] = {}
     if refusal is UNEXPECTED:
-        log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
+        visit = visit_of(request.scope)
+        log.exception("%s %s failed", visit.method, visit.path, exc_info=error)
+        headers |= visit.headers  # this answer passes no middleware
     _count(request, error)
-    retry = refusal.retry_after_seconds
-    headers = {"retry-after": str(retry)} if retry is not None else {}
+    if refusal.retry_after_seconds is not None:
+        headers["retry-after"] = str(refusal.retry_after_seconds)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     return JSONResponse(error_object(error), refusal.status, headers)

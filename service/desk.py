@@ -51,6 +51,7 @@ class Placed:
     name: str  # as the caller wrote it
     logprobs: int | None = None
     echoes: tuple[tuple[int, ...], ...] = ()  # per prompt, where it is given back
+    operation: str = "text_completion"  # as OpenTelemetry calls it
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class PlacedLabels:
     order: Order
     name: str
     labels: tuple[str, ...]
+    operation: str = "classify"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,8 @@ class Desk:
         most_new = _most_new(inputs, prompt, limit, self.default_max_tokens, longest)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         order = self._order(asked, resolved, [prompt], [most_new], logprobs=logprobs)
-        return Placed(served, served.engine.checked(order), asked.model, logprobs)
+        order = served.engine.checked(order)
+        return Placed(served, order, asked.model, logprobs, operation="chat")
 
     def classify(self, asked: ClassifyRequest, caller: Caller) -> PlacedLabels:
         """Raises UnknownModel, CapacityError, InputError, BadRequest."""

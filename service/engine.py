@@ -16,7 +16,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ from elastiformer import Capacity, Chunk, ElasticModel
 from elastiformer.errors import ElastiError, InputError
 from elastiformer.inputs import Detokenizer, StopMatcher, TextInputs
 from elastiformer.sampling import BrokenLogits, Draw, Sampled, sample, score, side_by_side
+from service.energy import Bill, Meter
 from service.errors import Cancelled, Draining, EngineDead, StepFailed, TimedOut
 from service.metrics import Finished, Metrics
 from service.orders import Done, Event, Failed, Order, Scored, Ticket
@@ -52,6 +53,7 @@ class Engine:
         timeout_seconds: float = 600.0,
         max_decode_delay_seconds: float = 0.25,
         clock: Callable[[], float] = time.monotonic,
+        meter: Meter | None = None,
     ) -> None:
         assert model.tokenizer is not None, "a served model has a tokenizer"
         self.name = name
@@ -65,6 +67,7 @@ class Engine:
         self._timeout_seconds = timeout_seconds
         self._max_decode_delay_seconds = max_decode_delay_seconds
         self._clock = clock
+        self._meter = meter
         self._scheduler = Scheduler(limits)
         self._pace = Pace()
         self._requests: dict[Entry, Request] = {}  # in the order of their submission
@@ -78,6 +81,8 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name=f"engine {name}", daemon=True)
 
     def start(self) -> None:
+        if self._meter is not None:
+            self._meter.begin()
         self._thread.start()
 
     @property
@@ -160,6 +165,7 @@ class Engine:
                 if self.shares_prefixes
                 else tuple(Entry(job) for job in order.jobs)
             ),
+            bill=Bill() if self._meter is not None else None,
         )
         with self._wake:
             if self._death is not None or not self._thread.is_alive():
@@ -202,7 +208,9 @@ class Engine:
     def _has_work(self) -> bool:
         """Wait for something to do; False when the engine is to stop."""
         with self._wake:
-            self._wake.wait_for(lambda: self._stopping or not self._scheduler.idle)
+            idle = self._scheduler.idle
+            with self._meter.resting() if self._meter and idle else nullcontext():
+                self._wake.wait_for(lambda: self._stopping or not self._scheduler.idle)
             return not self._stopping
 
     def _turn(self) -> None:
@@ -278,7 +286,7 @@ class Engine:
             chunks = [
                 Chunk(row.sequence, share.ids) for row, share in zip(rows, shares, strict=True)
             ]
-            logits = self.model.step(chunks)
+            logits = self._metered(rows, chunks)
             for share in shares:
                 share.entry.done += share.count
             self._score(shares, logits)
@@ -287,6 +295,19 @@ class Engine:
             log.exception("a step of %d sequences failed", len(shares))
             for request in dict.fromkeys(row.request for row in rows):
                 self._fail(request, StepFailed(f"the model failed in a step: {_kind(error)}"))
+
+    def _metered(self, rows: Many[Row], chunks: Many[Chunk]) -> Many[Tensor]:
+        """One step of the model; what it took is on its requests' bills before any of them ends."""
+        if self._meter is None:
+            return self.model.step(chunks)
+        before = [row.sequence.usage.flops for row in rows]
+        logits = self.model.step(chunks)
+        self._meter.share(
+            (row.request.bill, row.sequence.usage.flops - flops)
+            for row, flops in zip(rows, before, strict=True)
+            if row.request.bill is not None
+        )
+        return logits
 
     def _score(self, shares: Iterable[Share], logits: Iterable[Tensor]) -> None:
         """Read the log-probabilities of known tokens off the rows before them."""
@@ -356,10 +377,11 @@ class Engine:
         request = self._requests[entry]
         # Counted first: who sees the engine idle finds everything counted.
         self._metrics.success.labels(self.name, reason).inc()
+        request.finish_reasons.append(reason)
         self._forget(entry)
         request.open_jobs -= 1
         if request.open_jobs == 0:
-            self._close(request, Done(request.summary(self._clock())))
+            self._close(request)
 
     def _fail(self, request: Request, error: Exception) -> None:
         if request.ended:
@@ -369,7 +391,7 @@ class Engine:
             if entry in self._requests:
                 self._metrics.success.labels(self.name, reason).inc()
                 self._forget(entry)
-        self._close(request, Failed(error))
+        self._close(request, error)
 
     def _fail_all(self, error: Exception) -> None:
         for request in list(dict.fromkeys(self._requests.values())):
@@ -377,9 +399,11 @@ class Engine:
         self._gauge()
         self._send()
 
-    def _close(self, request: Request, ending: Done | Failed) -> None:
+    def _close(self, request: Request, error: Exception | None = None) -> None:
         assert not request.ended, "a request has one ending"
         request.ended = True
+        if self._meter is not None and request.bill is not None:
+            self._meter.close(request.bill)
         resolved, summary = request.order.resolved, request.summary(self._clock())
         self._metrics.finish(
             self.name,
@@ -391,8 +415,10 @@ class Engine:
                 asked=resolved.requested if isinstance(resolved.requested, float) else None,
                 total_seconds=summary.total_seconds,
                 first_token_seconds=summary.first_token_seconds,
+                energy_joules=summary.energy_joules,
             ),
         )
+        ending = Done(summary) if error is None else Failed(error, summary)
         self._outbox.append((request.ticket, ending))
 
     def _forget(self, entry: Entry) -> None:

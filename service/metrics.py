@@ -51,6 +51,7 @@ class Finished:
     asked: float | None  # None where the request asked for no single number
     total_seconds: float
     first_token_seconds: float | None
+    energy_joules: float | None = None  # None where no counter can be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,11 @@ class Metrics:
         self.dense_parameters = self._counter(
             "elasti_dense_parameters_total",
             "Parameters that the pretrained model would have touched for the same tokens.",
+            tier,
+        )
+        self.energy = self._counter(
+            "elasti_energy_joules_total",
+            "Energy of the GPU, by requests' shares of the FLOPs; none where it does not count.",
             tier,
         )
         self.overrides = self._counter(
@@ -253,6 +259,8 @@ class Metrics:
             self.capacity_spent.labels(name).observe(usage.capacity_spent)
         for unit in TOKEN_UNITS:
             self.tokens_skipped.labels(name, unit.value).observe(usage.unit_skipped(unit))
+        if done.energy_joules is not None:
+            self.energy.labels(name, done.tier).inc(done.energy_joules)
         left_out = usage.dense_parameters - usage.parameters_used
         self.parameters_skipped.labels(name).observe(left_out)
         self.latency.labels(name, done.tier).observe(done.total_seconds)

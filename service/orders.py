@@ -7,6 +7,7 @@ the engine's thread delivers, and ends with exactly one `Done` or `Failed`. No t
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from service.scheduler import Job
 
 if TYPE_CHECKING:  # for their names only: this file stays importable without torch
     from elastiformer.sampling import Sampled, Sampling
+
+log = logging.getLogger("elasti.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,11 @@ class Summary:
     queue_seconds: float
     first_token_seconds: float | None
     total_seconds: float
+    # Of the tokens that came before the first drawn one of each sequence.
+    prefill_block_flops: int = 0
+    prefill_dense_block_flops: int = 0
+    finish_reasons: tuple[str, ...] = ()  # of the sequences that ended, as they did
+    energy_joules: float | None = None  # None where no counter can be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +81,10 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The ending of a request that got none."""
+    """The ending of a request that got none; what it took all the same."""
 
     error: Exception
+    summary: Summary
 
 
 Event = Scored | Generated | Done | Failed
@@ -88,11 +97,27 @@ class Ticket:
     order: Order
     cancel: Callable[[], None]
     loop: asyncio.AbstractEventLoop
+    ending: Done | Failed | None = None
     _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    _told: list[Callable[[Done | Failed], None]] = field(default_factory=list)
 
     def deliver(self, event: Event) -> None:
         """Called on the event loop only."""
         self._events.put_nowait(event)
+        if isinstance(event, Done | Failed):
+            self.ending = event
+            for tell in self._told:
+                try:
+                    tell(event)
+                except Exception:  # whoever looks on must not cost anybody an ending
+                    log.exception("an ending could not be told")
+
+    def when_ended(self, tell: Callable[[Done | Failed], None]) -> None:
+        """Call back with the ending, also after the caller has gone; on the event loop only."""
+        if self.ending is not None:
+            tell(self.ending)
+        else:
+            self._told.append(tell)
 
     async def batches(self) -> AsyncIterator[list[Event]]:
         """All that has arrived, each time that something has, up to and including `Done`.

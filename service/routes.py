@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import re
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,9 +30,11 @@ from service.answers import (
     prediction_json,
     usage_json,
 )
+from service.build import releases, version
 from service.desk import Caller, Desk, Placed, PlacedLabels
 from service.errors import Draining, EngineDead, NotServing, QueueFull, Unauthorized, UnknownModel
 from service.knob import HEADER
+from service.logs import visit_of
 from service.metrics import Metrics
 from service.orders import Ticket
 from service.schemas import (
@@ -48,6 +49,7 @@ from service.schemas import (
 from service.served import Catalogue, Served
 from service.settings import Key
 from service.streams import EventStream, stream, tied_to
+from service.tracing import Tracing
 
 SPENT_HEADER = "X-Elasti-Capacity-Spent"
 PAGE = Path(__file__).with_name("page.html")
@@ -77,6 +79,8 @@ class Hall:
     desk: Desk
     metrics: Metrics
     keys: dict[str, Key] = field(default_factory=dict)  # by the hash of the secret
+    tracing: Tracing | None = None
+    build: str | None = None
     draining: bool = False
 
     def drain(self) -> None:
@@ -200,10 +204,15 @@ async def ready(hall: TheHall) -> Response:
 
 @router.get("/version")
 async def version_of_server(hall: TheHall) -> Json:
-    """The version of this server, and what each model runs on."""
+    """The version of this server, and what each model runs on and was loaded from."""
     return {
-        "version": installed_version(),
-        "models": {served.name: served.machinery.as_json() for served in hall.catalogue},
+        "version": version(),
+        "build": hall.build,
+        "releases": releases(),
+        "models": {
+            served.name: served.machinery.as_json() | {"adapter": served.identity}
+            for served in hall.catalogue
+        },
     }
 
 
@@ -219,13 +228,6 @@ async def page() -> HTMLResponse:
     return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
 
-def installed_version() -> str:
-    try:
-        return version("elastiformer-serve")
-    except PackageNotFoundError:
-        return "unknown"
-
-
 async def _generate(
     request: Request,
     hall: Hall,
@@ -237,7 +239,7 @@ async def _generate(
         answer = await _answer(request, hall, placed)
         # Thousands of tokens with their probabilities take long to write out.
         return await asyncio.to_thread(_whole, placed, shape, answer)
-    ticket = _submit(hall, placed)
+    ticket = _submit(request, hall, placed)
     batches = ticket.batches()
     async with tied_to(request, ticket, keep=True):
         first = await anext(batches)  # decides between a stream and an error status
@@ -250,12 +252,12 @@ def _whole(placed: Placed, shape: Shape, answer: Answer) -> Response:
 
 
 async def _answer(request: Request, hall: Hall, placed: Placed | PlacedLabels) -> Answer:
-    ticket = _submit(hall, placed)
+    ticket = _submit(request, hall, placed)
     async with tied_to(request, ticket):
         return await gather(ticket.events(), len(placed.order.jobs))
 
 
-def _submit(hall: Hall, placed: Placed | PlacedLabels) -> Ticket:
+def _submit(request: Request, hall: Hall, placed: Placed | PlacedLabels) -> Ticket:
     name, rejections = placed.served.name, hall.metrics.rejections
     try:
         ticket = placed.served.engine.submit(placed.order)
@@ -265,6 +267,9 @@ def _submit(hall: Hall, placed: Placed | PlacedLabels) -> Ticket:
         raise
     if placed.order.resolved.limited_by:
         hall.metrics.overrides.labels(name, placed.order.resolved.limited_by).inc()
+    visit_of(request.scope).work(name, ticket)
+    if hall.tracing is not None:
+        hall.tracing.follow(placed, ticket)
     return ticket
 
 

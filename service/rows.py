@@ -13,6 +13,7 @@ from elastiformer import Sequence
 from elastiformer.inputs import Detokenizer, StopMatcher
 from elastiformer.sampling import Draw, Sampled, Seen
 from elastiformer.usage import Usage
+from service.energy import Bill
 from service.orders import Generated, Order, Summary, Ticket
 from service.scheduler import Entry, Group, Job
 
@@ -36,6 +37,10 @@ class Request:
     first_token: float | None = None
     generated_tokens: int = 0
     usage: Usage = field(default_factory=Usage)
+    prefill_block_flops: int = 0
+    prefill_dense_block_flops: int = 0
+    finish_reasons: list[str] = field(default_factory=list)
+    bill: Bill | None = None  # where energy is counted
 
     def __post_init__(self) -> None:
         self.open_jobs = len(self.entries)
@@ -52,6 +57,10 @@ class Request:
             queue_seconds=started - self.submitted,
             first_token_seconds=None if first is None else first - self.submitted,
             total_seconds=now - self.submitted,
+            prefill_block_flops=self.prefill_block_flops,
+            prefill_dense_block_flops=self.prefill_dense_block_flops,
+            finish_reasons=tuple(self.finish_reasons),
+            energy_joules=None if self.bill is None else self.bill.joules,
         )
 
 
@@ -73,6 +82,9 @@ class Row:
         request, entry, order = self.request, self.entry, self.request.order
         if self.last_token is not None:
             request.between_tokens.observe(now - self.last_token)
+        else:
+            request.prefill_block_flops += self.sequence.usage.block_flops
+            request.prefill_dense_block_flops += self.sequence.usage.dense_block_flops
         self.last_token = now
         if request.first_token is None:
             request.first_token = now

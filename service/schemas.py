@@ -209,6 +209,9 @@ class Compute(BaseModel):
     heads_skipped: int
     experts_skipped: int
     channels_skipped: int
+    energy_joules: float | None = Field(
+        None, description="share of the GPU's energy; absent where it does not count"
+    )
 
 
 class PromptDetails(BaseModel):

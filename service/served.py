@@ -8,10 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from elastiformer import ElasticModel
 from elastiformer.capacity import Unit
+from service.build import hashes
+from service.energy import Meter, meter_of
 from service.engine import Engine
 from service.errors import UnknownModel
 from service.metrics import Metrics
@@ -32,10 +35,14 @@ class Machinery:
     cache_tokens: int
     cache_bytes: int
     prefix_cache: bool
+    energy: bool  # whether the device's counter can be read
+    adapter_files: dict[str, str]  # SHA-256 of the adapter's files, taken once; empty without one
     costs: str | None = None  # which product runs for how many rows; None where not measured
 
     @classmethod
-    def of(cls, model: ElasticModel, settings: Settings, costs: str | None) -> Machinery:
+    def of(
+        cls, model: ElasticModel, settings: Settings, costs: str | None, energy: bool
+    ) -> Machinery:
         assert model.cache is not None, "a model whose cache is open"
         return cls(
             device=str(model.device),
@@ -44,6 +51,8 @@ class Machinery:
             cache_tokens=settings.cache_tokens,
             cache_bytes=model.cache.rows.nbytes,
             prefix_cache=model.prefixes is not None,
+            energy=energy,
+            adapter_files=hashes(folder) if (folder := _folder(model)) is not None else {},
             costs=costs,
         )
 
@@ -145,6 +154,7 @@ def load(
         ElastiError: a base or an adapter that cannot be loaded, or do not fit.
     """
     models: list[Served] = []
+    meters: dict[str, Meter | None] = {}  # of each device one: engines share it
     for spec in settings.served:
         beside = f" with the adapter {spec.adapter}" if spec.adapter else ", without an adapter"
         say(f"loading {spec.name}: {spec.base}{beside}")
@@ -153,7 +163,10 @@ def load(
             spec.base, spec.adapter, dtype=settings.dtype, device=settings.device
         )
         costs = str(model.measure_costs())
-        served = serve(spec, model, settings, metrics, costs)
+        device = str(model.device)
+        if device not in meters:
+            meters[device] = meter_of(device)
+        served = serve(spec, model, settings, metrics, costs, meters[device])
         models.append(served)
         taken = time.monotonic() - begun
         say(f"  {served.machinery}")
@@ -168,6 +181,7 @@ def serve(
     settings: Settings,
     metrics: Metrics,
     costs: str | None = None,
+    meter: Meter | None = None,
 ) -> Served:
     """Put a model behind a name, with an engine of its own that is not started yet."""
     model.open_cache(settings.cache_tokens, prefixes=settings.prefix_cache)
@@ -185,9 +199,14 @@ def serve(
         metrics,
         settings.request_timeout_seconds,
         settings.max_decode_delay_seconds,
+        meter=meter,
     )
-    machinery = Machinery.of(model, settings, costs)
+    machinery = Machinery.of(model, settings, costs, meter is not None)
     served = Served(spec, engine, machinery, model.adapter.identity if model.adapter else None)
     metrics.open(spec.name, served.identity or "none", spec.base, served.units)
     metrics.load_ceiling.labels(spec.name).set(settings.capacity_ceiling)
     return served
+
+
+def _folder(model: ElasticModel) -> Path | None:
+    return model.adapter.path if model.adapter is not None else None

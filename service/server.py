@@ -32,7 +32,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 log_config=None,
-                access_log=settings.log_level in ("info", "debug"),
+                access_log=False,  # RequestLog tells more of a request, once
                 timeout_graceful_shutdown=GOODBYE_SECONDS,
                 server_header=False,
             )

@@ -148,6 +148,12 @@ class Settings(BaseSettings):
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
         "info", description="least severe messages that are logged"
     )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="form of what is logged: lines, or one JSON object per line"
+    )
+    build: str | None = Field(
+        None, description="what /version calls this build, such as a commit; an image sets it"
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="web origins that browsers may call from, separated by ','; '*': any"
     )

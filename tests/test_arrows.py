@@ -16,12 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 LOW_TO_HIGH = """
     elastiformer: errors capacity usage accounting calibration card priced families experts
         routers lora lora_files weights adapter masked pool cache sequence prefixes pointwise
-        packed taken costs products flop_formulas expert_table repair attention placing workshop
-        keeping sparse_heads sparse_attention sparse_experts sparse_mlp sparse planning drawing
-        sampling inputs model __init__
+        packed taken costs lanes kernels tiles products flop_formulas expert_table repair
+        single_queries attention placing workshop keeping sparse_heads sparse_attention
+        sparse_experts sparse_mlp sparse planning drawing sampling inputs model __init__
 
-    service: __init__ errors settings schemas scheduler pace metrics knob orders rows middleware
-        engine served zero_shot desk answers streams routes app server __main__
+    service: __init__ errors build settings schemas scheduler pace metrics knob orders energy rows
+        middleware engine served zero_shot desk tracing logs answers streams routes app server
+        __main__
 
     training: __init__ files options signals progress processes corpora data losses lessons student
         checkpoint quality allotment tuning sensitivity baselines pictures stopwatch reports loop
@@ -42,8 +43,12 @@ DOORS = {
     "huggingface_hub": {"elastiformer.adapter", "elastiformer.weights"},
     "gguf": set(),  # Transformers reads GGUF with it
     "datasets": {"training.data"},
+    "numba": {"elastiformer.lanes", "elastiformer.kernels", "elastiformer.single_queries"},
+    "llvmlite": {"elastiformer.lanes"},
     "matplotlib": {"training.pictures", "training.progress"},
     "fastapi": {"service"},
+    "opentelemetry": {"service.tracing"},
+    "pynvml": {"service.energy"},
     "fastapi_offline": {"service.app"},
     "starlette": {"service"},
     "uvicorn": {"service.server"},
@@ -56,7 +61,7 @@ DOORS = {
 # Files that know no tensor, and import no file of ours that does.
 WITHOUT_TORCH = {
     "elastiformer": "errors capacity usage accounting calibration card inputs",
-    "service": "errors settings scheduler pace metrics knob middleware zero_shot",
+    "service": "errors build settings scheduler pace metrics knob middleware zero_shot",
     "training": "files signals corpora allotment",
 }
 

@@ -161,3 +161,35 @@ def test_a_profile_accounts_for_the_step(run):
     for row in written["results"]:
         assert row["families"]["products"] > 0
         assert row["operators"]
+
+
+def test_planning_says_what_each_mix_holds(run):
+    written = run(
+        "planning",
+        *QUICK,
+        *("--prompt", "40", "--tokens", "6", "--overhead", "1.25", "--requests", "100"),
+    )
+    check(written, "planning")
+    assert written["results"]["overhead"] == 1.25
+    for each in written["results"]["planned"]:
+        assert 0 < each["rate"] <= 1.2 * each["saturated"]
+        times = each["times"]
+        assert times["rows"] == [0, 1, 4, 8, 16] and times["tokens"] == [0, 32, 128, 512]
+        assert min(min(line) for line in times["seconds"][1:]) > 0
+    assert len(written["results"]["planned"]) == 3 and not written["goals"]
+
+
+def test_planning_that_shall_be_checked_needs_its_load_generator(tiny_options, capsys):
+    assert main(["planning", *tiny_options, "--check", "--guidellm", "no/such/program"]) == 1
+    assert INSTALL in capsys.readouterr().err
+
+
+def test_planning_takes_a_mix_of_one_s_own(run):
+    written = run(
+        "planning",
+        *QUICK,
+        *("--prompt", "40", "--tokens", "6", "--requests", "50", "--mix", "1.0,0.6"),
+    )
+    (planned,) = written["results"]["planned"]
+    assert planned["mode"] == "1, 0.6"
+    assert written["results"]["overhead"] > 0  # measured over HTTP

@@ -18,9 +18,11 @@ from fastapi import FastAPI
 from elastiformer import Calibration, ElasticModel, Measured, Phase, Step, Unit
 from elastiformer.accounting import KVPolicy
 from service.app import create_app
+from service.energy import Meter
 from service.metrics import Metrics
 from service.served import Catalogue, serve
 from service.settings import Key, ModelSpec, Settings
+from service.tracing import Tracing
 from tests.tiny import LAYERS, tiny, tiny_tokenizer
 
 LOWEST = 0.5
@@ -115,15 +117,19 @@ class House:
 
 
 def build(
-    models: dict[str, ElasticModel] | None = None, keys: tuple[Key, ...] = (), **settings: Any
+    models: dict[str, ElasticModel] | None = None,
+    keys: tuple[Key, ...] = (),
+    tracing: Tracing | None = None,
+    meter: Meter | None = None,
+    **settings: Any,
 ) -> FastAPI:
     """An app as `python -m service` makes it, over models that are already in memory."""
     chosen, metrics = Settings(**settings), Metrics()
     catalogue = Catalogue(
-        serve(ModelSpec(name, "tiny-llama"), model, chosen, metrics)
+        serve(ModelSpec(name, "tiny-llama"), model, chosen, metrics, meter=meter)
         for name, model in (models or {"tiny": elastic_model()}).items()
     )
-    return create_app(chosen, catalogue, metrics, keys)
+    return create_app(chosen, catalogue, metrics, keys, tracing)
 
 
 @asynccontextmanager

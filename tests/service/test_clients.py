@@ -2,21 +2,28 @@
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import tomllib
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+import torch
+import transformers
 
+from service.metrics import Metrics
 from service.routes import PAGE
 from service.schemas import Answered, Prediction, Wrong
-from tests.service.conftest import build, in_house
+from service.served import serve
+from service.settings import ModelSpec, Settings
+from tests.service.conftest import build, elastic_model, in_house
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,7 +111,14 @@ def test_classification_agrees_with_the_likelihood_of_each_label(client):
 def test_the_version_tells_what_each_model_runs_on():
     async def visit(house):
         told = (await house.client.get("/version")).json()
-        assert told["version"] == house.app.version
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert told["version"] == house.app.version == project["version"]
+        assert told["build"] == "0123abc"
+        assert told["releases"] == {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
         model = house.engine.model
         assert told["models"] == {
             "tiny": {
@@ -114,11 +128,27 @@ def test_the_version_tells_what_each_model_runs_on():
                 "cache_tokens": 320,
                 "cache_bytes": model.cache.rows.nbytes,
                 "prefix_cache": False,
+                "energy": False,
+                "adapter": model.adapter.identity,
+                "adapter_files": {},  # it was never on disk
                 "costs": None,
             }
         }
 
-    in_house(visit, cache_tokens=320, prefix_cache=False)
+    in_house(visit, cache_tokens=320, prefix_cache=False, build="0123abc")
+
+
+def test_the_version_holds_the_hashes_of_the_adapter_s_files(tmp_path):
+    saved = elastic_model()
+    saved.adapter.save(tmp_path)
+    told = serve(ModelSpec("tiny", "tiny-llama"), saved, Settings(), Metrics()).machinery
+    assert {"adapter.json", "calibration.json", "routers.safetensors"} < told.adapter_files.keys()
+    sums = subprocess.run(
+        ["sha256sum", *told.adapter_files], cwd=tmp_path, text=True, capture_output=True, check=True
+    )
+    assert told.adapter_files == {
+        name: digest for digest, name in (line.split() for line in sums.stdout.splitlines())
+    }
 
 
 def test_the_page_needs_nothing_from_elsewhere():
@@ -141,7 +171,7 @@ def test_answers_and_refusals_are_what_openapi_says():
         ):
             answer = (await house.post(f"/v1/{route}", **body)).json()
             held = Answered.model_validate(answer, strict=True)
-            assert held.usage.compute.model_dump() == answer["usage"]["compute"]
+            assert held.usage.compute.model_dump(exclude_unset=True) == answer["usage"]["compute"]
             assert held.elasti.model_dump() == answer["elasti"]
         for label in (await house.post("/predict", inputs="hi", **labels)).json():
             Prediction.model_validate(label, strict=True)
@@ -183,7 +213,7 @@ def test_the_command_serves_tells_a_line_to_try_and_drains(tiny_folder):
             start = "".join(lines)
             assert "loading mine" in lines[0]
             assert "attention by" in start and "cache of 32768 tokens" in start
-            assert "rows up to which channels are picked" in start
+            assert "rows up to which a product goes row by row" in start
             address = next(line for line in lines if "ready: " in line).split()[1]
             assert f"curl -N {address}/v1/chat/completions" in start
 

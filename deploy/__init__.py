@@ -1,0 +1,1 @@
+"""What an operator puts around the server: dashboards, rules, manifests, and their drills."""

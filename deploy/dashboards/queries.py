@@ -1,0 +1,121 @@
+"""PromQL as the panels need it: the variables of a dashboard, rates, shares, quantiles.
+
+A ratio divides two sums; it never averages ratios. What Grafana writes into the variables,
+`Window.filled` writes where there is no Grafana.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+RATE = "$__rate_interval"
+RANGE = "$__range"
+
+# A request refused at the door has no model: it is shown whichever model is chosen.
+_SCOPE = 'job=~"$job",instance=~"$instance",model_name=~"$model{none}"'
+
+
+ALWAYS_THERE = "elasti_num_requests_running"  # from a server's start, for each of its models
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """What a reader of a dashboard may choose: one, some or all of a label's values."""
+
+    name: str
+    title: str
+    label: str
+    among: str  # the metric whose labels are offered
+
+
+JOB = Variable("job", "Job", "job", ALWAYS_THERE)
+MODEL = Variable("model", "Model", "model_name", f'{ALWAYS_THERE}{{job=~"$job"}}')
+INSTANCE = Variable("instance", "Instance", "instance", f'{ALWAYS_THERE}{{job=~"$job"}}')
+VARIABLES = (JOB, MODEL, INSTANCE)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What Grafana would write for the variables, over so much time."""
+
+    range_seconds: int
+    rate_seconds: int
+    chosen: Mapping[str, Sequence[str]]  # values, by the variable's name
+
+    def filled(self, expr: str) -> str:
+        """The query with its variables written out."""
+        values = {
+            RATE: f"{self.rate_seconds}s",
+            RANGE: f"{self.range_seconds}s",
+            **{f"${name}": _any_of(values) for name, values in self.chosen.items()},
+        }
+        for variable, value in values.items():
+            expr = expr.replace(variable, value)
+        return expr
+
+
+def _any_of(values: Sequence[str]) -> str:
+    """A regular expression, as Grafana writes it between a query's quotes."""
+    escaped = (re.sub(r"([\\^$*+?.()|\[\]{}])", r"\\\\\1", value) for value in values)
+    return f"({'|'.join(escaped)})"
+
+
+def series(name: str, only: str = "", refused: bool = False) -> str:
+    """A metric, as far as the dashboard's variables choose it; `only` narrows it further."""
+    scope = _SCOPE.format(none="|" if refused else "")
+    return f"{name}{{{scope}{',' + only if only else ''}}}"
+
+
+def rate(name: str, by: str = "", only: str = "", refused: bool = False) -> str:
+    """How fast a counter grows, summed."""
+    return f"{_sum(by)}(rate({series(name, only, refused)}[{RATE}]))"
+
+
+def grown(name: str, by: str = "", only: str = "", refused: bool = False) -> str:
+    """By how much a counter grew in the time shown, summed."""
+    return f"{_sum(by)}(increase({series(name, only, refused)}[{RANGE}]))"
+
+
+def level(name: str, by: str = "", only: str = "") -> str:
+    """A gauge, summed."""
+    return f"{_sum(by)}({series(name, only)})"
+
+
+def or_none(expr: str) -> str:
+    """0 where nothing was ever counted; for a sum without labels."""
+    return f"({expr} or vector(0))"
+
+
+def over(part: str, whole: str) -> str:
+    return f"{part} / {whole}"
+
+
+def left_of(part: str, whole: str) -> str:
+    """The share that is missing."""
+    return f"1 - {part} / {whole}"
+
+
+def quantile(share: float, histogram: str, by: str = "") -> str:
+    """Below which value this share of the observations lies."""
+    buckets = rate(f"{histogram}_bucket", by=f"le,{by}" if by else "le")
+    return f"histogram_quantile({share:g}, {buckets})"
+
+
+def quantile_of_all(share: float, histogram: str) -> str:
+    """The same, over the whole time shown."""
+    return f"histogram_quantile({share:g}, {grown(f'{histogram}_bucket', by='le')})"
+
+
+def buckets(histogram: str) -> str:
+    """How many observations fell under each bound, for a heatmap."""
+    return f"sum by (le) (increase({series(f'{histogram}_bucket')}[{RATE}]))"
+
+
+def mean(histogram: str, by: str = "") -> str:
+    return over(rate(f"{histogram}_sum", by), rate(f"{histogram}_count", by))
+
+
+def _sum(by: str) -> str:
+    return f"sum by ({', '.join(by.split(','))}) " if by else "sum"

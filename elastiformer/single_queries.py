@@ -1,0 +1,98 @@
+"""Attention of single queries, each over its own part of the pool, compiled for a CPU.
+
+In decoding every request asks with one token. PyTorch's attention is one call a request, and
+starting it costs more than computing it; here all requests and heads of a layer are one call.
+
+Shape letters: N rows of the pool   Q queries   A query heads   G key/value heads   H head size
+    S single queries   K keys
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from elastiformer.kernels import TURN, compiled
+
+
+def attend(
+    rows_NH: np.ndarray,
+    query_QAH: np.ndarray,
+    query_S: np.ndarray,
+    key_S: np.ndarray,
+    value_S: np.ndarray,
+    room_S: np.ndarray,
+    length_S: np.ndarray,
+    kv_heads: int,
+    scale: float,
+    out_QAH: np.ndarray,
+) -> None:
+    """Fill in the attention output of some queries, each over all keys of its request.
+
+    Args:
+        query_S: which of the queries.
+        key_S, value_S: where the request's keys and values begin among the rows of the pool, head
+            after head.
+        room_S, length_S: how far apart the heads are, and how many tokens they hold.
+    """
+    with TURN:
+        _attend(
+            rows_NH, query_QAH, query_S, key_S, value_S, room_S, length_S, kv_heads,
+            np.float32(scale), out_QAH,
+        )  # fmt: skip
+
+
+@compiled(fastmath={"contract", "reassoc", "nsz"})
+def _exponentials(score_K: Any) -> Any:
+    """exp(score - largest) in place, and their sum; by Cephes' polynomial, to a bit or two."""
+    largest = score_K[0]
+    for k in range(len(score_K)):
+        largest = max(largest, score_K[k])
+    power_K = np.empty(len(score_K), dtype=np.int32)
+    for k in range(len(score_K)):
+        x = max(score_K[k] - largest, np.float32(-87))
+        n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
+        r = x - n * np.float32(0.6931471805599453)
+        p = np.float32(1.9875691500e-4)
+        p = p * r + np.float32(1.3981999507e-3)
+        p = p * r + np.float32(8.3334519073e-3)
+        p = p * r + np.float32(4.1665795894e-2)
+        p = p * r + np.float32(1.6666665459e-1)
+        p = p * r + np.float32(5.0000001201e-1)
+        score_K[k] = p * r * r + r + np.float32(1)
+        power_K[k] = (np.int32(n) + np.int32(127)) << np.int32(23)
+    two_to_K = power_K.view(np.float32)
+    total = np.float32(0)
+    for k in range(len(score_K)):
+        score_K[k] *= two_to_K[k]
+        total += score_K[k]
+    return total
+
+
+@compiled(parallel=True, fastmath={"contract", "reassoc", "nsz"})
+def _attend(  # type: ignore[no-untyped-def]
+    rows_NH, query_QAH, query_S, key_S, value_S, room_S, length_S, kv_heads, scale, out_QAH
+):
+    _, heads, size = query_QAH.shape
+    group = heads // kv_heads
+    for task in prange(len(query_S) * heads):
+        single, head = task // heads, task % heads
+        query, keys, room = query_S[single], length_S[single], room_S[single]
+        first_key = key_S[single] + head // group * room
+        first_value = value_S[single] + head // group * room
+        score_K = np.empty(keys, dtype=np.float32)
+        for k in range(keys):
+            score = np.float32(0)
+            for h in range(size):
+                score += query_QAH[query, head, h] * rows_NH[first_key + k, h]
+            score_K[k] = scale * score
+        total = _exponentials(score_K)
+        out_H = np.zeros(size, dtype=np.float32)
+        for k in range(keys):
+            weight = score_K[k]
+            for h in range(size):
+                out_H[h] += weight * rows_NH[first_value + k, h]
+        for h in range(size):
+            out_QAH[query, head, h] = out_H[h] / total

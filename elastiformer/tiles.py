@@ -1,0 +1,143 @@
+"""A weight as the kernels of a CPU read it: in tiles, in the smallest form that loses nothing.
+
+A step of few rows waits for memory, so fewer bytes are less time. A model kept in float32 mostly
+came from a smaller form: its weights are bfloat16 or float16 numbers, or lie on a grid of at most
+256 steps for every 32 inputs, as GGUF's Q4_1, Q4_0 and Q8_0 leave them. Where all of a weight does,
+bit for bit, it is stored so and widened on the way to the processor; else as float32.
+
+Shape letters: O outputs   I inputs   S slabs   C chunks of a slab   W outputs of a chunk
+    G groups of inputs   R rows   P picks of all rows; in start_S: S rows + 1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from elastiformer import kernels
+from elastiformer.lanes import GROUP, WIDTH
+
+# A slab holds long lines of memory for each input, or else a single row that leaves inputs out
+# waits for memory as long as one that leaves none. Layers of a 1.5 B Llama's shape, bfloat16
+# numbers: with one chunk a slab half the inputs took 1.35 of the time of all, with sixteen 0.61 to
+# 0.71. All inputs take longer for it.
+_MOST_CHUNKS = 16
+_FORMS = {np.uint8: "grid", np.uint16: "bfloat16", np.int16: "float16", np.float32: "float32"}
+
+
+class Picks(NamedTuple):
+    """The inputs that each row of a product reads: its own, ascending, row after row."""
+
+    index_P: np.ndarray
+    value_P: np.ndarray
+    start_S: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tiles:
+    """One weight. `steps` and `lows` [S, G, C, W] are of the grid, where there is one."""
+
+    outputs: int
+    weight_SICW: np.ndarray
+    steps: np.ndarray
+    lows: np.ndarray
+
+    @classmethod
+    def of(cls, weight_OI: Tensor) -> Tiles:
+        """Lay out a float32 weight."""
+        outputs, inputs = weight_OI.shape
+        slabs, chunks = _slabs(-(-outputs // WIDTH))
+        padded_OI = F.pad(weight_OI, (0, 0, 0, slabs * chunks * WIDTH - outputs))
+        full_SIO = padded_OI.view(slabs, -1, inputs).transpose(1, 2).contiguous()
+        lines = (chunks, WIDTH)
+        if (grid := _on_grid(full_SIO.numpy())) is not None:
+            return cls(outputs, *(array.reshape(*array.shape[:2], *lines) for array in grid))
+        nothing = (kernels.NOTHING, kernels.NOTHING)
+        for dtype, stored in ((torch.bfloat16, torch.uint16), (torch.float16, torch.int16)):
+            small_SIO = full_SIO.to(dtype)
+            if torch.equal(small_SIO.float(), full_SIO):
+                small = small_SIO.view(stored).view(slabs, inputs, *lines)
+                return cls(outputs, small.numpy(), *nothing)
+        return cls(outputs, full_SIO.view(slabs, inputs, *lines).numpy(), *nothing)
+
+    @property
+    def form(self) -> str:
+        """What the weight is stored as."""
+        return _FORMS[self.weight_SICW.dtype.type]
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.weight_SICW, self.steps, self.lows
+
+    @property
+    def bytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+    def multiply(self, picks: Picks) -> np.ndarray:
+        """The product with the picked inputs of each row: float32 [R, O]."""
+        out_RO = np.empty((len(picks.start_S) - 1, self.outputs), dtype=np.float32)
+        kernels.multiply(self.weight_SICW, self.steps, self.lows, *picks, out_RO)
+        return out_RO
+
+
+def search(x_RI: np.ndarray, norms_I: np.ndarray, start_S: np.ndarray) -> Picks:
+    """Each row's channels of the largest size x norm; of equal ones the first.
+
+    Args:
+        start_S: where each row's picks are to begin, and the last ones to end.
+    """
+    count = int(start_S[-1])
+    index_P, value_P = np.empty(count, dtype=np.int32), np.empty(count, dtype=np.float32)
+    kernels.search(x_RI, norms_I, index_P, value_P, start_S)
+    return Picks(index_P, value_P, start_S)
+
+
+def over_zeros(x_RI: np.ndarray, norms_I: np.ndarray, counts_R: np.ndarray) -> np.ndarray:
+    """`x`, zero but for what `search` would find."""
+    only_RI = np.empty_like(x_RI)
+    kernels.keep_largest(x_RI, norms_I, counts_R, only_RI)
+    return only_RI
+
+
+def everything(x_RI: np.ndarray) -> Picks:
+    """All inputs of each row."""
+    rows, inputs = x_RI.shape
+    return Picks(_all_inputs(rows, inputs), x_RI.reshape(-1), even_starts(rows, inputs))
+
+
+@lru_cache(maxsize=4096)
+def even_starts(rows: int, count: int) -> np.ndarray:
+    """Where each row's picks begin if all rows have as many; and where the last ones end."""
+    return count * np.arange(rows + 1, dtype=np.int64)
+
+
+@lru_cache(maxsize=256)
+def _all_inputs(rows: int, inputs: int) -> np.ndarray:
+    return np.tile(np.arange(inputs, dtype=np.int32), rows)
+
+
+def _slabs(chunks: int) -> tuple[int, int]:
+    """How many slabs, and how many chunks each: a share for every thread, with little padding."""
+    threads = torch.get_num_threads()
+    most = max(threads, threads * -(-chunks // (threads * _MOST_CHUNKS)))
+    slabs = min(most, chunks)
+    return slabs, -(-chunks // slabs)
+
+
+def _on_grid(full_SIO: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Codes, steps and lows with code x step + low equal to the weight everywhere; else None."""
+    slabs, inputs, outputs = full_SIO.shape
+    # A few inputs show for most weights that there is no grid.
+    if inputs > GROUP and _on_grid(full_SIO[:1, :GROUP].copy()) is None:
+        return None
+    shape = (slabs, -(-inputs // GROUP), outputs)
+    # PyTorch's memory begins at the start of a cache line.
+    codes = torch.empty(full_SIO.shape, dtype=torch.uint8).numpy()
+    steps, lows = torch.empty(shape).numpy(), torch.empty(shape).numpy()
+    return (codes, steps, lows) if kernels.fit_grid(full_SIO, codes, steps, lows) else None
