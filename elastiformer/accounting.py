@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from elastiformer.capacity import WHOLE_LAYER, LayerPlan, Phase, Plan, is_dense
+from elastiformer.capacity import WHOLE_LAYER, LayerPlan, Phase, Plan
 
 KVPolicy = Literal["complete", "kept"]
 
@@ -93,6 +93,19 @@ def layer_counts(shape: LayerShape, plan: LayerPlan) -> LayerCounts:
     )
 
 
+def repaired_from(plan: Plan) -> int:
+    """The first layer in which a token's low-rank repair runs; the number of layers: in none.
+
+    What was computed before anything was left out is exact, and a repair could only spoil it. A
+    layer of which whole sub-layers are left out still reads what is exact.
+    """
+    for place, layer in enumerate(plan):
+        if layer != WHOLE_LAYER:
+            inner = replace(layer, attention_tokens=1.0, mlp_tokens=1.0)
+            return place if inner != WHOLE_LAYER else place + 1
+    return len(plan)
+
+
 @dataclass(frozen=True, slots=True)
 class LayerCost:
     """FLOPs of one token in one layer under one plan, by what the token router decides.
@@ -109,13 +122,12 @@ class LayerCost:
 
 @lru_cache(maxsize=65536)
 def layer_cost(
-    shape: LayerShape, plan: LayerPlan, kv: KVPolicy, dense: bool, unread: bool = False
+    shape: LayerShape, plan: LayerPlan, kv: KVPolicy, exact: bool, unread: bool = False
 ) -> LayerCost:
     """What one layer costs one token.
 
     Args:
-        dense: the token's plan keeps all of every layer, so no router and no LoRA runs for it. A
-            plan that keeps all of this layer only is not dense in this sense: its LoRA still runs.
+        exact: this layer comes before `repaired_from`, so no LoRA runs in it.
         unread: nobody reads what the token leaves this layer with, only its keys and values.
     """
     width = shape.width
@@ -124,7 +136,7 @@ def layer_cost(
     neurons = counts.neurons
 
     def lora(*parts: str) -> int:
-        if dense:
+        if exact:
             return 0
         total = 0
         for pair in shape.lora:
@@ -208,12 +220,12 @@ class ModelShape:
             layers = tuple(replace(layer, lora=()) for layer in layers)
         return replace(self, layers=layers, last_unread=phase is Phase.PROMPT)
 
-    def costs(self, plan: Plan, dense: bool) -> Iterator[LayerCost]:
+    def costs(self, plan: Plan) -> Iterator[LayerCost]:
         """What each layer costs one token under a plan."""
-        last = len(self.layers) - 1
+        last, first = len(self.layers) - 1, repaired_from(plan)
         for place, (shape, layer) in enumerate(zip(self.layers, plan, strict=True)):
             unread = self.last_unread and place == last
-            yield layer_cost(shape, layer, self.kv, dense, unread)
+            yield layer_cost(shape, layer, self.kv, place < first, unread)
 
     @property
     def head_flops(self) -> int:
@@ -235,14 +247,23 @@ class ModelShape:
         tokens leave no keys behind (`kv: kept`), the keys met are taken to be as many as the
         share keeps.
         """
-        total = 0.0
-        for cost, layer in zip(self.costs(plan, is_dense(plan)), plan, strict=True):
-            keys = context * layer.attention_tokens if self.kv == "kept" else context
-            kept = layer.attention_tokens
-            total += kept * (cost.attention_kept + keys * cost.attention_per_key)
-            total += (1 - kept) * cost.attention_skipped
-            total += layer.mlp_tokens * cost.mlp_kept + (1 - layer.mlp_tokens) * cost.mlp_skipped
-        return total
+        return sum(
+            self._planned(cost, layer, context)
+            for cost, layer in zip(self.costs(plan), plan, strict=True)
+        )
+
+    def planned_layer_flops(self, place: int, plan: LayerPlan, context: int) -> float:
+        """The same of one layer alone, which is repaired, as after something was left out."""
+        unread = self.last_unread and place == len(self.layers) - 1
+        cost = layer_cost(self.layers[place], plan, self.kv, False, unread)
+        return self._planned(cost, plan, context)
+
+    def _planned(self, cost: LayerCost, layer: LayerPlan, context: int) -> float:
+        keys = context * layer.attention_tokens if self.kv == "kept" else context
+        kept = layer.attention_tokens
+        total = kept * (cost.attention_kept + keys * cost.attention_per_key)
+        total += (1 - kept) * cost.attention_skipped
+        return total + layer.mlp_tokens * cost.mlp_kept + (1 - layer.mlp_tokens) * cost.mlp_skipped
 
     def planned_share(self, plan: Plan, context: int) -> float:
         """The share of the dense block FLOPs that a token under this plan spends."""

@@ -63,6 +63,7 @@ class AdapterSpec:
     lora_rank: int = 0  # 0: no repair
     lora_parts: tuple[str, ...] = ()
     lora_phases: LoraPhases = "shared"
+    lora_first: int = 0  # the first layer that is repaired
 
     def problems(self) -> list[str]:
         found = []
@@ -76,6 +77,8 @@ class AdapterSpec:
             found.append(f"kv: 'complete' or 'kept'; got {self.kv!r}")
         if self.lora_rank < 0:
             found.append(f"lora rank: at least 0; got {self.lora_rank}")
+        if self.lora_first < 0:
+            found.append(f"lora first layer: at least 0; got {self.lora_first}")
         return found
 
 
@@ -109,6 +112,18 @@ class Adapter:
             digest.update(save_tensors(dict(self.lora.state_dict())))
         if self.calibration is not None:
             digest.update(json.dumps(self.calibration.as_json(), sort_keys=True).encode())
+        return digest.hexdigest()[:16]
+
+    def identity_in(self, phase: Phase) -> str:
+        """A hash of all that decides, before calibration, what tokens of one phase meet."""
+        spec = self.spec
+        chosen = (self.base, spec.units, spec.experts, spec.token_gate, spec.part_gate, spec.kv)
+        digest = hashlib.sha256(repr(chosen).encode())
+        digest.update(save_tensors(self._tensors()))
+        name = self.lora.set_name(phase) if self.lora is not None else None
+        if self.lora is not None and name is not None:
+            digest.update(repr((spec.lora_rank, spec.lora_parts, spec.lora_first)).encode())
+            digest.update(save_tensors(dict(self.lora.sets[name].state_dict())))
         return digest.hexdigest()[:16]
 
     def router(self, layer: int, unit: Unit) -> Router | None:
@@ -197,6 +212,7 @@ class Adapter:
                     "rank": spec.lora_rank,
                     "parts": list(spec.lora_parts),
                     "phases": spec.lora_phases,
+                    "first_layer": spec.lora_first,
                 }
                 if spec.lora_rank
                 else None
@@ -311,7 +327,7 @@ def blank(spec: AdapterSpec, layout: Layout, base: BaseIdentity) -> Adapter:
     shapes = [replace(layer.shape, experts=spec.experts) for layer in layout.layers]
     lora = None
     if spec.lora_rank:
-        lora = Lora(layout, spec.lora_rank, spec.lora_parts, spec.lora_phases)
+        lora = Lora(layout, spec.lora_rank, spec.lora_parts, spec.lora_phases, spec.lora_first)
     order = [torch.arange(shape.mlp_width) for shape in shapes] if spec.experts else None
     return Adapter(spec, base, Routers(shapes, spec.units), lora, order)
 
@@ -367,6 +383,7 @@ def _spec(header: Mapping[str, Any]) -> AdapterSpec:
         lora_rank=int(lora["rank"]),
         lora_parts=tuple(lora["parts"]),
         lora_phases=lora["phases"],
+        lora_first=int(lora.get("first_layer", 0)),
     )
 
 

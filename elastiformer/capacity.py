@@ -83,6 +83,11 @@ def is_dense(plan: Plan) -> bool:
     return all(layer == WHOLE_LAYER for layer in plan)
 
 
+def rooted(plan: Plan) -> Plan:
+    """The plan as position 0 runs it: every token attends to it, so it skips no sub-layer."""
+    return tuple(replace(layer, attention_tokens=1.0, mlp_tokens=1.0) for layer in plan)
+
+
 @dataclass(frozen=True, slots=True)
 class UnitShares:
     """A keep share per unit, the same in every layer; what is not named is kept whole."""

@@ -40,7 +40,8 @@ def model_card(header: Mapping[str, Any], calibration: Calibration | None) -> st
     ]
     if lora := header["lora"]:
         lines.append(
-            f"- LoRA: rank {lora['rank']} on {', '.join(lora['parts'])}; phases: {lora['phases']}"
+            f"- LoRA: rank {lora['rank']} on {', '.join(lora['parts'])} from layer "
+            f"{lora.get('first_layer', 0)} on; phases: {lora['phases']}"
         )
     if calibration is not None and calibration.measured:
         lines += ["", "## Measured on held-out text", "", *measured_table(calibration)]

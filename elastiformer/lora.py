@@ -48,14 +48,23 @@ class Lora(nn.Module):
 
     Args:
         parts: which projections are repaired; a fused module is repaired when any of its parts is.
+        first: the first layer that has pairs.
     """
 
-    def __init__(self, layout: Layout, rank: int, parts: Sequence[str], phases: LoraPhases) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        rank: int,
+        parts: Sequence[str],
+        phases: LoraPhases,
+        first: int = 0,
+    ) -> None:
         super().__init__()
-        self.rank, self.parts, self.phases = rank, tuple(parts), phases
+        self.rank, self.parts, self.phases, self.first = rank, tuple(parts), phases, first
         self.scale = 2.0  # alpha / rank
         self.layers_path = layout.layers_path
         layers = layout.layers
+        self.layers = len(layers)
         # How PEFT must be told that the base keeps its weights as inputs x outputs.
         self.transposed = isinstance(layers[0].out.module, Conv1D)
         self.sets = nn.ModuleDict({name: self._set(layers) for name in _SETS[phases]})
@@ -65,7 +74,8 @@ class Lora(nn.Module):
         for layer in layers:
             of_layer = {}
             for path, held in layer.modules.items():
-                if any(projection.part in self.parts for projection in held):
+                repaired = layer.index >= self.first
+                if repaired and any(projection.part in self.parts for projection in held):
                     inputs = held[0].weight_OI.shape[1]
                     outputs = max(projection.stop for projection in held)
                     of_layer[_key(path)] = LoraPair(inputs, outputs, self.rank, self.scale)

@@ -75,6 +75,7 @@ def _config(lora: Lora, layers: nn.Module, base_id: str) -> bytes:
         r=lora.rank,
         lora_alpha=int(lora.scale * lora.rank),
         target_modules=paths,
+        layers_to_transform=list(range(lora.first, lora.layers)) if lora.first else None,
         fan_in_fan_out=lora.transposed,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_id,

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from elastiformer.accounting import ModelShape, layer_counts
+from elastiformer.accounting import ModelShape, layer_counts, repaired_from
 from elastiformer.adapter import Adapter
-from elastiformer.capacity import Phase, Plan, Site, Unit, is_dense
+from elastiformer.capacity import Phase, Plan, Site, Unit, is_dense, rooted
 from elastiformer.families import Layer, Layout
 from elastiformer.routers import (
     TOKEN_UNITS,
@@ -139,6 +139,10 @@ class MaskedPass:
         first_BT = torch.zeros_like(output_BT)
         first_BT[:, 0] = True
         self._first_BT = first_BT
+        # Position 0 skips no sub-layer, so its repair may begin later.
+        starts = [[repaired_from(each) for each in (plan, rooted(plan))] for plan in grid.plans]
+        starts_P2 = torch.tensor(starts, device=device)
+        self._repaired_from_BT = starts_P2[grid.plan_BT, first_BT.long()]
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -229,7 +233,7 @@ class MaskedPass:
         def hook(_: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
             for phase in Phase:
                 in_phase_BT = self.output_BT == (phase is Phase.OUTPUT)
-                rows_BT = in_phase_BT & ~self.dense_BT
+                rows_BT = in_phase_BT & ~self.dense_BT & (self._repaired_from_BT <= layer.index)
                 pair = lora.pair(layer.index, path, phase)
                 if pair is not None and bool(rows_BT.any()):
                     added = pair(args[0].to(pair.a_RI.dtype)).to(out.dtype)

@@ -140,7 +140,7 @@ class Packed:
         self.kind_N = np.array([number[kind] for kind in self.kinds])
         self._number = number
         self._rows: dict[frozenset[Kind], Rows] = {}
-        self.repaired: list[tuple[str, Rows]] | None = None  # filled in by who knows
+        self.repaired: dict[int, list[tuple[str, Rows]]] = {}  # by layer; filled in by who knows
         self.ids_N = torch.tensor(self.ids, dtype=torch.long, device=device)
         self.position_N = torch.tensor(self.positions, dtype=torch.long, device=device)
 

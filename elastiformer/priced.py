@@ -10,13 +10,19 @@ Shape letters: L layers   S sites
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 
 import numpy as np
 
-from elastiformer.accounting import LayerCost, LayerCounts, ModelShape, layer_counts
-from elastiformer.capacity import Plan, Site, dense_plan, is_dense
+from elastiformer.accounting import (
+    LayerCost,
+    LayerCounts,
+    ModelShape,
+    layer_counts,
+    repaired_from,
+)
+from elastiformer.capacity import Plan, Site, dense_plan, is_dense, rooted
 
 _REMEMBERED = 4096  # plans; a caller may invent new shares for ever
 
@@ -49,6 +55,7 @@ class PricedPlan:
 
     plan: Plan
     is_dense: bool
+    repaired_from: int  # the first layer in which its low-rank repair runs
     counts: tuple[LayerCounts, ...]
     costs: tuple[LayerCost, ...]
     total: Price  # of a token that every token router keeps
@@ -64,8 +71,7 @@ class PricedPlan:
     @cached_property
     def rooted(self) -> PricedPlan:
         """The same plan for position 0, which skips no sub-layer."""
-        whole = {"attention_tokens": 1.0, "mlp_tokens": 1.0}
-        plan = tuple(replace(layer, **whole) for layer in self.plan)
+        plan = rooted(self.plan)
         return self if plan == self.plan else self._root(plan)
 
 
@@ -83,7 +89,7 @@ class Pricing:
     def _price(self, plan: Plan, dense: bool) -> PricedPlan:
         shapes = self.shape.layers
         counts = tuple(map(layer_counts, shapes, plan))
-        costs = tuple(self.shape.costs(plan, dense))
+        costs = tuple(self.shape.costs(plan))
         both = list(zip(shapes, counts, strict=True))
         total, per_key, channels = Price(), [], []
         no_attention: dict[int, Price] = {}
@@ -117,6 +123,7 @@ class Pricing:
         return PricedPlan(
             plan=plan,
             is_dense=dense,
+            repaired_from=repaired_from(plan),
             counts=counts,
             costs=costs,
             total=total,
@@ -127,5 +134,5 @@ class Pricing:
             picks=any(getattr(layer, site.value) < 1 for layer in plan for site in Site),
             leaves_heads_out=any(kept.heads < shape.heads for shape, kept in both),
             leaves_experts_out=any(kept.neurons < shape.mlp_width for shape, kept in both),
-            _root=lambda rooted: self._remembered(rooted, False),
+            _root=lambda whole: self._remembered(whole, False),
         )

@@ -55,7 +55,7 @@ class SparseExperts:
             counts.neurons,
             counts.mlp_in,
             counts.mlp_out,
-            self.workshop.repair_name(kind),
+            self.workshop.repair_name(layer, kind),
         )
 
     def _of_group(

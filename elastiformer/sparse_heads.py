@@ -62,9 +62,8 @@ class SparseHeads:
 
     def _group(self, layer: Layer, kind: Kind) -> HeadGroup:
         counts = kind.plan.counts[layer.index]
-        return HeadGroup(
-            counts.heads, counts.attention_in, counts.attention_out, self.workshop.repair_name(kind)
-        )
+        repair = self.workshop.repair_name(layer, kind)
+        return HeadGroup(counts.heads, counts.attention_in, counts.attention_out, repair)
 
     def _branch(
         self,

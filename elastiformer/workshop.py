@@ -96,9 +96,11 @@ class Workshop:
         assert self.adapter is not None, "gates without an adapter"
         return self.adapter.spec.part_gate
 
-    def repair_name(self, kind: Kind) -> str | None:
-        """The set of low-rank pairs that rows of this kind use; none at capacity 1.0."""
-        if kind.is_dense or self.adapter is None or self.adapter.lora is None:
+    def repair_name(self, layer: Layer, kind: Kind) -> str | None:
+        """The set of low-rank pairs that rows of this kind use in a layer; none while exact."""
+        if self.adapter is None or self.adapter.lora is None:
+            return None
+        if layer.index < kind.plan.repaired_from:
             return None
         return self.adapter.lora.set_name(kind.phase)
 
@@ -115,18 +117,20 @@ class Workshop:
     ) -> Tensor:
         """The product of some rows, each with the repair of its kind."""
         out_RO = product.run(reading)
-        for name, of_name in self._repaired(packed):
+        for name, of_name in self._repaired(layer, packed):
             some = of_name.within(rows)
             if some.count:
                 self.repair(layer, name).mend(product, reading, out_RO, some.among(rows))
         return out_RO
 
-    def _repaired(self, packed: Packed) -> list[tuple[str, Rows]]:
-        """The rows of a step that are repaired, by the set of their pairs."""
-        if packed.repaired is None:
-            groups = packed.groups(self.repair_name)
-            packed.repaired = [(name, rows) for name, rows in groups if name is not None]
-        return packed.repaired
+    def _repaired(self, layer: Layer, packed: Packed) -> list[tuple[str, Rows]]:
+        """The rows of a step that are repaired in a layer, by the set of their pairs."""
+        if layer.index not in packed.repaired:
+            groups = packed.groups(lambda kind: self.repair_name(layer, kind))
+            packed.repaired[layer.index] = [
+                (name, rows) for name, rows in groups if name is not None
+            ]
+        return packed.repaired[layer.index]
 
     @property
     def bytes_per_weight(self) -> float:

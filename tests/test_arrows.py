@@ -26,7 +26,7 @@ LOW_TO_HIGH = """
 
     training: __init__ files options signals progress processes corpora data losses lessons student
         checkpoint quality allotment tuning sensitivity baselines pictures stopwatch reports loop
-        distill calibrate evaluate synthesize __main__
+        distill repair calibrate evaluate synthesize __main__
 """
 
 # library: the only files that may import it. A package stands for all its files.

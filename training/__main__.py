@@ -2,6 +2,7 @@
 
     python -m training synthesize --base BASE --prompts FILE --tokens N --out FILE.jsonl
     python -m training distill    --base BASE --data DATA --out DIR
+    python -m training repair     --base BASE --adapter DIR --data DATA --out DIR
     python -m training calibrate  --base BASE --adapter DIR --data DATA
     python -m training evaluate   --base BASE --adapter DIR --data DATA --capacities 1.0,0.8,0.6
                                   --out REPORT_DIR
@@ -22,7 +23,8 @@ from collections.abc import Sequence
 
 from elastiformer.errors import ElastiError
 
-COMMANDS = ("synthesize", "distill", "calibrate", "evaluate")  # each a module of this package
+# Each a module of this package.
+COMMANDS = ("synthesize", "distill", "repair", "calibrate", "evaluate")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

@@ -46,9 +46,6 @@ LEAST_KL = 1e-6  # what lies below is rounding
 GRID = 20  # a channel's or token's share moves in steps of 1/20
 LEAST_SHARE = 0.1  # of things inside a sub-layer; below, the sub-layer is left out whole
 
-# Keeps everything, but counts as routed: its low-rank repair runs.
-ALMOST_WHOLE = LayerPlan(mlp_out=1 - 1e-9)
-
 
 def probe_share(name: str) -> float:
     return PROBES.get(name, PROBE)
@@ -133,11 +130,7 @@ class Allotment:
         late: Mapping[int, float] | None = None,
         whole: bool = True,
     ) -> None:
-        last = len(shape.layers) - 1
-        self._shapes = [
-            replace(shape, layers=(layer,), last_unread=shape.last_unread and place == last)
-            for place, layer in enumerate(shape.layers)
-        ]
+        self._shape = shape
         self._layers = len(shape.layers)
         self._context = context
         self._curves = curves
@@ -224,9 +217,7 @@ class Allotment:
         return self._known[key]
 
     def _flops(self, layer: int, plan: LayerPlan) -> float:
-        if plan == WHOLE_LAYER:
-            plan = ALMOST_WHOLE
-        return self._shapes[layer].planned_token_flops((plan,), self._context)
+        return self._shape.planned_layer_flops(layer, plan, self._context)
 
 
 def late_layers(layers: int) -> tuple[Step, ...]:

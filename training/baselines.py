@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from elastiformer import Calibration, ElasticModel, Phase
 from elastiformer.calibration import Step
-from elastiformer.capacity import Plan, Site, is_dense
+from elastiformer.capacity import Plan, Site
 from elastiformer.families import Layer
 from elastiformer.masked import PlanGrid, Selection
 from elastiformer.routers import best
@@ -192,10 +192,10 @@ def _picked(
 
 def _without_channels(plan: Plan) -> Plan:
     """The plan with every channel kept, but still not the dense one, so that its repair runs."""
-    if is_dense(plan):
-        return plan
-    whole = {site.value: 1 - 1e-9 for site in Site}
-    return tuple(replace(layer, **whole) for layer in plan)
+    return tuple(
+        replace(layer, **{site.value: 1 - 1e-9 for site in Site if getattr(layer, site) < 1})
+        for layer in plan
+    )
 
 
 def _channel_hooks(

@@ -198,7 +198,7 @@ class _Job:
         }
         self._meter = Meter(model, ids_WT, prompt_tokens)
         self.notebook = Notebook(
-            args.adapter / "sensitivity.jsonl", about(model.adapter.identity, ids_WT, prompt_tokens)
+            args.adapter / "sensitivity.jsonl", about(model.adapter, ids_WT, prompt_tokens)
         )
         self.chosen: dict[Phase, str] = {}
         self.compared: dict[str, dict[str, dict[str, float]]] = {}
@@ -246,11 +246,8 @@ class _Job:
     def _path(self, phase: Phase) -> tuple[Step, ...]:
         """The best of the candidates, tuned."""
         fields = fields_of(self._units[phase])
-        base_kl = self._base_kl(phase)
-        known = curves(self.notebook.answers, phase, self._layers, base_kl)
-        makers = self._makers(
-            phase, fields, late_losses(self.notebook.answers, self._layers, base_kl)
-        )
+        known = curves(self.notebook.answers, phase, self._layers)
+        makers = self._makers(phase, fields, late_losses(self.notebook.answers))
         judged = {
             name: (self._score(phase, name, path), path)
             for name, make in track(
@@ -315,12 +312,6 @@ class _Job:
         self.compared.setdefault(phase.value, {})[name] = found
         mean = sum(math.log(max(kl, LEAST_KL)) for kl in found.values()) / max(1, len(found))
         return len(asked) - len(found), mean
-
-    def _base_kl(self, phase: Phase) -> float:
-        assert self._model.adapter is not None
-        if self._model.adapter.lora is None:
-            return 0.0
-        return self._meter.kl(phase, self._meter.nearly_dense())
 
 
 def _draft(paths: Paths, context: int) -> Calibration:

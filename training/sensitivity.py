@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,12 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastiformer import ElasticModel, Phase, Unit
+from elastiformer import Adapter, ElasticModel, Phase, Unit
 from elastiformer.calibration import Schedule
 from elastiformer.capacity import WHOLE_LAYER, LayerPlan, Plan, dense_plan
 from elastiformer.masked import PlanGrid, Selection
 from training.allotment import (
-    ALMOST_WHOLE,
     STEEPNESS,
     TOKEN_FIELDS,
     Curves,
@@ -198,25 +197,18 @@ class Meter:
         return torch.ones_like(self._ids_WT, dtype=torch.bool)
 
     def _record(self, phase: Phase) -> list[Any]:
-        """What each layer gives when nothing is left out but the plan is not the dense one.
-
-        So its low-rank repair runs, as it does below a probed layer.
-        """
+        """What each layer gives when nothing is left out, as below a probed layer."""
         outputs: list[Any] = [None] * self._layers
         handles = [
             module.register_forward_hook(lambda _, args, out, at=at: outputs.__setitem__(at, out))
             for at, module in enumerate(self._modules())
         ]
         try:
-            self._run(phase, self.nearly_dense())
+            self._run(phase, self._dense)
         finally:
             for handle in handles:
                 handle.remove()
         return outputs
-
-    def nearly_dense(self) -> Plan:
-        """A plan that keeps everything and yet counts as routed: the base line of every probe."""
-        return (*self._dense[:-1], ALMOST_WHOLE)
 
     def _modules(self) -> list[nn.Module]:
         layout = self._model.layout
@@ -249,20 +241,23 @@ class Notebook:
     """The answers so far, in a file of one JSON object a line.
 
     Answers to another adapter, other data or other windows are kept in the file and not used.
+
+    Args:
+        about: by phase, what its answers hang on.
     """
 
-    def __init__(self, path: Path, about: str) -> None:
+    def __init__(self, path: Path, about: Mapping[Phase, str]) -> None:
         self._path = path
         self._about = about
         self.answers: dict[Probe, float] = {}
         for entry in _whole_lines(path):
-            if entry.get("about") == about:
-                probe = Probe(Phase(entry["phase"]), entry["layer"], entry["field"], entry["share"])
+            probe = _probe(entry)
+            if entry.get("about") == about[probe.phase]:
                 self.answers[probe] = entry["kl"]
 
     def note(self, probe: Probe, kl: float) -> None:
         self.answers[probe] = kl
-        line = json.dumps(asdict(probe) | {"kl": kl, "about": self._about})
+        line = json.dumps(asdict(probe) | {"kl": kl, "about": self._about[probe.phase]})
         with self._path.open("a", encoding="utf-8") as file:
             # A run that was killed may have left half a line.
             file.write(line + "\n" if _ends_whole(self._path) else "\n" + line + "\n")
@@ -273,14 +268,18 @@ class Notebook:
 def remembered(path: Path) -> dict[Probe, float]:
     """The answers of the latest calibration that wrote in this file; none without one."""
     entries = list(_whole_lines(path))
-    return {_probe(each): each["kl"] for each in entries if each["about"] == entries[-1]["about"]}
+    latest = {entry["phase"]: entry["about"] for entry in entries}
+    return {_probe(e): e["kl"] for e in entries if e["about"] == latest[e["phase"]]}
 
 
-def about(adapter_identity: str, ids_WT: Tensor, prompt_tokens: int) -> str:
-    """A short hash of everything that an answer hangs on."""
-    digest = hashlib.sha256(f"{adapter_identity}/{prompt_tokens}/".encode())
-    digest.update(ids_WT.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def about(adapter: Adapter, ids_WT: Tensor, prompt_tokens: int) -> dict[Phase, str]:
+    """For each phase a short hash of everything that an answer hangs on."""
+    found = {}
+    for phase in Phase:
+        digest = hashlib.sha256(f"{adapter.identity_in(phase)}/{prompt_tokens}/".encode())
+        digest.update(ids_WT.cpu().numpy().tobytes())
+        found[phase] = digest.hexdigest()[:16]
+    return found
 
 
 def ask(
@@ -299,12 +298,12 @@ def ask(
     return 0
 
 
-def curves(answers: dict[Probe, float], phase: Phase, layers: int, base_kl: float) -> Curves:
-    """The loss curves of a phase; what repair alone changes (`base_kl`) is no probe's fault."""
+def curves(answers: dict[Probe, float], phase: Phase, layers: int) -> Curves:
+    """The loss curves of a phase."""
     probed: dict[tuple[int, str], dict[float, float]] = {}
     for probe, kl in answers.items():
         if probe.phase is phase and probe.field != LATE:
-            probed.setdefault((probe.layer, probe.field), {})[probe.share] = kl - base_kl
+            probed.setdefault((probe.layer, probe.field), {})[probe.share] = kl
     found = Curves(layers, probed)
     for name in STEEPNESS:
         measured = sorted(
@@ -317,10 +316,8 @@ def curves(answers: dict[Probe, float], phase: Phase, layers: int, base_kl: floa
     return found
 
 
-def late_losses(answers: dict[Probe, float], layers: int, base_kl: float) -> dict[int, float]:
-    return {
-        probe.layer: max(0.0, kl - base_kl) for probe, kl in answers.items() if probe.field == LATE
-    }
+def late_losses(answers: dict[Probe, float]) -> dict[int, float]:
+    return {probe.layer: max(0.0, kl) for probe, kl in answers.items() if probe.field == LATE}
 
 
 def _steepness(points: dict[float, float]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from elastiformer import (
     Step,
     Unit,
 )
+from elastiformer.adapter import blank
 from elastiformer.weights import BaseIdentity
 from tests.elastiformer.elastic import PROMPT, TOKENS, any_plan, elastic, masked_logits, text
 from tests.tiny import LAYERS, tiny
@@ -82,6 +84,29 @@ def test_peft_loads_the_repair_onto_the_base_and_computes_the_same(family, tmp_p
         expected = theirs(ids_BT).logits[0, PROMPT - 1 :]
 
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_repair_of_late_layers_alone_is_stored_served_and_loaded_by_peft(tmp_path):
+    model = elastic(units=[Unit.MLP_TOKENS])
+    spec = replace(model.adapter.spec, lora_first=1)
+    late = blank(spec, model.layout, model.identity)
+    late.routers.load_state_dict(model.adapter.routers.state_dict())
+    for name, parameter in late.parameters().items():
+        parameter.data.copy_(model.trainable()[name].data)
+    model.attach(late)
+    plan = (LayerPlan(mlp_in=0.99),) * LAYERS
+    ours = masked_logits(model, text(), (plan, plan))
+    folder = late.save(tmp_path / "adapter")
+    names = load_file(folder / "lora" / "adapter_model.safetensors")
+    theirs = PeftModel.from_pretrained(tiny("llama"), folder / "lora").eval()
+    with torch.no_grad():
+        expected = theirs(text()).logits[0, PROMPT - 1 :]
+    reloaded = ElasticModel(tiny("llama"))
+    reloaded.attach(SavedAdapter.load(folder).fit(reloaded.layout, reloaded.identity))
+
+    assert not any(".layers.0." in name for name in names)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(masked_logits(reloaded, text(), (plan, plan)), ours)
 
 
 def test_every_misfit_is_named_at_once(saved):

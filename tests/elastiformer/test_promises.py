@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from elastiformer import DENSE, Capacity, Chunk, ElasticModel, LayerPlan, Phase, Unit, dense_plan
-from elastiformer.accounting import layer_cost
+from elastiformer.accounting import layer_cost, repaired_from
 from tests.elastiformer.elastic import (
     EVERY_UNIT,
     PROMPT,
@@ -100,6 +100,61 @@ def test_usage_counts_what_pytorch_counts(family, kv, phases):
 
     assert sequence.usage.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert sequence.usage.flops < 0.9 * sequence.usage.dense_flops
+
+
+GONE = LayerPlan(attention_tokens=0.0, mlp_tokens=0.0)
+PICKED = LayerPlan(mlp_in=0.5, mlp_out=0.5)
+WHOLE = LayerPlan()
+# Plans that leave nothing out at first, and where their repair begins.
+LATER = [
+    ((WHOLE, WHOLE, WHOLE), 3),
+    ((WHOLE, GONE, GONE), 2),
+    ((WHOLE, WHOLE, GONE), 3),
+    ((WHOLE, PICKED, WHOLE), 1),
+    ((PICKED, WHOLE, WHOLE), 0),
+    ((GONE, WHOLE, WHOLE), 1),
+    ((WHOLE, LayerPlan(attention_tokens=0.5), PICKED), 2),
+    ((WHOLE, LayerPlan(attention_tokens=0.5, mlp_in=0.5), WHOLE), 1),
+]
+
+
+@pytest.mark.parametrize(("plan", "begins"), LATER)
+def test_repair_begins_after_the_first_thing_left_out(plan, begins):
+    assert repaired_from(plan) == begins
+
+
+@pytest.mark.parametrize("kv", ["complete", "kept"])
+@pytest.mark.parametrize("phases", ["shared", "split", "prompt"])
+@pytest.mark.parametrize("plan", [plan for plan, _ in LATER])
+def test_a_repair_that_begins_late_is_the_same_in_both_forms_and_counted(plan, phases, kv):
+    """Also for position 0, which skips no sub-layer, and beside rows that begin elsewhere."""
+    model, ids_BT = elastic(kv=kv, lora_phases=phases), text()
+    plans = (plan, PLANS[1])
+    expected = masked_logits(model, ids_BT, plans)
+    sequence, mate = (planned(model, each, PROMPT, TOKENS) for each in (plans, PLANS))
+    pieces, rows = cut(ids_BT[0].tolist(), PROMPT), []
+    for piece in pieces:
+        rows.append(model.step([Chunk(sequence, piece), Chunk(mate, piece)])[0])
+    torch.testing.assert_close(torch.cat(rows), expected, **CLOSE)
+
+    alone = planned(model, plans, PROMPT, TOKENS)
+    with FlopCounterMode(display=False) as counter:
+        run(model, alone, pieces)
+    assert alone.usage.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert alone.usage.flops == sequence.usage.flops
+
+
+def test_what_was_computed_before_anything_was_left_out_is_not_repaired():
+    model, ids_BT = elastic(lora_phases="prompt", lora_parts=("key", "value")), text()
+    last = (WHOLE, WHOLE, GONE)
+    before = masked_logits(model, ids_BT, (last, DENSE_PLANS[0]))
+    with torch.no_grad():
+        for name, parameter in model.trainable().items():
+            if name.startswith("lora"):
+                parameter.mul_(100.0)
+    # Keys and values of the layer that is left are exact, too: all are as in the base.
+    assert torch.equal(masked_logits(model, ids_BT, (last, DENSE_PLANS[0])), before)
+    torch.testing.assert_close(before, masked_logits(model, ids_BT, DENSE_PLANS), **CLOSE)
 
 
 def test_a_layer_that_no_token_keeps_costs_no_product_and_changes_nothing():

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import elastiformer
 from elastiformer import DENSE, Capacity, Chunk, ElasticModel, Phase, PlanGrid
+from elastiformer.lora import LoraPair
 
 BASE = "smollm2-135m-instruct"
 ADAPTER = Path(elastiformer.__file__).parent / "adapters" / BASE
@@ -18,6 +19,15 @@ PROMPT_TEXT = (
     "The lighthouse stood at the end of the long stone pier, and every evening at dusk the keeper "
     "climbed its two hundred steps to light the lamp. Ships from the north knew its slow double "
     "flash, and fishermen set their course by it when the fog came in from the open sea. "
+)
+
+
+FRESH_TEXT = (  # nothing in it comes twice
+    "When the old clockmaker died, his shop passed to a niece who had never wound a watch in her "
+    "life. She kept the door locked for a month, afraid of the ticking, until one morning a boy "
+    "knocked and asked whether his grandfather's pocket watch was ready. She found it in a drawer, "
+    "wrapped in paper, with a note about a broken spring, and sat down at the bench to learn what "
+    "a spring was."
 )
 
 
@@ -93,6 +103,30 @@ def test_the_sparse_form_takes_the_decisions_that_the_masked_form_measured(ids):
     expected_RV = expected[0, prompt - 1 :].float()
     torch.testing.assert_close(torch.cat(actual), expected_RV, atol=1e-3, rtol=1e-3)
     assert sequence.phase_at(prompt - 1) is Phase.OUTPUT
+
+
+def test_the_repair_gives_prompts_back_much_of_what_leaving_late_layers_costs(model, monkeypatch):
+    """Prompt at a capacity of 0.65, continuation whole; the same with the repair turned off."""
+    ids_BT, prompt = torch.tensor([model.tokenizer(FRESH_TEXT)["input_ids"]]), 54
+    tokens = ids_BT.shape[1]
+    plans = [(model.plans(Capacity(0.65), tokens)[0], model.plans(DENSE, tokens)[1])]
+    output_BT = torch.arange(tokens)[None] >= prompt - 1
+
+    def lost() -> float:
+        with torch.inference_mode():
+            found = model.masked(ids_BT, plans, output_BT).logits_BTV
+            return float(kl_per_token(found[output_BT]).mean())
+
+    def kl_per_token(student_NV):
+        teacher = model.teacher(ids_BT)[output_BT].log_softmax(-1)
+        return (teacher.exp() * (teacher - student_NV.log_softmax(-1))).sum(-1)
+
+    with_repair = lost()
+    for pair in model.adapter.lora.modules():
+        if isinstance(pair, LoraPair):
+            monkeypatch.setattr(pair, "scale", 0.0)
+    without = lost()
+    assert with_repair < 0.7 * without
 
 
 def test_more_capacity_is_measured_as_no_worse(model):

@@ -151,12 +151,12 @@ def test_the_last_layer_costs_a_prompt_nothing(elastic):
 
 def test_answers_to_other_data_are_kept_but_not_used(tmp_path):
     probe = Probe(Phase.OUTPUT, 1, "heads", 0.5)
-    Notebook(tmp_path / "notes", "one").note(probe, 0.25)
+    Notebook(tmp_path / "notes", dict.fromkeys(Phase, "one")).note(probe, 0.25)
 
-    other = Notebook(tmp_path / "notes", "other")
+    other = Notebook(tmp_path / "notes", dict.fromkeys(Phase, "other"))
     assert other.answers == {}
     other.note(probe, 0.5)
-    assert Notebook(tmp_path / "notes", "one").answers == {probe: 0.25}
+    assert Notebook(tmp_path / "notes", dict.fromkeys(Phase, "one")).answers == {probe: 0.25}
     assert remembered(tmp_path / "notes") == {probe: 0.5}
 
 
