@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+SHARES = (0.3, 0.5, 0.65, 0.8, 0.9, 1.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -21,7 +21,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 class FewRows:
     """Up to how many rows going row by row is faster, for each share of SHARES."""
 
-    most: tuple[int, ...] = (8,) * len(SHARES)  # unmeasured; right on every processor tried
+    most: tuple[int, ...] = (8,) * len(SHARES)  # a guess, until it is measured
 
     def rows(self, share: float) -> int:
         return self.most[min(bisect_left(SHARES, share), len(SHARES) - 1)]
@@ -52,12 +52,13 @@ def compare(
     Args:
         seconds: to spend in all, about.
     """
-    each = seconds / (4 * len(SHARES))
+    each = seconds / (len(SHARES) * len(ROWS).bit_length())
     most = []
     for share in SHARES:
-        slower = (rows for rows in ROWS if not _is_faster(by_row, at_once, share, rows, each))
-        first_slower = next(slower, 2 * ROWS[-1])
-        most.append(first_slower // 2)
+        slower = bisect_left(
+            ROWS, True, key=lambda rows: not _is_faster(by_row, at_once, share, rows, each)
+        )
+        most.append(ROWS[slower - 1] if slower else 0)
     return FewRows(_falling(most))
 
 
@@ -71,7 +72,7 @@ def _is_faster(
     """Compare medians; the two take turns, so that whatever else runs here falls on both."""
     taken: dict[bool, list[float]] = {True: [], False: []}
     until = time.perf_counter() + seconds
-    while len(taken[False]) < 5 or time.perf_counter() < until:
+    while len(taken[False]) < 3 or time.perf_counter() < until:
         for is_first, run in ((True, first), (False, second)):
             begun = time.perf_counter()
             run(share, rows)

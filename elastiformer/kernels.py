@@ -1,11 +1,9 @@
-"""Loops of the sparse form on a CPU, compiled by Numba: the search for channels, and the product.
+"""Loops of the sparse form on a CPU, compiled by Numba: the search for channels, the fit of a grid.
 
-Each gives the same bits for a row whatever other rows there are, and adds in the order of the
-inputs, SUMMED of them in one go, as oneDNN's float32 product does: so the two can take turns.
+The product over what was found is in lanes.py. A row gets the same whatever other rows there are.
 
-Shape letters: R rows   I inputs   O outputs   S slabs of a weight   C chunks of a slab
-    W outputs of a chunk   G groups of inputs   P picks of all rows   K picks of one row; in
-    start_S: S rows + 1
+Shape letters: R rows   I inputs   O outputs   S slabs of a weight (in start_S: rows + 1)
+    L groups of inputs of all slabs   P picks of all rows   K picks of one row
 """
 
 from __future__ import annotations
@@ -19,33 +17,11 @@ import numpy as np
 import torch
 from numba import prange
 
-from elastiformer.lanes import AHEAD, GROUP, WIDTH, add_rows, widen_rows
-
-SUMMED = 1024
-NOTHING = np.empty((1, 1, 1, WIDTH), dtype=np.float32)
-_BLOCK = 64  # inputs of a tile that stay in the first cache while rows take turns
 _ROWS_ALONE = 4  # so few rows are searched faster by one thread
 
 # Numba must find the OpenMP library that PyTorch brought along: two pools of threads would stand
 # in each other's way. Its other pool does not stand two callers at once, so they take turns.
 TURN = Lock()
-
-
-def multiply(
-    weight_SICW: np.ndarray,
-    steps: np.ndarray,
-    lows: np.ndarray,
-    index_P: np.ndarray,
-    value_P: np.ndarray,
-    start_S: np.ndarray,
-    out_RO: np.ndarray,
-) -> None:
-    """out = the picked values times the stored weight (tiles.py)."""
-    with TURN:
-        if len(out_RO) == 1:
-            _multiply_one(weight_SICW, steps, lows, index_P, value_P, out_RO[0])
-        else:
-            _multiply_some(weight_SICW, steps, lows, index_P, value_P, start_S, out_RO)
 
 
 def search(
@@ -75,10 +51,16 @@ def keep_largest(
         _keep_largest(x_RI, norms_I, counts_R, only_RI)
 
 
-def fit_grid(full_SIO: np.ndarray, codes: np.ndarray, steps: np.ndarray, lows: np.ndarray) -> bool:
-    """Fill in the grid on which a weight lies; False where it lies on none that is known."""
+def fit_grid(
+    full_SIO: np.ndarray, group: int, codes: np.ndarray, steps: np.ndarray, lows: np.ndarray
+) -> bool:
+    """Fill in the grid on which a weight lies; False where it lies on none that is known.
+
+    Args:
+        group: how many inputs share a step and a low.
+    """
     with TURN:
-        return bool(_fit_grid(full_SIO, codes, steps, lows).all())
+        return bool(_fit_grid(full_SIO, group, codes, steps, lows).all())
 
 
 def use_threads() -> None:
@@ -87,7 +69,11 @@ def use_threads() -> None:
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile at the first call; kept on disk where there is a place to."""
+    """Compile at the first call; kept on disk where there is a place to.
+
+    Numba knows what it kept by the date of the function's own file: what a function inlines
+    (intrinsics, constants) must stand in that file, too.
+    """
     options = {"fastmath": {"contract"}, "nogil": True, **options}
 
     def compile_later(function: Callable[..., Any]) -> Any:
@@ -188,71 +174,6 @@ def _search_side_by_side(x_RI, norms_I, index_P, value_P, start_S):  # type: ign
         _search_row(x_RI, norms_I, index_P, value_P, start_S, row)
 
 
-@compiled(parallel=True)
-def _multiply_one(weight_SICW, steps, lows, index_P, value_P, out_O):  # type: ignore[no-untyped-def]
-    """One row: picks a few at a time, each over a whole slab, as they lie in memory."""
-    slabs, _, chunks, _ = weight_SICW.shape
-    picks = len(index_P)
-    for slab in prange(slabs):
-        sums_O = np.zeros(chunks * WIDTH, dtype=np.float32)
-        total_O = np.zeros(chunks * WIDTH, dtype=np.float32)
-        first, summed = 0, SUMMED
-        while first < picks:
-            stop = min(first + AHEAD, picks)
-            if index_P[first] >= summed:
-                total_O += sums_O
-                sums_O[:] = 0
-                while index_P[first] >= summed:
-                    summed += SUMMED
-            while index_P[stop - 1] >= summed:
-                stop -= 1
-            for chunk in range(chunks):
-                add_rows(
-                    sums_O, chunk * WIDTH, weight_SICW, steps, lows, slab, chunk, 0,
-                    index_P, value_P, first, stop, picks,
-                )  # fmt: skip
-            first = stop
-        total_O += sums_O
-        begin = slab * chunks * WIDTH
-        for output in range(begin, min(begin + chunks * WIDTH, len(out_O))):
-            out_O[output] = total_O[output - begin]
-
-
-@compiled(parallel=True)
-def _multiply_some(weight_SICW, steps, lows, index_P, value_P, start_S, out_RO):  # type: ignore[no-untyped-def]
-    """Some rows, in turn over each block of inputs of a tile."""
-    slabs, inputs, chunks, _ = weight_SICW.shape
-    rows, outputs = out_RO.shape
-    for tile in prange(slabs * chunks):
-        slab, chunk = tile // chunks, tile % chunks
-        sums_RW = np.zeros((rows, WIDTH), dtype=np.float32)
-        total_RW = np.zeros((rows, WIDTH), dtype=np.float32)
-        wide_1I1W = np.empty((1, _BLOCK, 1, WIDTH), dtype=np.float32)
-        at_R = start_S[:-1].copy()
-        for first in range(0, inputs, _BLOCK):
-            end = min(first + _BLOCK, inputs)
-            if first and first % SUMMED == 0:
-                total_RW += sums_RW
-                sums_RW[:] = 0
-            widen_rows(wide_1I1W, weight_SICW, steps, lows, slab, chunk, first, end)
-            for row in range(rows):
-                begin, stop = at_R[row], start_S[row + 1]
-                if end < inputs:
-                    stop = begin
-                    while stop < start_S[row + 1] and index_P[stop] < end:
-                        stop += 1
-                at_R[row] = stop
-                add_rows(
-                    sums_RW, row * WIDTH, wide_1I1W, NOTHING, NOTHING, 0, 0, first,
-                    index_P, value_P, begin, stop, stop,
-                )  # fmt: skip
-        total_RW += sums_RW
-        begin, stop = tile * WIDTH, min(tile * WIDTH + WIDTH, outputs)
-        for row in range(rows):
-            for output in range(begin, stop):
-                out_RO[row, output] = total_RW[row, output - begin]
-
-
 @compiled()
 def _eleven_bits(number):  # type: ignore[no-untyped-def]
     """The nearest number with a mantissa of 11 bits, as float16 has."""
@@ -267,18 +188,18 @@ def _eleven_bits(number):  # type: ignore[no-untyped-def]
 
 
 @compiled(parallel=True)
-def _fit_grid(full_SIO, codes, steps, lows):  # type: ignore[no-untyped-def]
+def _fit_grid(full_SIO, group, codes, steps, lows):  # type: ignore[no-untyped-def]
     slabs, inputs, outputs = full_SIO.shape
     groups = steps.shape[1]
     fits_L = np.ones(slabs * groups, dtype=np.bool_)
     for line in prange(slabs * groups):
-        slab, group = line // groups, line % groups
-        first, end = group * GROUP, min(group * GROUP + GROUP, inputs)
+        slab, place = line // groups, line % groups
+        first, end = place * group, min(place * group + group, inputs)
         for output in range(outputs):
             fits, step, low = _fit_group(
                 full_SIO[slab, first:end, output], codes[slab, first:end, output]
             )
-            steps[slab, group, output], lows[slab, group, output] = step, low
+            steps[slab, place, output], lows[slab, place, output] = step, low
             if not fits:
                 fits_L[line] = False
                 break

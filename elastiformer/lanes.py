@@ -1,27 +1,36 @@
-"""Vector code for the inner loops of kernels.py: what Numba cannot be made to vectorise itself.
+"""The product over picked inputs, on a CPU: in vector code that Numba would not find by itself.
 
 A weight is stored as [S, I, C, WIDTH]: in S slabs of C x WIDTH outputs, input after input, so that
 what belongs to one input lies side by side. While some inputs are added up, the sums of WIDTH
-outputs stay in the processor's registers: that is what makes it fast. The element
-type of the stored weight says how it is read (tiles.py): float32 as it is, int16 as float16, uint16
-as bfloat16, uint8 as steps on a grid. All arithmetic is float32, in the order of the inputs.
+outputs stay in the processor's registers: that is what makes it fast. The element type of the
+stored weight says how it is read (tiles.py): float32 as it is, int16 as float16, uint16 as
+bfloat16, uint8 as steps on a grid. All arithmetic is float32, in the order of the inputs, SUMMED of
+them in one go, as oneDNN's product does: so the two can take turns, and a row gets the same bits
+whatever other rows there are.
 
-Numba keeps what it compiled by the date of the calling file: after a change here, touch kernels.py.
+Shape letters: R rows   I inputs   O outputs   S slabs (in start_S: rows + 1)   C chunks of a slab
+    W outputs of a chunk   P picks of all rows
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from elastiformer.kernels import TURN, compiled
 
 LANES = 8
 WIDTH = 96  # with LANES = 8: 12 sums, the most that leave AVX2's 16 registers room to work
 GROUP = 32  # inputs that share a grid
-AHEAD = 8  # picks: as many as kernels.py adds up before it turns to the next chunk
+SUMMED = 1024
+NOTHING = np.empty((1, 1, 1, WIDTH), dtype=np.float32)
+_AHEAD = 8  # picks that are added up before it is the next chunk's turn, and fetched before that
+_BLOCK = 64  # inputs of a chunk that stay in the first cache while rows take turns
 _LINE = 64  # bytes
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -29,8 +38,25 @@ _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _INTS = ir.VectorType(_I32, LANES)
 
 
+def multiply(
+    weight_SICW: np.ndarray,
+    steps: np.ndarray,
+    lows: np.ndarray,
+    index_P: np.ndarray,
+    value_P: np.ndarray,
+    start_S: np.ndarray,
+    out_RO: np.ndarray,
+) -> None:
+    """out = the picked values times the stored weight (tiles.py)."""
+    with TURN:
+        if len(out_RO) == 1:
+            _multiply_one(weight_SICW, steps, lows, index_P, value_P, out_RO[0])
+        else:
+            _multiply_some(weight_SICW, steps, lows, index_P, value_P, start_S, out_RO)
+
+
 @intrinsic
-def add_rows(
+def _add_rows(
     typing: Any, sums: Any, at: Any, weight: Any, steps: Any, lows: Any, slab: Any, chunk: Any,
     base: Any, index: Any, value: Any, first: Any, end: Any, last: Any,
 ) -> Any:  # fmt: skip
@@ -74,7 +100,7 @@ def add_rows(
         builder.position_at_end(body)
         place = builder.sext(builder.load(builder.gep(indices, [at])), _I64)
         # Rows are skipped, so the processor cannot guess which line of memory comes next.
-        later = builder.add(at, ir.Constant(_I64, AHEAD))
+        later = builder.add(at, ir.Constant(_I64, _AHEAD))
         later = builder.select(builder.icmp_signed("<", later, args[12]), later, at)
         coming = builder.sext(builder.load(builder.gep(indices, [later])), _I64)
         _fetch(context, builder, kinds[2], args[2], args[5:7], builder.sub(coming, args[7]))
@@ -96,7 +122,7 @@ def add_rows(
 
 
 @intrinsic
-def widen_rows(
+def _widen_rows(
     typing: Any, out: Any, weight: Any, steps: Any, lows: Any, slab: Any, chunk: Any,
     first: Any, end: Any,
 ) -> Any:  # fmt: skip
@@ -194,3 +220,68 @@ def _everywhere(builder: Any, scalar: Any) -> Any:
     empty = ir.Constant(_FLOATS, ir.Undefined)
     first = builder.insert_element(empty, scalar, ir.Constant(_I32, 0))
     return builder.shuffle_vector(first, empty, ir.Constant(_INTS, [0] * LANES))
+
+
+@compiled(parallel=True)
+def _multiply_one(weight_SICW, steps, lows, index_P, value_P, out_O):  # type: ignore[no-untyped-def]
+    """One row: picks a few at a time, each over a whole slab, as they lie in memory."""
+    slabs, _, chunks, _ = weight_SICW.shape
+    picks = len(index_P)
+    for slab in prange(slabs):
+        sums_O = np.zeros(chunks * WIDTH, dtype=np.float32)
+        total_O = np.zeros(chunks * WIDTH, dtype=np.float32)
+        first, summed = 0, SUMMED
+        while first < picks:
+            stop = min(first + _AHEAD, picks)
+            if index_P[first] >= summed:
+                total_O += sums_O
+                sums_O[:] = 0
+                while index_P[first] >= summed:
+                    summed += SUMMED
+            while index_P[stop - 1] >= summed:
+                stop -= 1
+            for chunk in range(chunks):
+                _add_rows(
+                    sums_O, chunk * WIDTH, weight_SICW, steps, lows, slab, chunk, 0,
+                    index_P, value_P, first, stop, picks,
+                )  # fmt: skip
+            first = stop
+        total_O += sums_O
+        begin = slab * chunks * WIDTH
+        for output in range(begin, min(begin + chunks * WIDTH, len(out_O))):
+            out_O[output] = total_O[output - begin]
+
+
+@compiled(parallel=True)
+def _multiply_some(weight_SICW, steps, lows, index_P, value_P, start_S, out_RO):  # type: ignore[no-untyped-def]
+    """Some rows, in turn over each block of inputs of a tile."""
+    slabs, inputs, chunks, _ = weight_SICW.shape
+    rows, outputs = out_RO.shape
+    for tile in prange(slabs * chunks):
+        slab, chunk = tile // chunks, tile % chunks
+        sums_RW = np.zeros((rows, WIDTH), dtype=np.float32)
+        total_RW = np.zeros((rows, WIDTH), dtype=np.float32)
+        wide_1I1W = np.empty((1, _BLOCK, 1, WIDTH), dtype=np.float32)
+        at_R = start_S[:-1].copy()
+        for first in range(0, inputs, _BLOCK):
+            end = min(first + _BLOCK, inputs)
+            if first and first % SUMMED == 0:
+                total_RW += sums_RW
+                sums_RW[:] = 0
+            _widen_rows(wide_1I1W, weight_SICW, steps, lows, slab, chunk, first, end)
+            for row in range(rows):
+                begin, stop = at_R[row], start_S[row + 1]
+                if end < inputs:
+                    stop = begin
+                    while stop < start_S[row + 1] and index_P[stop] < end:
+                        stop += 1
+                at_R[row] = stop
+                _add_rows(
+                    sums_RW, row * WIDTH, wide_1I1W, NOTHING, NOTHING, 0, 0, first,
+                    index_P, value_P, begin, stop, stop,
+                )  # fmt: skip
+        total_RW += sums_RW
+        begin, stop = tile * WIDTH, min(tile * WIDTH + WIDTH, outputs)
+        for row in range(rows):
+            for output in range(begin, stop):
+                out_RO[row, output] = total_RW[row, output - begin]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from elastiformer import kernels
+from elastiformer import kernels, lanes
 from elastiformer.lanes import GROUP, WIDTH
 
 # A slab holds long lines of memory for each input, or else a single row that leaves inputs out
@@ -58,7 +58,7 @@ class Tiles:
         lines = (chunks, WIDTH)
         if (grid := _on_grid(full_SIO.numpy())) is not None:
             return cls(outputs, *(array.reshape(*array.shape[:2], *lines) for array in grid))
-        nothing = (kernels.NOTHING, kernels.NOTHING)
+        nothing = (lanes.NOTHING, lanes.NOTHING)
         for dtype, stored in ((torch.bfloat16, torch.uint16), (torch.float16, torch.int16)):
             small_SIO = full_SIO.to(dtype)
             if torch.equal(small_SIO.float(), full_SIO):
@@ -82,7 +82,7 @@ class Tiles:
     def multiply(self, picks: Picks) -> np.ndarray:
         """The product with the picked inputs of each row: float32 [R, O]."""
         out_RO = np.empty((len(picks.start_S) - 1, self.outputs), dtype=np.float32)
-        kernels.multiply(self.weight_SICW, self.steps, self.lows, *picks, out_RO)
+        lanes.multiply(self.weight_SICW, self.steps, self.lows, *picks, out_RO)
         return out_RO
 
 
@@ -108,26 +108,27 @@ def over_zeros(x_RI: np.ndarray, norms_I: np.ndarray, counts_R: np.ndarray) -> n
 def everything(x_RI: np.ndarray) -> Picks:
     """All inputs of each row."""
     rows, inputs = x_RI.shape
-    return Picks(_all_inputs(rows, inputs), x_RI.reshape(-1), even_starts(rows, inputs))
+    index_P = _all_inputs(1 << (rows - 1).bit_length(), inputs)[: rows * inputs]
+    return Picks(index_P, x_RI.reshape(-1), even_starts(rows, inputs))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def even_starts(rows: int, count: int) -> np.ndarray:
     """Where each row's picks begin if all rows have as many; and where the last ones end."""
     return count * np.arange(rows + 1, dtype=np.int64)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)  # few: asked for powers of two alone
 def _all_inputs(rows: int, inputs: int) -> np.ndarray:
     return np.tile(np.arange(inputs, dtype=np.int32), rows)
 
 
 def _slabs(chunks: int) -> tuple[int, int]:
-    """How many slabs, and how many chunks each: a share for every thread, with little padding."""
+    """How many slabs, and how many chunks each: a share for every thread, little over the end."""
     threads = torch.get_num_threads()
-    most = max(threads, threads * -(-chunks // (threads * _MOST_CHUNKS)))
-    slabs = min(most, chunks)
-    return slabs, -(-chunks // slabs)
+    slabs = threads * -(-chunks // (threads * _MOST_CHUNKS))
+    each = -(-chunks // slabs)
+    return -(-chunks // each), each
 
 
 def _on_grid(full_SIO: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
@@ -140,4 +141,4 @@ def _on_grid(full_SIO: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] 
     # PyTorch's memory begins at the start of a cache line.
     codes = torch.empty(full_SIO.shape, dtype=torch.uint8).numpy()
     steps, lows = torch.empty(shape).numpy(), torch.empty(shape).numpy()
-    return (codes, steps, lows) if kernels.fit_grid(full_SIO, codes, steps, lows) else None
+    return (codes, steps, lows) if kernels.fit_grid(full_SIO, GROUP, codes, steps, lows) else None

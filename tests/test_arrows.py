@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOW_TO_HIGH = """
     elastiformer: errors capacity usage accounting calibration card priced families experts
         routers lora lora_files weights adapter masked pool cache sequence prefixes pointwise
-        packed taken costs lanes kernels tiles products flop_formulas expert_table repair
+        packed taken costs kernels lanes tiles products flop_formulas expert_table repair
         single_queries attention placing workshop keeping sparse_heads sparse_attention
         sparse_experts sparse_mlp sparse planning drawing sampling inputs model __init__
 

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import re
-import shlex
 import shutil
 import subprocess
 import tomllib
-from pathlib import Path
 
 import pytest
 from opentelemetry import environment_variables as api_variables
 from opentelemetry.sdk import environment_variables as sdk_variables
 
-from service.__main__ import parser as service_parser
 from service.errors import REFUSALS, UNEXPECTED
 from service.metrics import Metrics
 from service.routes import router
 from service.settings import Settings
 from service.tracing import PROBES
-from tests.test_readme import settings_rows, targets
+from tests.documents import ROOT, is_ours, lines, settings_rows, words_of
 
-ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "docs" / "operating.md").read_text("utf-8")
 SUFFIXES = re.compile(r"_(bucket|sum|count)$")
-
-
-def blocks(language: str) -> list[str]:
-    found = re.findall(rf"^```{language}\n(.*?)^```$", GUIDE, flags=re.DOTALL | re.MULTILINE)
-    return [line for block in found for line in block.splitlines()]
 
 
 def exported() -> dict[str, str]:
@@ -90,7 +79,7 @@ def test_the_fields_of_a_line_are_in_the_guide():
 
 
 def test_prometheus_understands_the_queries(tmp_path):
-    queries = blocks("promql")
+    queries = lines(GUIDE, "promql")
     assert len(queries) >= 5
     promtool = shutil.which("promtool")
     if promtool is None:
@@ -110,31 +99,20 @@ def test_prometheus_understands_the_queries(tmp_path):
 
 def commands() -> list[str]:
     inline = re.findall(r"`((?:make|python -m|pip|git|curl) [^`…]*)`", GUIDE)
-    lines = [re.sub(r"\s+#.*", "", line) for line in blocks("bash")]
-    return sorted({line.strip() for line in [*lines, *inline]})
+    shown = [re.sub(r"\s+#.*", "", line) for line in lines(GUIDE, "bash")]
+    return sorted({line.strip() for line in [*shown, *inline]})
 
 
 @pytest.mark.parametrize("command", commands())
 def test_a_command_in_the_guide_exists(command):
-    words = shlex.split(command)
-    while "=" in words[0]:
-        words = words[1:]
-    if words[0] == "make":
-        assert set(words[1:]) <= targets()
-    elif words[:3] == ["python", "-m", "service"]:
-        service_parser().parse_args(words[3:])
-    elif words[:3] == ["python", "-m", "benchmarks"]:
-        module = importlib.import_module(f"benchmarks.{words[3]}")
-        parser = argparse.ArgumentParser()
-        module.add_arguments(parser)
-        parser.parse_args(words[4:])
-    elif words[:2] == ["pip", "install"]:
+    words = words_of(command)
+    if words[:2] == ["pip", "install"]:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         for extras in re.findall(r"\.\[(.*)\]", command):
             assert set(extras.split(",")) <= project["optional-dependencies"].keys()
         for name in re.findall(r"\S+\.txt", command):
             assert (ROOT / name).is_file()
-    else:
+    elif not is_ours(words):
         assert words[0] in ("curl", "git"), command
 
 

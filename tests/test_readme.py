@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib
 import re
-import shlex
-from pathlib import Path
 
 import pytest
-from pydantic.fields import FieldInfo
 
 from benchmarks.__main__ import COMMANDS as BENCHMARKS
 from elastiformer.families import FAMILIES
-from service.__main__ import flag
-from service.__main__ import parser as service_parser
 from service.metrics import Metrics
 from service.routes import router
 from service.settings import Settings
+from tests.documents import ROOT, blocks, is_ours, lines, settings_rows, targets, words_of
 from training.__main__ import COMMANDS
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
-
-
-def settings_rows() -> list[str]:
-    """How the row of each setting begins: its variable, its flag, its default."""
-    return [
-        f"| `ELASTI_{name.upper()}` | `{flag(name)}` | {shown_default(field)} |"
-        for name, field in Settings.model_fields.items()
-    ]
-
-
-def shown_default(field: FieldInfo) -> str:
-    default = field.default
-    if default is None or default == ():
-        return "none"
-    if isinstance(default, dict):
-        return f"`{', '.join(f'{key}: {value}' for key, value in default.items())}`"
-    return f"`{default}`"
 
 
 # Settings, metrics and routes.
@@ -87,40 +59,19 @@ def test_the_families_in_the_readme_are_the_families():
 
 
 def commands() -> list[str]:
-    text = "\n".join(blocks("bash"))
-    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    shown = [line.partition("#")[0].strip() for line in lines(README, "bash")]
     inline = re.findall(r"`((?:[A-Z_]+=\S+ )?(?:make|python -m|torchrun) [^`]*)`", README)
-    return sorted({line for line in [*lines, *inline] if line})
+    return sorted({line for line in [*shown, *inline] if line})
 
 
 @pytest.mark.parametrize("command", commands())
 def test_a_command_in_the_readme_exists(command):
-    words = shlex.split(command)
-    while "=" in words[0]:
-        words = words[1:]
-    if words[0] == "make":
-        assert set(words[1:]) <= targets()
-    elif words[:3] == ["python", "-m", "service"]:
-        service_parser().parse_args(words[3:])
-    elif words[:3] == ["python", "-m", "training"]:
-        module = importlib.import_module(f"training.{words[3]}")
-        parser = argparse.ArgumentParser()
-        module.add_arguments(parser)
-        parser.parse_args(words[4:])
-    elif words[:3] == ["python", "-m", "benchmarks"]:
-        module = importlib.import_module(f"benchmarks.{words[3]}")
-        parser = argparse.ArgumentParser()
-        module.add_arguments(parser)
-        parser.parse_args(words[4:])
-    elif words[:3] == ["python", "-m", "training.corpora"]:
+    words = words_of(command)
+    if words[:3] == ["python", "-m", "training.corpora"]:
         assert {"brown", "--out"} <= set(words[3:])
         importlib.import_module("training.corpora")
-    else:
+    elif not is_ours(words):
         assert words[0] in ("source", "torchrun"), command
-
-
-def targets() -> set[str]:
-    return set(re.findall(r"^([a-z]+):.*## ", MAKEFILE, flags=re.MULTILINE))
 
 
 def test_every_command_is_in_the_readme():
@@ -135,7 +86,7 @@ def test_every_command_is_in_the_readme():
 
 
 def test_the_example_is_valid_python_in_five_lines():
-    (example,) = blocks("python")
+    (example,) = blocks(README, "python")
     assert len(ast.parse(example).body) == 5
 
 
@@ -143,7 +94,7 @@ def test_the_example_is_valid_python_in_five_lines():
 
 
 def test_the_map_names_every_file_and_no_other():
-    (house,) = blocks("text")
+    (house,) = blocks(README, "text")
     room, named = "", set()
     for line in house.splitlines():
         first = line.split()[0]
