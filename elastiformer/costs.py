@@ -27,6 +27,9 @@ class FewRows:
         return self.most[min(bisect_left(SHARES, share), len(SHARES) - 1)]
 
 
+SINGLE_ROWS = FewRows((1,) * len(SHARES))
+
+
 @dataclass(frozen=True, slots=True)
 class CostTable:
     """What was measured, by the shape of the product (inputs, outputs)."""

@@ -1,10 +1,11 @@
 """The matrix products of the sparse form: over all channels, or over those that each row picks.
 
-Picked are, per token, the channels of the largest size x column norm. For few rows a kernel reads
-the weight's smallest exact form, and of that only what some row needs (tiles.py). For many rows it
-is faster to read a whole weight once, packed for oneDNN, for rows that are zero outside their
-picks; where that is, costs.py measures. In float32 on a CPU both add the same numbers in the same
-order, so neither batch-mates nor the choice change anything, to the last bit.
+Picked are, per token, the channels of the largest size x column norm. For few rows only those are
+read: on a CPU in float32 by a kernel, of the weight's smallest exact form (tiles.py), elsewhere by
+PyTorch's `embedding_bag`. For many rows it is faster to read a whole weight once, packed for oneDNN
+on a CPU, for rows that are zero outside their picks; where that is, costs.py measures. In float32
+on a CPU both add the same numbers in the same order, so neither batch-mates nor the choice change
+anything, to the last bit.
 
 Shape letters: R rows   I inputs   O outputs   K picked channels
 """
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from elastiformer.costs import FewRows
+from elastiformer.costs import SINGLE_ROWS, FewRows
 from elastiformer.families import Projection
 from elastiformer.tiles import Picks, Tiles, even_starts, everything, over_zeros, search
 
@@ -39,7 +40,10 @@ class Reading:
         kept_RI: Tensor | None = None,
         only_RI: Tensor | None = None,
     ) -> None:
-        """Of `count` channels over all rows: as picks, as a mask, or zero elsewhere."""
+        """Of `count` channels over all rows: as picks, as a mask, or zero elsewhere.
+
+        A mask keeps as many channels in every row, or else `only_RI` is given in its place.
+        """
         self.x_RI, self.count = x_RI, count
         self._picks, self._kept_RI = picks, kept_RI
         if only_RI is not None:
@@ -51,8 +55,8 @@ class Reading:
 
     @property
     def has_picks(self) -> bool:
-        """Whether each row's channels are known by number."""
-        return self.count is None or self._picks is not None
+        """Whether it is known which channels each row reads, and not only what zeros leave."""
+        return self.count is None or self._picks is not None or self._kept_RI is not None
 
     @cached_property
     def only_RI(self) -> Tensor:
@@ -116,7 +120,9 @@ def pick(
     count_R1 = torch.from_numpy(np.diff(start_S)).to(x_RI.device)[:, None]
     best_RI = torch.arange(inputs, device=x_RI.device) < count_R1
     kept_RI = torch.zeros_like(order_RI, dtype=torch.bool).scatter_(1, order_RI, best_RI)
-    return Reading(x_RI, count, kept_RI=kept_RI)
+    if isinstance(counts, int):
+        return Reading(x_RI, count, kept_RI=kept_RI)
+    return Reading(x_RI, count, only_RI=x_RI * kept_RI)
 
 
 def picked(weight_IO: Tensor, bias_O: Tensor | None, x_RI: Tensor, index_RK: Tensor) -> Tensor:
@@ -139,12 +145,11 @@ class Product:
         self._bias_O = (
             None if biases[0] is None else torch.cat([b for b in biases if b is not None])
         )
-        self.few = FewRows()
+        self.few = FewRows() if self.has_tiles else SINGLE_ROWS
 
     def run(self, reading: Reading) -> Tensor:
         """The outputs [R, O]."""
-        by_row = self.has_tiles and reading.has_picks
-        by_row = by_row and len(reading.x_RI) <= self.few.rows(reading.share)
+        by_row = reading.has_picks and len(reading.x_RI) <= self.few.rows(reading.share)
         return self.by_row(reading) if by_row else self.at_once(reading)
 
     def dense(self, x_RI: Tensor) -> Tensor:
@@ -152,7 +157,11 @@ class Product:
         return self.run(Reading(x_RI))
 
     def by_row(self, reading: Reading) -> Tensor:
-        """The product over each row's channels and no others, by way of the tiles."""
+        """The product over each row's channels and no others."""
+        if not self.has_tiles:
+            if reading.count is None:
+                return self.at_once(reading)
+            return picked(self._weight_IO, self._bias_O, reading.x_RI, reading.index_RK())
         picks = reading.picks
         if torch._C._len_torch_dispatch_stack():  # somebody counts operators
             out_RO: Tensor = torch.ops.elasti.tiled_linear(
@@ -206,6 +215,10 @@ class Product:
     @cached_property
     def _weight_OI(self) -> Tensor:
         return self._joined()
+
+    @cached_property
+    def _weight_IO(self) -> Tensor:
+        return self._joined().T.contiguous()
 
     @cached_property
     def _packed(self) -> Tensor | None:

@@ -147,8 +147,6 @@ class Workshop:
             pairs = [(self.at_site(x, site), self.layout.column_norms(x, site)) for x in layers]
             for product, _ in pairs:
                 product.prepare()
-            if not pairs[0][0].has_tiles:
-                continue
             # One layer after another, as in a step: a weight must not lie in the cache already.
             turns = cycle(pairs)
             first = pairs[0][0]
@@ -162,8 +160,8 @@ class Workshop:
                 sample_RI: Tensor = sample_RI,
             ) -> None:
                 product, norms_I = next(turns)
-                few = FewRows((ROWS[-1] if by_row else 0,) * len(SHARES))
-                reading = pick(sample_RI[:rows], norms_I, round(share * product.inputs), few)
+                numbered = FewRows((ROWS[-1] if by_row else 0,) * len(SHARES))
+                reading = pick(sample_RI[:rows], norms_I, round(share * product.inputs), numbered)
                 _ = product.by_row(reading) if by_row else product.at_once(reading)
 
             each = seconds / len(SITES)

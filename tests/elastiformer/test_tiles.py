@@ -8,7 +8,7 @@ import torch
 
 from elastiformer import kernels
 from elastiformer.families import Projection
-from elastiformer.products import Product, pick
+from elastiformer.products import Product, Reading, pick
 from elastiformer.tiles import Picks, Tiles, even_starts, everything, over_zeros, search
 
 
@@ -108,6 +108,25 @@ def test_rows_that_pick_and_rows_that_do_not_share_a_product():
         assert torch.equal(reading.only_RI, only_RI)
         for out_RO in (product.by_row(reading), product.at_once(reading)):
             torch.testing.assert_close(out_RO, linear(only_RI))
+
+
+def test_where_there_are_no_tiles_both_ways_agree():
+    torch.manual_seed(2)
+    linear = torch.nn.Linear(300, 40, dtype=torch.float64)
+    product = Product((Projection("up", linear, "", 0, 40),))
+    assert not product.has_tiles
+    x_RI, norms_I = torch.randn(3, 300, dtype=torch.float64), torch.rand(300)
+    with torch.inference_mode():
+        even = pick(x_RI, norms_I, 100)
+        assert even.has_picks
+        expected_RO = linear(even.only_RI)
+        for out_RO in (product.by_row(even), product.at_once(even), product.run(even)):
+            torch.testing.assert_close(out_RO, expected_RO)
+        uneven = pick(x_RI, norms_I, np.array([100, 300, 7]))
+        assert not uneven.has_picks and uneven.only_RI[2].count_nonzero() == 7
+        torch.testing.assert_close(product.run(uneven), linear(uneven.only_RI))
+        for out_RO in (product.dense(x_RI), product.by_row(Reading(x_RI))):
+            torch.testing.assert_close(out_RO, linear(x_RI))
 
 
 def test_few_threads_or_many_the_bits_are_the_same():
