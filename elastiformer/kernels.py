@@ -68,6 +68,12 @@ def use_threads() -> None:
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
+def thread_pool() -> str:
+    """Whose threads the kernels of this process run on, once one has run: "omp" is PyTorch's."""
+    layer: str = numba.threading_layer()
+    return layer
+
+
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Compile at the first call; kept on disk where there is a place to.
 

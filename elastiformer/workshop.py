@@ -13,6 +13,7 @@ from itertools import cycle
 import torch
 from torch import Tensor, nn
 
+from elastiformer import kernels
 from elastiformer.accounting import KVPolicy
 from elastiformer.adapter import Adapter
 from elastiformer.attention import Backend, Portable, backend
@@ -169,7 +170,8 @@ class Workshop:
             few[first.inputs, first.outputs] = few_rows
             for product, _ in pairs:
                 product.few = few_rows
-        return CostTable(few)
+        has_tiles = self.head.has_tiles
+        return CostTable(few, kernels.thread_pool() if has_tiles else None)
 
 
 def _optional(module: nn.Module | None) -> Norm:
