@@ -12,11 +12,11 @@ Shape letters: N packed queries   Q queries of a request   K keys   A query head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,7 +24,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from elastiformer.cache import Held
 from elastiformer.families import Layer
-from elastiformer.single_queries import attend
+from elastiformer.single_queries import Singles, attend
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +57,24 @@ class Read:
         return self.positions_K is None and self.count == self.held.length
 
 
+class Reads:
+    """What the queries of one layer read, request by request."""
+
+    def __init__(self, singles: Singles, each: Callable[[], list[Read]]) -> None:
+        self.singles, self._each = singles, each
+
+    @cached_property
+    def each(self) -> list[Read]:
+        """One by one, in order of the queries; single ones, too."""
+        return self._each()
+
+
 class Backend(Protocol):
     """Runs the attention of one layer for packed queries."""
 
     name: str
 
-    def attend(
-        self, query_NAH: Tensor, position_N: Tensor, reads: Sequence[Read], layer: Layer
-    ) -> Tensor:
+    def attend(self, query_NAH: Tensor, position_N: Tensor, reads: Reads, layer: Layer) -> Tensor:
         """The attention output [N, A, H]; a query sees the keys up to its own position."""
 
 
@@ -73,13 +83,12 @@ class Portable:
 
     name = "sdpa"
 
-    def attend(
-        self, query_NAH: Tensor, position_N: Tensor, reads: Sequence[Read], layer: Layer
-    ) -> Tensor:
-        outs = [self._one(query_NAH, position_N, read, layer) for read in reads]
+    def attend(self, query_NAH: Tensor, position_N: Tensor, reads: Reads, layer: Layer) -> Tensor:
+        outs = [self.one(query_NAH, position_N, read, layer) for read in reads.each]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _one(self, query_NAH: Tensor, position_N: Tensor, read: Read, layer: Layer) -> Tensor:
+    def one(self, query_NAH: Tensor, position_N: Tensor, read: Read, layer: Layer) -> Tensor:
+        """The attention output of one request's queries."""
         keys_GKH, values_GKH = read.held.keys_GKH, read.held.values_GKH
         query_QAH = query_NAH[read.queries]
         _, heads, size = query_QAH.shape
@@ -127,36 +136,23 @@ class Compiled:
     def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
         return device.type == "cpu" and dtype == torch.float32
 
-    def attend(
-        self, query_NAH: Tensor, position_N: Tensor, reads: Sequence[Read], layer: Layer
-    ) -> Tensor:
-        single = [read for read in reads if _is_single(read, layer)]
-        if not single or torch._C._len_torch_dispatch_stack():  # somebody counts operators
+    def attend(self, query_NAH: Tensor, position_N: Tensor, reads: Reads, layer: Layer) -> Tensor:
+        singles = reads.singles
+        if layer.window is not None:
+            singles = singles.before(layer.window)
+        counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
+        if not len(singles) or layer.softcap is not None or counted:
             return self._portable.attend(query_NAH, position_N, reads, layer)
         query_NAH = query_NAH.contiguous()
         out_NAH = torch.empty_like(query_NAH)
-        attend(
-            single[0].held.rows_NH.numpy(),
-            query_NAH.numpy(),
-            np.array([read.queries.start for read in single]),
-            np.array([read.held.key for read in single]),
-            np.array([read.held.value for read in single]),
-            np.array([read.held.room for read in single]),
-            np.array([read.held.length for read in single]),
-            single[0].held.kv_heads,
-            layer.scale,
-            out_NAH.numpy(),
-        )
-        for read in reads:
-            if not _is_single(read, layer):
-                at = read.queries
-                out_NAH[at] = self._portable.attend(query_NAH, position_N, [read], layer)
+        attend(singles, query_NAH.numpy(), layer.scale, out_NAH.numpy())
+        if len(singles) < len(query_NAH):
+            done = set(singles.query_S.tolist())
+            for read in reads.each:
+                if read.queries.start not in done:
+                    at = read.queries
+                    out_NAH[at] = self._portable.one(query_NAH, position_N, read, layer)
         return out_NAH
-
-
-def _is_single(read: Read, layer: Layer) -> bool:
-    whole = layer.window is None or read.last < layer.window
-    return read.sees_all and whole and layer.softcap is None
 
 
 class Varlen:
@@ -177,16 +173,14 @@ class Varlen:
             return False
         return torch.cuda.get_device_capability(device) >= (8, 0)
 
-    def attend(
-        self, query_NAH: Tensor, position_N: Tensor, reads: Sequence[Read], layer: Layer
-    ) -> Tensor:
-        fits = all(read.positions_K is None and read.in_order for read in reads)
+    def attend(self, query_NAH: Tensor, position_N: Tensor, reads: Reads, layer: Layer) -> Tensor:
+        fits = all(read.positions_K is None and read.in_order for read in reads.each)
         if not fits or layer.softcap is not None:
             return self._portable.attend(query_NAH, position_N, reads, layer)
-        keys_SGH = torch.cat([read.held.keys_GKH.transpose(0, 1) for read in reads])
-        values_SGH = torch.cat([read.held.values_GKH.transpose(0, 1) for read in reads])
-        counts = [read.count for read in reads]
-        lengths = [read.held.length for read in reads]
+        keys_SGH = torch.cat([read.held.keys_GKH.transpose(0, 1) for read in reads.each])
+        values_SGH = torch.cat([read.held.values_GKH.transpose(0, 1) for read in reads.each])
+        counts = [read.count for read in reads.each]
+        lengths = [read.held.length for read in reads.each]
         out_NAH = varlen_attn(
             query_NAH,
             keys_SGH,

@@ -52,7 +52,9 @@ class Keeping:
 
     def routes(self, layer: Layer, unit: Unit, packed: Packed) -> bool:
         """Whether a router decides for any row."""
-        return any(0 < self._share(kind, layer, unit) < 1 for kind in packed.distinct_kinds)
+        return not packed.keeps_sub_layers and any(
+            0 < self._share(kind, layer, unit) < 1 for kind in packed.distinct_kinds
+        )
 
     def of_rows(
         self, layer: Layer, unit: Unit, x_ND: Tensor | None, packed: Packed, taken: Taken
@@ -62,6 +64,8 @@ class Keeping:
         Args:
             x_ND: what routers read, the sub-layer's normed input; needed only where they decide.
         """
+        if packed.keeps_sub_layers and (unit is Unit.ATTENTION_TOKENS or layer.index < self._last):
+            return Kept(packed.everything)
         shares = {kind: self._share(kind, layer, unit) for kind in packed.distinct_kinds}
         if all(share == 1 for share in shares.values()):
             return Kept(packed.everything)

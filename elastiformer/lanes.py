@@ -4,9 +4,9 @@ A weight is stored as [S, I, C, WIDTH]: in S slabs of C x WIDTH outputs, input a
 what belongs to one input lies side by side. While some inputs are added up, the sums of WIDTH
 outputs stay in the processor's registers: that is what makes it fast. The element type of the
 stored weight says how it is read (tiles.py): float32 as it is, int16 as float16, uint16 as
-bfloat16, uint8 as steps on a grid. All arithmetic is float32, in the order of the inputs, SUMMED of
-them in one go, as oneDNN's product does: so the two can take turns, and a row gets the same bits
-whatever other rows there are.
+bfloat16, uint8 as steps on a grid, int8 as two such a byte. All arithmetic is float32, in the order
+of the inputs, so many of them in one go (`summed`) as oneDNN's product adds up: so the two can take
+turns, and a row gets the same bits whatever other rows there are.
 
 Shape letters: R rows   I inputs   O outputs   S slabs (in start_S: rows + 1)   C chunks of a slab
     W outputs of a chunk   P picks of all rows
@@ -18,24 +18,31 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from elastiformer.kernels import TURN, compiled
 
-LANES = 8
-WIDTH = 96  # with LANES = 8: 12 sums, the most that leave AVX2's 16 registers room to work
+# A processor with AVX-512 has registers twice as wide and twice as many.
+_WIDE = bool(get_host_cpu_features().get("avx512f"))
+LANES = 16 if _WIDE else 8
+WIDTH = 96
 GROUP = 32  # inputs that share a grid
-SUMMED = 1024
 NOTHING = np.empty((1, 1, 1, WIDTH), dtype=np.float32)
-_AHEAD = 8  # picks that are added up before it is the next chunk's turn, and fetched before that
+_VECTORS = WIDTH // LANES
+# Vectors of sums that are worked on together: with a step and a low each, they fill the registers.
+_TOGETHER = {True: 6 if _WIDE else 4, False: _VECTORS}
+_AHEAD = 32  # picks that are added up before it is the next chunk's turn, and fetched before
 _BLOCK = 64  # inputs of a chunk that stay in the first cache while rows take turns
 _LINE = 64  # bytes
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_HALVES = ir.VectorType(ir.HalfType(), LANES)
 _INTS = ir.VectorType(_I32, LANES)
+_BYTES = ir.VectorType(ir.IntType(8), LANES)
 
 
 def multiply(
@@ -45,14 +52,19 @@ def multiply(
     index_P: np.ndarray,
     value_P: np.ndarray,
     start_S: np.ndarray,
+    summed: int,
     out_RO: np.ndarray,
 ) -> None:
-    """out = the picked values times the stored weight (tiles.py)."""
+    """out = the picked values times the stored weight (tiles.py).
+
+    Args:
+        summed: how many inputs are added up in one go; whole groups.
+    """
     with TURN:
         if len(out_RO) == 1:
-            _multiply_one(weight_SICW, steps, lows, index_P, value_P, out_RO[0])
+            _multiply_one(weight_SICW, steps, lows, index_P, value_P, summed, out_RO[0])
         else:
-            _multiply_some(weight_SICW, steps, lows, index_P, value_P, start_S, out_RO)
+            _multiply_some(weight_SICW, steps, lows, index_P, value_P, start_S, summed, out_RO)
 
 
 @intrinsic
@@ -63,7 +75,8 @@ def _add_rows(
     """sums[at : at + WIDTH] += value[k] * weight[slab, index[k] - base, chunk], first <= k < end.
 
     Args:
-        weight: [S, I, C, WIDTH], in any of the stored forms.
+        weight: [S, I, C, WIDTH], in any of the stored forms; on a grid, all of these inputs must
+            be of one group.
         steps, lows: [S, I / GROUP, C, WIDTH], where the weight lies on a grid.
         last: the end of the picks that come next; some of them are fetched ahead.
     """
@@ -74,48 +87,38 @@ def _add_rows(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kinds = signature.args
-        row_of = _row_reader(context, builder, kinds[2:5], args[2:5], args[5:7])
+        tile = _Tile(context, builder, kinds[2:5], args[2:5], args[5:7])
         indices = context.make_array(kinds[8])(context, builder, args[8]).data
         values = context.make_array(kinds[9])(context, builder, args[9]).data
-        sums_at = [
-            _vector(
-                builder, context.make_array(kinds[0])(context, builder, args[0]).data, args[1], j
+        sums_data = context.make_array(kinds[0])(context, builder, args[0]).data
+        with builder.if_then(builder.icmp_signed("<", args[10], args[11])):
+            following = builder.select(
+                builder.icmp_signed("<", args[11], args[12]), args[11], args[10]
             )
-            for j in range(WIDTH // LANES)
-        ]
-        started = [builder.load(pointer, align=4) for pointer in sums_at]
-        fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fmuladd.v{LANES}f32"
-        )
-        before = builder.block
-        head, body, done = (builder.append_basic_block(name) for name in ("head", "body", "done"))
-        builder.branch(head)
-        builder.position_at_end(head)
-        at = builder.phi(_I64)
-        at.add_incoming(args[10], before)
-        running = [builder.phi(_FLOATS) for _ in started]
-        for phi, start in zip(running, started, strict=True):
-            phi.add_incoming(start, before)
-        builder.cbranch(builder.icmp_signed("<", at, args[11]), body, done)
-        builder.position_at_end(body)
-        place = builder.sext(builder.load(builder.gep(indices, [at])), _I64)
-        # Rows are skipped, so the processor cannot guess which line of memory comes next.
-        later = builder.add(at, ir.Constant(_I64, _AHEAD))
-        later = builder.select(builder.icmp_signed("<", later, args[12]), later, at)
-        coming = builder.sext(builder.load(builder.gep(indices, [later])), _I64)
-        _fetch(context, builder, kinds[2], args[2], args[5:7], builder.sub(coming, args[7]))
-        factor = _everywhere(builder, builder.load(builder.gep(values, [at])))
-        lanes_of = row_of(builder.sub(place, args[7]))
-        added = [
-            builder.call(fma, [factor, lanes_of(j, fma), phi]) for j, phi in enumerate(running)
-        ]
-        at.add_incoming(builder.add(at, ir.Constant(_I64, 1)), builder.block)
-        for phi, total in zip(running, added, strict=True):
-            phi.add_incoming(total, builder.block)
-        builder.branch(head)
-        builder.position_at_end(done)
-        for pointer, total in zip(sums_at, running, strict=True):
-            builder.store(total, pointer, align=4)
+            tile.fetch_scales(builder.sub(_load(builder, indices, following), args[7]))
+            tile.enter_group(builder.sub(_load(builder, indices, args[10]), args[7]))
+            for part in tile.parts:
+                pointers = [_vector(builder, sums_data, args[1], j) for j in part]
+                started = [builder.load(pointer, align=4) for pointer in pointers]
+                scales = tile.scales(part)
+
+                def add(at: Any, running: Any, part: Any = part, scales: Any = scales) -> Any:
+                    if part[0] == 0:
+                        # Rows are skipped: the processor cannot guess which memory comes next.
+                        later = builder.add(at, ir.Constant(_I64, _AHEAD))
+                        later = builder.select(builder.icmp_signed("<", later, args[12]), later, at)
+                        tile.fetch(builder.sub(_load(builder, indices, later), args[7]))
+                    place = _load(builder, indices, at)
+                    factor = _everywhere(builder, builder.load(builder.gep(values, [at])))
+                    weights = tile.read(builder.sub(place, args[7]), part, scales)
+                    return [
+                        tile.multiply_add(factor, weight, total)
+                        for weight, total in zip(weights, running, strict=True)
+                    ]
+
+                totals = _loop(builder, args[10], args[11], started, add)
+                for pointer, total in zip(pointers, totals, strict=True):
+                    builder.store(total, pointer, align=4)
         return context.get_dummy_value()
 
     return signature, generate
@@ -124,90 +127,174 @@ def _add_rows(
 @intrinsic
 def _widen_rows(
     typing: Any, out: Any, weight: Any, steps: Any, lows: Any, slab: Any, chunk: Any,
-    first: Any, end: Any,
+    base: Any, first: Any, end: Any,
 ) -> Any:  # fmt: skip
-    """out[i - first] = weight[slab, i, chunk] in float32, for first <= i < end."""
-    arguments = (out, weight, steps, lows, slab, chunk, first, end)
+    """out[i - base] = weight[slab, i, chunk] in float32, for first <= i < end, of one group."""
+    arguments = (out, weight, steps, lows, slab, chunk, base, first, end)
     signature = types.void(*(types.intp if isinstance(a, types.Integer) else a for a in arguments))
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kinds = signature.args
-        row_of = _row_reader(context, builder, kinds[1:4], args[1:4], args[4:6])
+        tile = _Tile(context, builder, kinds[1:4], args[1:4], args[4:6])
         into = context.make_array(kinds[0])(context, builder, args[0]).data
-        fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fmuladd.v{LANES}f32"
-        )
-        with cgutils.for_range(builder, builder.sub(args[7], args[6])) as loop:
-            lanes_of = row_of(builder.add(args[6], loop.index))
-            row_at = builder.mul(loop.index, ir.Constant(_I64, WIDTH))
-            for j in range(WIDTH // LANES):
-                builder.store(lanes_of(j, fma), _vector(builder, into, row_at, j), align=4)
+        tile.enter_group(args[7])
+        for part in tile.parts:
+            scales = tile.scales(part)
+
+            def widen(at: Any, _: Any, part: Any = part, scales: Any = scales) -> Any:
+                row_at = builder.mul(builder.sub(at, args[6]), ir.Constant(_I64, WIDTH))
+                for j, wide in zip(part, tile.read(at, part, scales), strict=True):
+                    builder.store(wide, _vector(builder, into, row_at, j), align=4)
+                return []
+
+            _loop(builder, args[7], args[8], [], widen)
         return context.get_dummy_value()
 
     return signature, generate
 
 
-def _row_reader(context: Any, builder: Any, kinds: Any, arrays: Any, tile: Any) -> Any:
-    """How to read one input's row of a tile (slab, chunk): by the input, by the vector's number."""
-    weight, steps, lows = (
-        context.make_array(kind)(context, builder, array)
-        for kind, array in zip(kinds, arrays, strict=True)
-    )
-    element = kinds[0].dtype
+class _Tile:
+    """One chunk of one slab of a stored weight, as code that reads it: vectors of float32."""
 
-    def row_of(row: Any) -> Any:
-        row_at = _start(builder, weight, tile, row)
-        group_at = None
-        if element == types.uint8:
-            group = builder.sdiv(row, ir.Constant(_I64, GROUP))
-            group_at = _start(builder, steps, tile, group)
+    def __init__(self, context: Any, builder: Any, kinds: Any, arrays: Any, tile: Any) -> None:
+        self._context, self._builder, self._at = context, builder, tile
+        self._weight, self._steps, self._lows = (
+            context.make_array(kind)(context, builder, array)
+            for kind, array in zip(kinds, arrays, strict=True)
+        )
+        self._element, self._scale = kinds[0].dtype, kinds[1].dtype
+        self._grid = self._element in (types.uint8, types.int8)
+        self._fma = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fmuladd.v{LANES}f32"
+        )
+        self._group_at: Any = None
 
-        def lanes_of(j: int, fma: Any) -> Any:
-            raw = ir.VectorType(context.get_data_type(element), LANES)
-            if element == types.int16:
-                raw = ir.VectorType(ir.HalfType(), LANES)
-            size = element.bitwidth // 8
-            stored = builder.load(_vector(builder, weight.data, row_at, j, raw), align=size)
-            if element == types.float32:
-                return stored
-            if element == types.int16:
-                return builder.fpext(stored, _FLOATS)
-            if element == types.uint16:
-                shift = ir.Constant(_INTS, [16] * LANES)
-                return builder.bitcast(builder.shl(builder.zext(stored, _INTS), shift), _FLOATS)
-            step = builder.load(_vector(builder, steps.data, group_at, j), align=4)
-            low = builder.load(_vector(builder, lows.data, group_at, j), align=4)
-            return builder.call(
-                fma, [step, builder.uitofp(builder.zext(stored, _INTS), _FLOATS), low]
+    @property
+    def parts(self) -> list[list[int]]:
+        """The numbers of the vectors that are worked on together."""
+        size = _TOGETHER[self._grid]
+        return [list(range(at, at + size)) for at in range(0, _VECTORS, size)]
+
+    def multiply_add(self, factor: Any, weight: Any, total: Any) -> Any:
+        return self._builder.call(self._fma, [factor, weight, total])
+
+    def enter_group(self, row: Any) -> None:
+        """Be ready for the inputs of the group that this one is of."""
+        if self._grid:
+            group = self._builder.lshr(row, ir.Constant(_I64, GROUP.bit_length() - 1))
+            self._group_at = self._start(self._steps, group)
+
+    def scales(self, part: list[int]) -> list[tuple[Any, Any]]:
+        """Step and low of each vector, in the group that was entered."""
+        if not self._grid:
+            return []
+        return [(self._scale_of(self._steps, j), self._scale_of(self._lows, j)) for j in part]
+
+    def read(self, row: Any, part: list[int], scales: list[tuple[Any, Any]]) -> list[Any]:
+        """One input's weights, of some vectors."""
+        builder = self._builder
+        at = self._start(self._weight, row)
+        if self._grid:
+            codes = self._nibbles(at, part) if self._element == types.int8 else [
+                builder.zext(self._stored(at, j, _BYTES), _INTS) for j in part
+            ]  # fmt: skip
+            return [
+                builder.call(self._fma, [step, builder.sitofp(code, _FLOATS), low])
+                for code, (step, low) in zip(codes, scales, strict=True)
+            ]
+        if self._element == types.float32:
+            return [self._stored(at, j, _FLOATS) for j in part]
+        if self._element == types.int16:
+            return [builder.fpext(self._stored(at, j, _HALVES), _FLOATS) for j in part]
+        shift, kind = ir.Constant(_INTS, [16] * LANES), ir.VectorType(ir.IntType(16), LANES)
+        return [
+            builder.bitcast(
+                builder.shl(builder.zext(self._stored(at, j, kind), _INTS), shift), _FLOATS
+            )
+            for j in part
+        ]
+
+    def fetch(self, row: Any) -> None:
+        """Have one input's weights brought into the cache."""
+        numbers = WIDTH // 2 if self._element == types.int8 else WIDTH
+        size = numbers * self._element.bitwidth // 8
+        self._fetch(self._weight, self._start(self._weight, row), size)
+
+    def fetch_scales(self, row: Any) -> None:
+        """Have the scales of an input's group brought into the cache."""
+        if self._grid:
+            group = self._builder.lshr(row, ir.Constant(_I64, GROUP.bit_length() - 1))
+            for scales in (self._steps, self._lows):
+                size = WIDTH * self._scale.bitwidth // 8
+                self._fetch(scales, self._start(scales, group), size)
+
+    def _fetch(self, array: Any, at: Any, size: int) -> None:
+        builder = self._builder
+        start = builder.bitcast(builder.gep(array.data, [at]), ir.IntType(8).as_pointer())
+        fetch = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [start.type, _I32, _I32, _I32]),
+            "llvm.prefetch.p0",
+        )
+        for line in range(0, size, _LINE):
+            place = builder.gep(start, [ir.Constant(_I64, line)])
+            builder.call(
+                fetch, [place, ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)]
             )
 
-        return lanes_of
+    def _nibbles(self, at: Any, part: list[int]) -> list[Any]:
+        """Two vectors of codes lie in the halves of one vector of bytes."""
+        builder, codes = self._builder, []
+        low, four = ir.Constant(_INTS, [15] * LANES), ir.Constant(_INTS, [4] * LANES)
+        for pair in range(part[0] // 2, part[-1] // 2 + 1):
+            both = builder.zext(self._stored(at, pair, _BYTES), _INTS)
+            codes += [builder.and_(both, low), builder.lshr(both, four)]
+        return codes
 
-    return row_of
+    def _stored(self, at: Any, j: int, kind: Any) -> Any:
+        pointer = _vector(self._builder, self._weight.data, at, j, kind)
+        return self._builder.load(pointer, align=self._element.bitwidth // 8)
+
+    def _scale_of(self, scales: Any, j: int) -> Any:
+        if self._scale == types.float32:
+            return self._builder.load(
+                _vector(self._builder, scales.data, self._group_at, j), align=4
+            )
+        pointer = _vector(self._builder, scales.data, self._group_at, j, _HALVES)
+        return self._builder.fpext(self._builder.load(pointer, align=2), _FLOATS)
+
+    def _start(self, array: Any, row: Any) -> Any:
+        """Where [slab, row, chunk] begins."""
+        builder = self._builder
+        _, rows, chunks, width = cgutils.unpack_tuple(builder, array.shape, 4)
+        line = builder.add(builder.mul(self._at[0], rows), row)
+        return builder.mul(builder.add(builder.mul(line, chunks), self._at[1]), width)
 
 
-def _start(builder: Any, array: Any, tile: Any, row: Any) -> Any:
-    """Where [slab, row, chunk] begins."""
-    _, rows, chunks, _ = cgutils.unpack_tuple(builder, array.shape, 4)
-    line = builder.add(builder.mul(tile[0], rows), row)
-    return builder.mul(builder.add(builder.mul(line, chunks), tile[1]), ir.Constant(_I64, WIDTH))
+def _loop(builder: Any, first: Any, end: Any, started: list[Any], step: Any) -> list[Any]:
+    """`running = step(at, running)` for first <= at < end; what it comes to."""
+    before = builder.block
+    head, body, done = (builder.append_basic_block(name) for name in ("head", "body", "done"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    at = builder.phi(_I64)
+    at.add_incoming(first, before)
+    running = [builder.phi(_FLOATS) for _ in started]
+    for phi, start in zip(running, started, strict=True):
+        phi.add_incoming(start, before)
+    builder.cbranch(builder.icmp_signed("<", at, end), body, done)
+    builder.position_at_end(body)
+    following = step(at, running)
+    at.add_incoming(builder.add(at, ir.Constant(_I64, 1)), builder.block)
+    for phi, total in zip(running, following, strict=True):
+        phi.add_incoming(total, builder.block)
+    builder.branch(head)
+    builder.position_at_end(done)
+    return running
 
 
-def _fetch(context: Any, builder: Any, kind: Any, array: Any, tile: Any, row: Any) -> Any:
-    """Have one input's row of a tile brought into the cache."""
-    weight = context.make_array(kind)(context, builder, array)
-    at = _start(builder, weight, tile, row)
-    start = builder.bitcast(builder.gep(weight.data, [at]), ir.IntType(8).as_pointer())
-    fetch = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(ir.VoidType(), [start.type, _I32, _I32, _I32]),
-        "llvm.prefetch.p0",
-    )
-    for line in range(0, WIDTH * kind.dtype.bitwidth // 8, _LINE):
-        place = builder.gep(start, [ir.Constant(_I64, line)])
-        builder.call(
-            fetch, [place, ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)]
-        )
+def _load(builder: Any, indices: Any, at: Any) -> Any:
+    return builder.sext(builder.load(builder.gep(indices, [at])), _I64)
 
 
 def _vector(builder: Any, data: Any, at: Any, j: int, kind: Any = _FLOATS) -> Any:
@@ -223,22 +310,25 @@ def _everywhere(builder: Any, scalar: Any) -> Any:
 
 
 @compiled(parallel=True)
-def _multiply_one(weight_SICW, steps, lows, index_P, value_P, out_O):  # type: ignore[no-untyped-def]
+def _multiply_one(  # type: ignore[no-untyped-def]
+    weight_SICW, steps, lows, index_P, value_P, summed, out_O
+):
     """One row: picks a few at a time, each over a whole slab, as they lie in memory."""
     slabs, _, chunks, _ = weight_SICW.shape
     picks = len(index_P)
     for slab in prange(slabs):
         sums_O = np.zeros(chunks * WIDTH, dtype=np.float32)
         total_O = np.zeros(chunks * WIDTH, dtype=np.float32)
-        first, summed = 0, SUMMED
+        first, sum_end = 0, summed
         while first < picks:
-            stop = min(first + _AHEAD, picks)
-            if index_P[first] >= summed:
+            if index_P[first] >= sum_end:
                 total_O += sums_O
                 sums_O[:] = 0
-                while index_P[first] >= summed:
-                    summed += SUMMED
-            while index_P[stop - 1] >= summed:
+                while index_P[first] >= sum_end:
+                    sum_end += summed
+            stop = min(first + _AHEAD, picks)
+            group_end = index_P[first] // GROUP * GROUP + GROUP
+            while index_P[stop - 1] >= group_end:
                 stop -= 1
             for chunk in range(chunks):
                 _add_rows(
@@ -253,7 +343,9 @@ def _multiply_one(weight_SICW, steps, lows, index_P, value_P, out_O):  # type: i
 
 
 @compiled(parallel=True)
-def _multiply_some(weight_SICW, steps, lows, index_P, value_P, start_S, out_RO):  # type: ignore[no-untyped-def]
+def _multiply_some(  # type: ignore[no-untyped-def]
+    weight_SICW, steps, lows, index_P, value_P, start_S, summed, out_RO
+):
     """Some rows, in turn over each block of inputs of a tile."""
     slabs, inputs, chunks, _ = weight_SICW.shape
     rows, outputs = out_RO.shape
@@ -265,10 +357,14 @@ def _multiply_some(weight_SICW, steps, lows, index_P, value_P, start_S, out_RO):
         at_R = start_S[:-1].copy()
         for first in range(0, inputs, _BLOCK):
             end = min(first + _BLOCK, inputs)
-            if first and first % SUMMED == 0:
+            if first and first % summed == 0:
                 total_RW += sums_RW
                 sums_RW[:] = 0
-            _widen_rows(wide_1I1W, weight_SICW, steps, lows, slab, chunk, first, end)
+            for begin in range(first, end, GROUP):
+                _widen_rows(
+                    wide_1I1W, weight_SICW, steps, lows, slab, chunk,
+                    first, begin, min(begin + GROUP, end),
+                )  # fmt: skip
             for row in range(rows):
                 begin, stop = at_R[row], start_S[row + 1]
                 if end < inputs:

@@ -189,6 +189,11 @@ class Packed:
         return any(kind.plan.picks for kind in self.distinct_kinds)
 
     @cached_property
+    def keeps_sub_layers(self) -> bool:
+        """Whether all rows keep every sub-layer, by their plans."""
+        return all(kind.plan.keeps_sub_layers for kind in self.distinct_kinds)
+
+    @cached_property
     def leaves_heads_out(self) -> bool:
         return any(kind.plan.leaves_heads_out for kind in self.distinct_kinds)
 

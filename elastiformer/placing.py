@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from elastiformer.attention import Read
+from elastiformer.attention import Read, Reads
 from elastiformer.packed import Packed, Rows
+from elastiformer.single_queries import Singles
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Placing:
         self._pool = self._caches[0].pool
         assert all(cache.pool is self._pool for cache in self._caches), "caches of two pools"
         self._parts: dict[Rows, list[_Part]] = {}
+        self._single_parts: dict[Rows, np.ndarray] = {}
         # With complete caches every layer takes every row: all places are known at once.
         self._complete = self._caches[0].complete
         self._index_LNG: Tensor | None = None
@@ -48,15 +51,51 @@ class Placing:
             index_RG = self._index_LNG[layer]
         else:
             index_RG = self._next(layer, rows)
-        if keys_values_RMH is not None:
-            self._pool.rows[index_RG] = keys_values_RMH
+        if keys_values_RMH is None:
+            return
+        into_NH = self._pool.rows
+        if into_NH.device.type == "cpu" and into_NH.dtype == torch.float32:
+            # NumPy's assignment starts sooner than PyTorch's.
+            into_NH.numpy()[index_RG.numpy()] = keys_values_RMH.numpy()
+        else:
+            into_NH[index_RG] = keys_values_RMH
 
     def keys(self, layer: int) -> np.ndarray:
         """How many keys each chunk's cache holds in a layer: [C]."""
+        if self._complete:
+            return self._length_C
         return np.array([cache.length_L[layer] for cache in self._caches])
 
-    def reads(self, layer: int, rows: Rows) -> list[Read]:
+    def reads(self, layer: int, rows: Rows) -> Reads:
         """What the queries of these rows read, request by request."""
+        return Reads(self._singles(layer, rows), lambda: self._each(layer, rows))
+
+    def _singles(self, layer: int, rows: Rows) -> Singles:
+        if rows not in self._single_parts:
+            alone = [part for part in self._parts_of(rows) if part.ends_chunk]
+            numbers = [(part.queries.start, part.last, part.chunk) for part in alone]
+            self._single_parts[rows] = np.array(numbers, dtype=np.int64).reshape(-1, 3).T
+        query_S, last_S, chunk_S = self._single_parts[rows]
+        first_S, room_S = self._first_LC[layer][chunk_S], self._room_LC[layer][chunk_S]
+        heads = self._caches[0].shape.kv_heads
+        length_S = self.keys(layer)[chunk_S]
+        second_S = first_S + heads * room_S
+        return Singles(self._pool.rows, heads, query_S, last_S, first_S, second_S, room_S, length_S)
+
+    @cached_property
+    def _first_LC(self) -> np.ndarray:
+        return np.stack([cache.first_rows_L for cache in self._caches], axis=1)
+
+    @cached_property
+    def _room_LC(self) -> np.ndarray:
+        return np.stack([cache.room_L for cache in self._caches], axis=1)
+
+    @cached_property
+    def _length_C(self) -> np.ndarray:
+        """Of complete caches, which have grown by the whole step from its first layer on."""
+        return np.array([cache.length_L[0] for cache in self._caches])
+
+    def _each(self, layer: int, rows: Rows) -> list[Read]:
         return [
             Read(
                 part.queries,

@@ -1,24 +1,28 @@
-"""Norms and rotations in few operators.
+"""Norms, rotations and gates in few operators; on a CPU in float32 in one (row_kernels.py).
 
 At one row an operator costs as much as its arithmetic, and Transformers' norm takes six of them
 and its rotation fourteen. Each form here stands in for a module only after it gave that module's
 result on a sample; otherwise the module itself runs.
 
-Shape letters: N rows   D width   M heads   H head size   R rotated part of a head
+Shape letters: N rows   D width   M heads   H head size   R rotated part of a head   I neurons
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from elastiformer import row_kernels
 from elastiformer.families import Layer
 
 Norm = Callable[[Tensor], Tensor]
+Gate = Callable[[Tensor], Tensor]
 
 
 @torch.inference_mode()
@@ -46,16 +50,46 @@ def _root_mean_square(scale_D: Tensor, epsilon: float) -> Norm:
     width = len(scale_D)
     if scale_D.dtype != torch.float32 or scale_D.device.type != "cpu":
         return lambda x_ND: F.rms_norm(x_ND, (width,), scale_D.to(x_ND.dtype), epsilon)
-    bias = torch.tensor(epsilon)
+    on_host_D = scale_D.numpy()
 
     def norm(x_ND: Tensor) -> Tensor:
         if x_ND.dtype != torch.float32:
             return F.rms_norm(x_ND, (width,), scale_D.to(x_ND.dtype), epsilon)
-        length_N1 = torch.linalg.vector_norm(x_ND, 2, -1, True)
-        inverse_N1 = torch.addcmul(bias, length_N1, length_N1, value=1 / width).rsqrt_()
-        return (x_ND * inverse_N1).mul_(scale_D)
+        x_ND = x_ND.contiguous()
+        out_ND = torch.empty_like(x_ND)
+        of_row, into = x_ND.view(-1, width).numpy(), out_ND.view(-1, width).numpy()
+        row_kernels.normalise(of_row, on_host_D, epsilon, into)
+        return out_ND
 
     return norm
+
+
+@torch.inference_mode()
+def lean_gate(layer: Layer) -> Gate:
+    """activation(gate) * up, of the two side by side: [N, 2I] to [N, I]."""
+
+    def plain(both_N2I: Tensor) -> Tensor:
+        gate_NI, up_NI = both_N2I.chunk(2, dim=1)
+        return layer.activation(gate_NI).mul_(up_NI)
+
+    weight_OI = layer.up.weight_OI
+    if weight_OI.device.type != "cpu" or weight_OI.dtype != torch.float32:
+        return plain
+    sample_N2I = torch.linspace(-9, 9, 4 * 34).view(4, 34)
+    for form in (row_kernels.SILU, row_kernels.GELU):
+        compiled = _compiled_gate(form)
+        if torch.allclose(compiled(sample_N2I), plain(sample_N2I), rtol=1e-5, atol=1e-6):
+            return compiled
+    return plain
+
+
+def _compiled_gate(form: int) -> Gate:
+    def gate(both_N2I: Tensor) -> Tensor:
+        out_NI = both_N2I.new_empty(len(both_N2I), both_N2I.shape[1] // 2)
+        row_kernels.gate(form, both_N2I.numpy(), out_NI.numpy())
+        return out_NI
+
+    return gate
 
 
 class Rotation:
@@ -69,11 +103,19 @@ class Rotation:
         signed_NR = torch.cat([-sin_NR[:, : self._half], sin_NR[:, self._half :]], 1)
         self._sin_N1R = signed_NR[:, None]
 
-    def turn(self, x_NMH: Tensor) -> None:
-        """Rotate in place."""
-        part_NMR = x_NMH[..., : self.cos_NR.shape[1]]
+    def turn(self, x_NMH: Tensor, heads: int | None = None) -> None:
+        """Rotate the first heads, or all, in place."""
+        heads = x_NMH.shape[1] if heads is None else heads
+        if x_NMH.device.type == "cpu" and x_NMH.dtype == torch.float32 and x_NMH.is_contiguous():
+            row_kernels.turn(x_NMH.numpy(), heads, *self._on_host)
+            return
+        part_NMR = x_NMH[:, :heads, : self.cos_NR.shape[1]]
         rolled_NMR = part_NMR.roll(self._half, -1)
         torch.addcmul(part_NMR * self._cos_N1R, rolled_NMR, self._sin_N1R, out=part_NMR)
+
+    @cached_property
+    def _on_host(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.cos_NR.contiguous().numpy(), self.sin_NR.contiguous().numpy()
 
     def of(self, index: slice | Tensor) -> Rotation:
         """The rotation of some of the rows."""

@@ -64,6 +64,7 @@ class PricedPlan:
     skipped_mlp: Mapping[int, Price]
     channels: tuple[tuple[int, ...], ...]  # how many each site keeps, by layer, in order of Site
     picks: bool  # whether any site keeps less than all
+    keeps_sub_layers: bool
     leaves_heads_out: bool
     leaves_experts_out: bool
     _root: Callable[[Plan], PricedPlan]
@@ -132,6 +133,7 @@ class Pricing:
             skipped_mlp=no_mlp,
             channels=tuple(channels),
             picks=any(getattr(layer, site.value) < 1 for layer in plan for site in Site),
+            keeps_sub_layers=all(layer.attention_tokens == 1 == layer.mlp_tokens for layer in plan),
             leaves_heads_out=any(kept.heads < shape.heads for shape, kept in both),
             leaves_experts_out=any(kept.neurons < shape.mlp_width for shape, kept in both),
             _root=lambda whole: self._remembered(whole, False),

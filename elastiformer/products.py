@@ -21,11 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from elastiformer.costs import SINGLE_ROWS, FewRows
 from elastiformer.families import Projection
 from elastiformer.tiles import Picks, Tiles, even_starts, everything, over_zeros, search
 
+# Processors differ in it: 512 or 1024 by the width of registers and the number of inputs.
+_SUMS = (1024, 512)
+_SUMMED: dict[int, int] = {}  # by inputs, as found in this process
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
@@ -168,9 +172,10 @@ class Product:
                 [torch.from_numpy(array) for array in picks],
                 *(torch.from_numpy(array) for array in self._tiles.arrays),
                 self.outputs,
+                self._summed,
             )
         else:
-            out_RO = torch.from_numpy(self._tiles.multiply(picks))
+            out_RO = torch.from_numpy(self._tiles.multiply(picks, self._summed))
         return out_RO if self._bias_O is None else out_RO.add_(self._bias_O)
 
     def at_once(self, reading: Reading) -> Tensor:
@@ -189,7 +194,7 @@ class Product:
         """Lay the weight out now, rather than when a request first needs it."""
         _ = self._packed if self._packs else self._weight_OI
         if self.has_tiles:
-            _ = self._tiles
+            _ = self._tiles, self._summed
 
     @property
     def stored_bytes(self) -> int:
@@ -231,6 +236,24 @@ class Product:
     def _tiles(self) -> Tiles:
         return Tiles.of(self._joined())
 
+    @cached_property
+    def _summed(self) -> int:
+        """How many inputs oneDNN adds up in one go, so that both ways give the same bits."""
+        if self.inputs <= min(_SUMS) or self._packed is None:
+            return _SUMS[0]
+        if self.inputs not in _SUMMED:
+            x_RI = torch.randn(2, self.inputs, generator=torch.Generator().manual_seed(0))
+            with _disable_current_modes():  # whoever counts operators did not ask for this one
+                expected_RO = _packed_linear(x_RI, self._packed).numpy()
+            picks = everything(x_RI.numpy())
+            same = (
+                summed
+                for summed in _SUMS
+                if np.array_equal(self._tiles.multiply(picks, summed), expected_RO)
+            )
+            _SUMMED[self.inputs] = next(same, _SUMS[0])
+        return _SUMMED[self.inputs]
+
     def _joined(self) -> Tensor:
         """The weights side by side; the base's own memory where they stand so already."""
         weights = [projection.weight_OI.detach() for projection in self.projections]
@@ -245,10 +268,13 @@ class Product:
 def _packed_linear(x_RI: Tensor, packed: Tensor, count: int | None = None) -> Tensor:
     # oneDNN ignores the scalars of "none"; there the FLOP formula finds the picks among zeros.
     scalars = [] if count is None else [count]
+    rows = len(x_RI)
+    if rows == 1 and not torch._C._len_torch_dispatch_stack():  # nobody counts operators
+        x_RI = x_RI.expand(2, -1)  # a lone row may be summed in another order than one of many
     out_RO: Tensor = torch.ops.mkldnn._linear_pointwise.default(
         x_RI, packed, None, "none", scalars, ""
     )
-    return out_RO
+    return out_RO[:rows]
 
 
 def _picked_linear(x_RI: Tensor, weight_OI: Tensor, count: int) -> Tensor:
@@ -256,10 +282,15 @@ def _picked_linear(x_RI: Tensor, weight_OI: Tensor, count: int) -> Tensor:
 
 
 def _tiled_linear(
-    picks: Sequence[Tensor], weight: Tensor, steps: Tensor, lows: Tensor, outputs: int
+    picks: Sequence[Tensor],
+    weight: Tensor,
+    steps: Tensor,
+    lows: Tensor,
+    outputs: int,
+    summed: int,
 ) -> Tensor:
     tiles = Tiles(outputs, weight.numpy(), steps.numpy(), lows.numpy())
-    return torch.from_numpy(tiles.multiply(Picks(*(tensor.numpy() for tensor in picks))))
+    return torch.from_numpy(tiles.multiply(Picks(*(tensor.numpy() for tensor in picks)), summed))
 
 
 # Operators of their own, so that PyTorch's counter sees the picks and not the zeros.
@@ -267,6 +298,7 @@ _LIBRARY: Any = torch.library.Library("elasti", "FRAGMENT")  # type: ignore[no-u
 _LIBRARY.define("picked_linear(Tensor x, Tensor weight, int count) -> Tensor")
 _LIBRARY.impl("picked_linear", _picked_linear, "CompositeExplicitAutograd")
 _LIBRARY.define(
-    "tiled_linear(Tensor[] picks, Tensor weight, Tensor steps, Tensor lows, int outputs) -> Tensor"
+    "tiled_linear(Tensor[] picks, Tensor weight, Tensor steps, Tensor lows, int outputs, "
+    "int summed) -> Tensor"
 )
 _LIBRARY.impl("tiled_linear", _tiled_linear, "CompositeExplicitAutograd")

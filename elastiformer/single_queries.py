@@ -9,38 +9,47 @@ Shape letters: N rows of the pool   Q queries   A query heads   G key/value head
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numba import prange
+from torch import Tensor
 
 from elastiformer.kernels import TURN, compiled
 
 
-def attend(
-    rows_NH: np.ndarray,
-    query_QAH: np.ndarray,
-    query_S: np.ndarray,
-    key_S: np.ndarray,
-    value_S: np.ndarray,
-    room_S: np.ndarray,
-    length_S: np.ndarray,
-    kv_heads: int,
-    scale: float,
-    out_QAH: np.ndarray,
-) -> None:
-    """Fill in the attention output of some queries, each over all keys of its request.
+@dataclass(frozen=True, slots=True)
+class Singles:
+    """Requests that ask with one token each, which sees all keys that there are."""
 
-    Args:
-        query_S: which of the queries.
-        key_S, value_S: where the request's keys and values begin among the rows of the pool, head
-            after head.
-        room_S, length_S: how far apart the heads are, and how many tokens they hold.
-    """
+    rows_NH: Tensor  # of the pool
+    kv_heads: int
+    query_S: np.ndarray  # which of the packed queries
+    last_S: np.ndarray  # its position
+    key_S: np.ndarray  # where the keys begin among the rows, head after head
+    value_S: np.ndarray
+    room_S: np.ndarray  # how far apart the heads are
+    length_S: np.ndarray  # how many tokens they hold
+
+    def __len__(self) -> int:
+        return len(self.query_S)
+
+    def before(self, position: int) -> Singles:
+        """Those whose query stands before a position."""
+        kept_S = self.last_S < position
+        if kept_S.all():
+            return self
+        arrays = (self.query_S, self.last_S, self.key_S, self.value_S, self.room_S, self.length_S)
+        return Singles(self.rows_NH, self.kv_heads, *(array[kept_S] for array in arrays))
+
+
+def attend(singles: Singles, query_QAH: np.ndarray, scale: float, out_QAH: np.ndarray) -> None:
+    """Fill in the attention output of single queries, each over all keys of its request."""
     with TURN:
         _attend(
-            rows_NH, query_QAH, query_S, key_S, value_S, room_S, length_S, kv_heads,
-            np.float32(scale), out_QAH,
+            singles.rows_NH.numpy(), query_QAH, singles.query_S, singles.key_S, singles.value_S,
+            singles.room_S, singles.length_S, singles.kv_heads, np.float32(scale), out_QAH,
         )  # fmt: skip
 
 

@@ -88,7 +88,7 @@ class SparseAttention:
             if together:
                 query_RAH.copy_(tools.query_norms[layer.index](query_RAH))
         if turn is not None:
-            turn.turn(heads_RMH[:, : key_place + shape.kv_heads])
+            turn.turn(heads_RMH, key_place + shape.kv_heads)
         placing.place(layer.index, cached, heads_RMH[:, key_place:])
         if together:
             return query_RAH

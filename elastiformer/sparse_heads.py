@@ -121,7 +121,7 @@ class SparseHeads:
         out_RMH = torch.zeros_like(query_RMH)
         position_R = rows.of(packed.position_N)
         group = layer.shape.heads // layer.shape.kv_heads
-        for read in placing.reads(layer.index, rows):
+        for read in placing.reads(layer.index, rows).each:
             for head in range(layer.shape.heads):
                 rows_S = read.queries.start + torch.nonzero(chosen_RM[read.queries, head])[:, 0]
                 if len(rows_S):
@@ -139,7 +139,7 @@ class SparseHeads:
         return out_RMH
 
     def _one_head(self, layer: Layer, query_S1H: Tensor, position_S: Tensor, read: Read) -> Tensor:
-        return self.workshop.portable.attend(query_S1H, position_S, [read], layer)[:, 0]
+        return self.workshop.portable.one(query_S1H, position_S, read, layer)[:, 0]
 
     def _out(
         self, layer: Layer, group: HeadGroup, x_RA: Tensor, chosen_RM: Tensor, repair: Repair

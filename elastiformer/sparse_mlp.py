@@ -50,8 +50,7 @@ class SparseMlp:
         reading = tools.read(layer, Site.MLP_IN, x_RD, packed, rows)
         front = tools.at_site(layer, Site.MLP_IN)
         out_RO = tools.mended(layer, front, reading, packed, rows)
-        a_RI = layer.activation(out_RO[:, front.parts[0]])
-        if layer.gate is not None:
-            a_RI = a_RI.mul_(out_RO[:, front.parts[1]])
+        gate = tools.gates[layer.index]
+        a_RI = layer.activation(out_RO) if gate is None else gate(out_RO)
         reading = tools.read(layer, Site.MLP_OUT, a_RI, packed, rows)
         return tools.mended(layer, tools.at_site(layer, Site.MLP_OUT), reading, packed, rows)

@@ -21,14 +21,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elastiformer import kernels, lanes
-from elastiformer.lanes import GROUP, WIDTH
+from elastiformer.lanes import GROUP, LANES, WIDTH
 
 # A slab holds long lines of memory for each input, or else a single row that leaves inputs out
-# waits for memory as long as one that leaves none. Layers of a 1.5 B Llama's shape, bfloat16
-# numbers: with one chunk a slab half the inputs took 1.35 of the time of all, with sixteen 0.61 to
-# 0.71. All inputs take longer for it.
+# waits for memory as long as one that leaves none. All inputs take longer for it.
 _MOST_CHUNKS = 16
-_FORMS = {np.uint8: "grid", np.uint16: "bfloat16", np.int16: "float16", np.float32: "float32"}
+_FORMS = {
+    np.int8: "grid of 16",
+    np.uint8: "grid of 256",
+    np.uint16: "bfloat16",
+    np.int16: "float16",
+    np.float32: "float32",
+}
 
 
 class Picks(NamedTuple):
@@ -57,7 +61,7 @@ class Tiles:
         full_SIO = padded_OI.view(slabs, -1, inputs).transpose(1, 2).contiguous()
         lines = (chunks, WIDTH)
         if (grid := _on_grid(full_SIO.numpy())) is not None:
-            return cls(outputs, *(array.reshape(*array.shape[:2], *lines) for array in grid))
+            return cls(outputs, *(array.reshape(*array.shape[:2], chunks, -1) for array in grid))
         nothing = (lanes.NOTHING, lanes.NOTHING)
         for dtype, stored in ((torch.bfloat16, torch.uint16), (torch.float16, torch.int16)):
             small_SIO = full_SIO.to(dtype)
@@ -79,10 +83,14 @@ class Tiles:
     def bytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
 
-    def multiply(self, picks: Picks) -> np.ndarray:
-        """The product with the picked inputs of each row: float32 [R, O]."""
+    def multiply(self, picks: Picks, summed: int = 1024) -> np.ndarray:
+        """The product with the picked inputs of each row: float32 [R, O].
+
+        Args:
+            summed: how many inputs are added up in one go; whole groups.
+        """
         out_RO = np.empty((len(picks.start_S) - 1, self.outputs), dtype=np.float32)
-        lanes.multiply(self.weight_SICW, self.steps, self.lows, *picks, out_RO)
+        lanes.multiply(self.weight_SICW, self.steps, self.lows, *picks, summed, out_RO)
         return out_RO
 
 
@@ -141,4 +149,25 @@ def _on_grid(full_SIO: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] 
     # PyTorch's memory begins at the start of a cache line.
     codes = torch.empty(full_SIO.shape, dtype=torch.uint8).numpy()
     steps, lows = torch.empty(shape).numpy(), torch.empty(shape).numpy()
-    return (codes, steps, lows) if kernels.fit_grid(full_SIO, GROUP, codes, steps, lows) else None
+    if not kernels.fit_grid(full_SIO, GROUP, codes, steps, lows):
+        return None
+    return _halved(codes), _as_float16(steps), _as_float16(lows)
+
+
+def _halved(codes_SIO: np.ndarray) -> np.ndarray:
+    """Codes below 16 as int8, two a byte: those of two vectors of outputs side by side."""
+    if codes_SIO.max() > 15:
+        return codes_SIO
+    pairs = codes_SIO.reshape(*codes_SIO.shape[:2], -1, 2, LANES)
+    both: np.ndarray = pairs[..., 0, :] | pairs[..., 1, :] << 4
+    return torch.from_numpy(both).clone().numpy().view(np.int8)
+
+
+def _as_float16(scales: np.ndarray) -> np.ndarray:
+    """Scales as float16 where that loses nothing, under the name int16."""
+    small = torch.from_numpy(scales).half()
+    return (
+        small.view(torch.int16).numpy()
+        if torch.equal(small.float(), torch.from_numpy(scales))
+        else scales
+    )

@@ -23,7 +23,7 @@ from elastiformer.expert_table import ExpertTable
 from elastiformer.families import Layer, Layout, Projection
 from elastiformer.lora import LoraPair
 from elastiformer.packed import Kind, Packed, Rows
-from elastiformer.pointwise import Norm, lean_norm
+from elastiformer.pointwise import Gate, Norm, lean_gate, lean_norm
 from elastiformer.products import Product, Reading, pick
 from elastiformer.repair import Repair
 from elastiformer.routers import PartGate, Router
@@ -43,6 +43,9 @@ class Workshop:
         self.portable = Portable()
         self.attention_norms = [lean_norm(layer.attention_norm) for layer in layout.layers]
         self.mlp_norms = [lean_norm(layer.mlp_norm) for layer in layout.layers]
+        self.gates: list[Gate | None] = [
+            None if layer.gate is None else lean_gate(layer) for layer in layout.layers
+        ]
         self.query_norms = [_optional(layer.query_norm) for layer in layout.layers]
         self.key_norms = [_optional(layer.key_norm) for layer in layout.layers]
         self.final_norm: Norm = lean_norm(layout.final_norm)

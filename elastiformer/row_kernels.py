@@ -1,0 +1,178 @@
+"""What a CPU does to one row at a time between two products, compiled: norms, rotations, gates.
+
+Each of them is one call for all rows. As PyTorch's operators, at one row, they would take longer
+to start than to run. The arithmetic is strict, so a row gets the same bits whatever other rows
+there are, in whichever loop it is done.
+
+Shape letters: N rows   D width   M heads   H head size   R rotated part of a head   I neurons
+    G key/value heads   P rows of the pool
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import prange, types
+from numba.extending import intrinsic
+
+from elastiformer.kernels import TURN, compiled
+
+_ALONE = 4  # so few rows are done faster by one thread
+_SUMS = 16  # kept side by side, so that vector code can add them
+_SHIFT = np.float32(1.5 * 2**23)  # a float32 of this size has no room for fractions
+SILU, GELU = 0, 1
+# Division by zero gives infinity, as in PyTorch: a check for it would keep loops from vector code.
+_STRICT: Any = {"fastmath": False, "error_model": "numpy"}
+
+
+def normalise(x_ND: np.ndarray, scale_D: np.ndarray, epsilon: float, out_ND: np.ndarray) -> None:
+    """Fill in x / (root mean square of its row) * scale."""
+    if len(x_ND) <= _ALONE:
+        _normalise_in_turn(x_ND, scale_D, np.float32(epsilon), out_ND)
+        return
+    with TURN:
+        _normalise_side_by_side(x_ND, scale_D, np.float32(epsilon), out_ND)
+
+
+def gate(form: int, side_by_side_N2I: np.ndarray, out_NI: np.ndarray) -> None:
+    """Fill in activation(first half of the columns) * second half.
+
+    Args:
+        form: SILU, or GELU in its approximation by tanh.
+    """
+    if len(out_NI) <= _ALONE:
+        _gate_in_turn(form, side_by_side_N2I, out_NI)
+        return
+    with TURN:
+        _gate_side_by_side(form, side_by_side_N2I, out_NI)
+
+
+def turn(x_NMH: np.ndarray, heads: int, cos_NR: np.ndarray, sin_NR: np.ndarray) -> None:
+    """Rotate the first heads of each row, in place."""
+    if len(x_NMH) <= _ALONE:
+        _turn_in_turn(x_NMH, heads, cos_NR, sin_NR)
+        return
+    with TURN:
+        _turn_side_by_side(x_NMH, heads, cos_NR, sin_NR)
+
+
+@intrinsic
+def _as_float(typing: Any, bits: Any) -> Any:
+    """The float32 of these 32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def _as_bits(typing: Any, number: Any) -> Any:
+    """The 32 bits of this float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+@compiled(**_STRICT)
+def _normalise_row(x_D, scale_D, epsilon, out_D):  # type: ignore[no-untyped-def]
+    width = len(x_D)
+    sums = np.zeros(_SUMS, dtype=np.float32)
+    even = width // _SUMS * _SUMS
+    for d in range(0, even, _SUMS):
+        for j in range(_SUMS):
+            sums[j] += x_D[d + j] * x_D[d + j]
+    total = np.float32(0)
+    for j in range(_SUMS):
+        total += sums[j]
+    for d in range(even, width):
+        total += x_D[d] * x_D[d]
+    inverse = np.float32(1) / np.sqrt(total / np.float32(width) + epsilon)
+    for d in range(width):
+        out_D[d] = x_D[d] * inverse * scale_D[d]
+
+
+@compiled(**_STRICT)
+def _exponential(x):  # type: ignore[no-untyped-def]
+    """exp(x), by Cephes' polynomial, to a bit or two; what is beyond float32 stays just in it."""
+    x = x if x > np.float32(-87) else np.float32(-87)
+    x = x if x < np.float32(88) else np.float32(88)
+    shifted = x * np.float32(1.4426950408889634) + _SHIFT  # whole numbers are in its last bits
+    n = shifted - _SHIFT
+    r = x - n * np.float32(0.693359375)
+    r = r - n * np.float32(-2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * (r * r) + r + np.float32(1)
+    return p * _as_float(np.int32((_as_bits(shifted) + np.int32(127)) << np.int32(23)))
+
+
+@compiled(**_STRICT)
+def _gate_row(form, side_by_side_2I, out_I):  # type: ignore[no-untyped-def]
+    neurons = len(out_I)
+    if form == SILU:
+        for i in range(neurons):
+            g = side_by_side_2I[i]
+            active = g / (np.float32(1) + _exponential(-g))
+            out_I[i] = active * side_by_side_2I[neurons + i]
+    else:
+        for i in range(neurons):
+            g = side_by_side_2I[i]
+            # 2 sqrt(2 / pi) (g + 0.044715 g^3): half of it is what the tanh is of
+            z = np.float32(1.5957691216057308) * (g + np.float32(0.044715) * g * g * g)
+            active = g / (np.float32(1) + _exponential(-z))
+            out_I[i] = active * side_by_side_2I[neurons + i]
+
+
+@compiled(**_STRICT)
+def _turn_row(x_MH, heads, cos_R, sin_R):  # type: ignore[no-untyped-def]
+    half = len(cos_R) // 2
+    for head in range(heads):
+        for r in range(half):
+            first, second = x_MH[head, r], x_MH[head, half + r]
+            x_MH[head, r] = first * cos_R[r] - second * sin_R[r]
+            x_MH[head, half + r] = second * cos_R[half + r] + first * sin_R[half + r]
+
+
+@compiled(**_STRICT)
+def _normalise_in_turn(x_ND, scale_D, epsilon, out_ND):  # type: ignore[no-untyped-def]
+    for row in range(len(x_ND)):
+        _normalise_row(x_ND[row], scale_D, epsilon, out_ND[row])
+
+
+@compiled(parallel=True, **_STRICT)
+def _normalise_side_by_side(x_ND, scale_D, epsilon, out_ND):  # type: ignore[no-untyped-def]
+    for row in prange(len(x_ND)):
+        _normalise_row(x_ND[row], scale_D, epsilon, out_ND[row])
+
+
+@compiled(**_STRICT)
+def _gate_in_turn(form, side_by_side_N2I, out_NI):  # type: ignore[no-untyped-def]
+    for row in range(len(out_NI)):
+        _gate_row(form, side_by_side_N2I[row], out_NI[row])
+
+
+@compiled(parallel=True, **_STRICT)
+def _gate_side_by_side(form, side_by_side_N2I, out_NI):  # type: ignore[no-untyped-def]
+    for row in prange(len(out_NI)):
+        _gate_row(form, side_by_side_N2I[row], out_NI[row])
+
+
+@compiled(**_STRICT)
+def _turn_in_turn(x_NMH, heads, cos_NR, sin_NR):  # type: ignore[no-untyped-def]
+    for row in range(len(x_NMH)):
+        _turn_row(x_NMH[row], heads, cos_NR[row], sin_NR[row])
+
+
+@compiled(parallel=True, **_STRICT)
+def _turn_side_by_side(x_NMH, heads, cos_NR, sin_NR):  # type: ignore[no-untyped-def]
+    for row in prange(len(x_NMH)):
+        _turn_row(x_NMH[row], heads, cos_NR[row], sin_NR[row])

@@ -1,0 +1,72 @@
+"""What is compiled for rows on a CPU: against PyTorch, and a row alone against many."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from elastiformer import kernels, row_kernels
+from elastiformer.pointwise import Rotation
+
+ROWS = [1, 4, 5, 33]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    kernels.use_threads()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", [8, 24, 577])
+def test_a_norm_is_pytorchs_and_a_row_alone_gets_the_same_bits(rows, width):
+    torch.manual_seed(width)
+    x_ND, scale_D = 3 * torch.randn(rows, width), torch.rand(width)
+    out_ND, alone_ND = torch.empty_like(x_ND), torch.empty(1, width)
+    row_kernels.normalise(x_ND.numpy(), scale_D.numpy(), 1e-5, out_ND.numpy())
+    torch.testing.assert_close(out_ND, F.rms_norm(x_ND, (width,), scale_D, 1e-5))
+    row_kernels.normalise(x_ND[-1:].numpy(), scale_D.numpy(), 1e-5, alone_ND.numpy())
+    assert torch.equal(alone_ND[0], out_ND[-1])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    ("form", "activation"),
+    [
+        (row_kernels.SILU, F.silu),
+        (row_kernels.GELU, lambda x: F.gelu(x, approximate="tanh")),
+    ],
+)
+def test_a_gate_is_pytorchs_and_a_row_alone_gets_the_same_bits(rows, form, activation):
+    torch.manual_seed(rows)
+    both_N2I = 8 * torch.randn(rows, 2 * 57)
+    both_N2I[0, :4] = torch.tensor([-1000.0, 1000.0, 0.0, -88.5])
+    out_NI, alone_NI = torch.empty(rows, 57), torch.empty(1, 57)
+    row_kernels.gate(form, both_N2I.numpy(), out_NI.numpy())
+    expected_NI = activation(both_N2I[:, :57]) * both_N2I[:, 57:]
+    torch.testing.assert_close(out_NI, expected_NI, rtol=2e-5, atol=2e-6)
+    row_kernels.gate(form, both_N2I[-1:].numpy(), alone_NI.numpy())
+    assert torch.equal(alone_NI[0], out_NI[-1])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_rotation_is_the_one_in_operators_and_spares_the_heads_after(rows):
+    torch.manual_seed(rows)
+    x_NMH, angle_NR = torch.randn(rows, 5, 12), torch.randn(rows, 8)
+    rotation = Rotation(angle_NR.cos(), angle_NR.sin())
+    expected_NMH = x_NMH.double()  # which no kernel is for
+    Rotation(angle_NR.cos().double(), angle_NR.sin().double()).turn(expected_NMH, 3)
+    turned_NMH = x_NMH.clone()
+    rotation.turn(turned_NMH, 3)
+    torch.testing.assert_close(turned_NMH, expected_NMH.float())
+    assert torch.equal(turned_NMH[:, 3:], x_NMH[:, 3:])
+    alone_NMH = x_NMH[-1:].clone()
+    rotation.of(slice(rows - 1, rows)).turn(alone_NMH, 3)
+    assert torch.equal(alone_NMH[0], turned_NMH[-1])
+
+
+def test_what_is_not_a_number_stays_none():
+    both_N2I = torch.tensor([[float("nan"), 1.0, 2.0, 3.0]])
+    out_NI = torch.empty(1, 2)
+    row_kernels.gate(row_kernels.SILU, both_N2I.numpy(), out_NI.numpy())
+    assert out_NI.isnan().tolist() == [[True, False]]
