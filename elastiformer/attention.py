@@ -2,7 +2,7 @@
 
 A back end takes all of a layer's queries at once and says its name. `Portable` runs PyTorch's
 scaled dot product attention, one call a request, on any device. `Compiled` runs all requests that
-ask with one token in one call, on a CPU in float32. `Varlen` runs PyTorch's variable-length
+ask with one token in one call, on a CPU. `Varlen` runs PyTorch's variable-length
 attention, one call a layer, on CUDA devices that have it. Which one runs is decided once
 (`backend`), and what it cannot express (a capped score, some heads only) is the portable one's.
 
@@ -90,7 +90,7 @@ class Portable:
     def one(self, query_NAH: Tensor, position_N: Tensor, read: Read, layer: Layer) -> Tensor:
         """The attention output of one request's queries."""
         keys_GKH, values_GKH = read.held.keys_GKH, read.held.values_GKH
-        query_QAH = query_NAH[read.queries]
+        working, query_QAH = query_NAH.dtype, query_NAH[read.queries].to(keys_GKH.dtype)
         _, heads, size = query_QAH.shape
         kv_heads = len(keys_GKH)
         seen_QK: Tensor | None = None
@@ -103,12 +103,13 @@ class Portable:
                     values_GKH[None],
                     scale=layer.scale,
                 )
-                return out_GMH.view(1, heads, size)
+                return out_GMH.view(1, heads, size).to(working)
         elif not (read.is_square and layer.window is None and layer.softcap is None):
             seen_QK = _seen(position_N[read.queries], read, layer.window)
         query_AQH = query_QAH.transpose(0, 1)
         if layer.softcap is not None:
-            return _softcapped(query_AQH, keys_GKH, values_GKH, seen_QK, layer).transpose(0, 1)
+            out_AQH = _softcapped(query_AQH, keys_GKH, values_GKH, seen_QK, layer)
+            return out_AQH.transpose(0, 1).to(working)
         out_AQH = F.scaled_dot_product_attention(
             query_AQH[None],
             keys_GKH[None],
@@ -118,11 +119,11 @@ class Portable:
             scale=layer.scale,
             enable_gqa=kv_heads < heads,
         )[0]
-        return out_AQH.transpose(0, 1)
+        return out_AQH.transpose(0, 1).to(working)
 
 
 class Compiled:
-    """All requests that ask with one token in one call (single_queries.py), on a CPU in float32.
+    """All requests that ask with one token in one call (single_queries.py), on a CPU.
 
     Longer asks, windows that hide a key, and capped scores are the portable back end's.
     """
@@ -134,7 +135,7 @@ class Compiled:
 
     @staticmethod
     def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
-        return device.type == "cpu" and dtype == torch.float32
+        return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
 
     def attend(self, query_NAH: Tensor, position_N: Tensor, reads: Reads, layer: Layer) -> Tensor:
         singles = reads.singles

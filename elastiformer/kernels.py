@@ -9,6 +9,7 @@ Shape letters: R rows   I inputs   O outputs   S slabs of a weight (in start_S: 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -17,6 +18,12 @@ import numpy as np
 import torch
 from numba import prange
 
+_FILES = ("kernels.py", "lanes.py", "row_kernels.py", "single_queries.py", "sub_layers.py")
+_STAMP = tuple(
+    (name, status.st_mtime, status.st_size)
+    for name in _FILES
+    for status in [Path(__file__).with_name(name).stat()]
+)
 _ROWS_ALONE = 4  # so few rows are searched faster by one thread
 
 # Numba must find the OpenMP library that PyTorch brought along: two pools of threads would stand
@@ -44,11 +51,11 @@ def search(
 
 
 def keep_largest(
-    x_RI: np.ndarray, norms_I: np.ndarray, counts_R: np.ndarray, only_RI: np.ndarray
+    x_RI: np.ndarray, norms_I: np.ndarray, start_S: np.ndarray, only_RI: np.ndarray
 ) -> None:
     """Fill in `x`, zero but for what `search` would find."""
     with TURN:
-        _keep_largest(x_RI, norms_I, counts_R, only_RI)
+        _keep_largest(x_RI, norms_I, start_S, only_RI)
 
 
 def fit_grid(
@@ -75,18 +82,18 @@ def thread_pool() -> str:
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile at the first call; kept on disk where there is a place to.
-
-    Numba knows what it kept by the date of the function's own file: what a function inlines
-    (intrinsics, constants) must stand in that file, too.
-    """
+    """Compile at the first call; kept on disk where there is a place to."""
     options = {"fastmath": {"contract"}, "nogil": True, **options}
 
     def compile_later(function: Callable[..., Any]) -> Any:
         try:
-            return numba.njit(cache=True, **options)(function)
+            kept = numba.njit(cache=True, **options)(function)
         except RuntimeError:  # no folder that can be written
             return numba.njit(**options)(function)
+        # Numba would go by the date of the function's own file alone, and not see that another
+        # has changed, from which it inlines.
+        kept._cache._cache_file._source_stamp = _STAMP
+        return kept
 
     return compile_later
 
@@ -149,14 +156,15 @@ def _search_row(x_RI, norms_I, index_P, value_P, start_S, row):  # type: ignore[
 
 
 @compiled(parallel=True)
-def _keep_largest(x_RI, norms_I, counts_R, only_RI):  # type: ignore[no-untyped-def]
+def _keep_largest(x_RI, norms_I, start_S, only_RI):  # type: ignore[no-untyped-def]
     for row in prange(len(x_RI)):
         x_I, only_I = x_RI[row], only_RI[row]
-        if counts_R[row] == len(x_I):
+        wanted = start_S[row + 1] - start_S[row]
+        if wanted == len(x_I):
             only_I[:] = x_I
             continue
         bits_I = _weigh(x_I, norms_I)
-        least, missing, all_equal = _least_kept(bits_I, counts_R[row])
+        least, missing, all_equal = _least_kept(bits_I, wanted)
         if all_equal:  # of those that equal the least
             for i in range(len(x_I)):
                 only_I[i] = x_I[i] if bits_I[i] >= least else np.float32(0)

@@ -34,7 +34,8 @@ NOTHING = np.empty((1, 1, 1, WIDTH), dtype=np.float32)
 _VECTORS = WIDTH // LANES
 # Vectors of sums that are worked on together: with a step and a low each, they fill the registers.
 _TOGETHER = {True: 6 if _WIDE else 4, False: _VECTORS}
-_AHEAD = 32  # picks that are added up before it is the next chunk's turn, and fetched before
+_MOST_AHEAD = 32  # picks that are added up before it is the next chunk's turn
+_AHEAD_BYTES = 24576  # of the weight, in these picks: they stay in the first cache
 _BLOCK = 64  # inputs of a chunk that stay in the first cache while rows take turns
 _LINE = 64  # bytes
 
@@ -62,15 +63,21 @@ def multiply(
     """
     with TURN:
         if len(out_RO) == 1:
-            _multiply_one(weight_SICW, steps, lows, index_P, value_P, summed, out_RO[0])
+            ahead = ahead_of(weight_SICW)
+            _multiply_one(weight_SICW, steps, lows, index_P, value_P, summed, ahead, out_RO[0])
         else:
             _multiply_some(weight_SICW, steps, lows, index_P, value_P, start_S, summed, out_RO)
 
 
-@intrinsic
+def ahead_of(weight_SICW: np.ndarray) -> int:
+    """How many picks of a row are added up before it is the next chunk's turn."""
+    return min(max(_AHEAD_BYTES // int(weight_SICW[0, 0].nbytes), 4), _MOST_AHEAD)
+
+
+@intrinsic(prefer_literal=True)
 def _add_rows(
     typing: Any, sums: Any, at: Any, weight: Any, steps: Any, lows: Any, slab: Any, chunk: Any,
-    base: Any, index: Any, value: Any, first: Any, end: Any, last: Any,
+    base: Any, index: Any, value: Any, first: Any, end: Any, last: Any, ahead: Any,
 ) -> Any:  # fmt: skip
     """sums[at : at + WIDTH] += value[k] * weight[slab, index[k] - base, chunk], first <= k < end.
 
@@ -78,10 +85,12 @@ def _add_rows(
         weight: [S, I, C, WIDTH], in any of the stored forms; on a grid, all of these inputs must
             be of one group.
         steps, lows: [S, I / GROUP, C, WIDTH], where the weight lies on a grid.
-        last: the end of the picks that come next; some of them are fetched ahead.
+        last: the end of the picks that come next.
+        ahead: how many picks ahead memory is fetched; a constant 0: not at all.
     """
+    fetches = getattr(ahead, "literal_value", None) != 0
     arguments = (
-        sums, at, weight, steps, lows, slab, chunk, base, index, value, first, end, last
+        sums, at, weight, steps, lows, slab, chunk, base, index, value, first, end, last, ahead
     )  # fmt: skip
     signature = types.void(*(types.intp if isinstance(a, types.Integer) else a for a in arguments))
 
@@ -103,9 +112,9 @@ def _add_rows(
                 scales = tile.scales(part)
 
                 def add(at: Any, running: Any, part: Any = part, scales: Any = scales) -> Any:
-                    if part[0] == 0:
+                    if part[0] == 0 and fetches:
                         # Rows are skipped: the processor cannot guess which memory comes next.
-                        later = builder.add(at, ir.Constant(_I64, _AHEAD))
+                        later = builder.add(at, args[13])
                         later = builder.select(builder.icmp_signed("<", later, args[12]), later, at)
                         tile.fetch(builder.sub(_load(builder, indices, later), args[7]))
                     place = _load(builder, indices, at)
@@ -142,6 +151,8 @@ def _widen_rows(
             scales = tile.scales(part)
 
             def widen(at: Any, _: Any, part: Any = part, scales: Any = scales) -> Any:
+                if part[0] == 0:  # beyond the end nothing is read, and fetching does no harm
+                    tile.fetch(builder.add(at, ir.Constant(_I64, _BLOCK)))
                 row_at = builder.mul(builder.sub(at, args[6]), ir.Constant(_I64, WIDTH))
                 for j, wide in zip(part, tile.read(at, part, scales), strict=True):
                     builder.store(wide, _vector(builder, into, row_at, j), align=4)
@@ -311,7 +322,7 @@ def _everywhere(builder: Any, scalar: Any) -> Any:
 
 @compiled(parallel=True)
 def _multiply_one(  # type: ignore[no-untyped-def]
-    weight_SICW, steps, lows, index_P, value_P, summed, out_O
+    weight_SICW, steps, lows, index_P, value_P, summed, ahead, out_O
 ):
     """One row: picks a few at a time, each over a whole slab, as they lie in memory."""
     slabs, _, chunks, _ = weight_SICW.shape
@@ -326,14 +337,14 @@ def _multiply_one(  # type: ignore[no-untyped-def]
                 sums_O[:] = 0
                 while index_P[first] >= sum_end:
                     sum_end += summed
-            stop = min(first + _AHEAD, picks)
+            stop = min(first + ahead, picks)
             group_end = index_P[first] // GROUP * GROUP + GROUP
             while index_P[stop - 1] >= group_end:
                 stop -= 1
             for chunk in range(chunks):
                 _add_rows(
                     sums_O, chunk * WIDTH, weight_SICW, steps, lows, slab, chunk, 0,
-                    index_P, value_P, first, stop, picks,
+                    index_P, value_P, first, stop, picks, ahead,
                 )  # fmt: skip
             first = stop
         total_O += sums_O
@@ -346,38 +357,36 @@ def _multiply_one(  # type: ignore[no-untyped-def]
 def _multiply_some(  # type: ignore[no-untyped-def]
     weight_SICW, steps, lows, index_P, value_P, start_S, summed, out_RO
 ):
-    """Some rows, in turn over each block of inputs of a tile."""
+    """Some rows, in turn over each block of inputs of a chunk."""
     slabs, inputs, chunks, _ = weight_SICW.shape
     rows, outputs = out_RO.shape
-    for tile in prange(slabs * chunks):
-        slab, chunk = tile // chunks, tile % chunks
-        sums_RW = np.zeros((rows, WIDTH), dtype=np.float32)
-        total_RW = np.zeros((rows, WIDTH), dtype=np.float32)
+    for slab in prange(slabs):
+        sums_RO = np.zeros((rows, chunks * WIDTH), dtype=np.float32)
+        total_RO = np.zeros((rows, chunks * WIDTH), dtype=np.float32)
         wide_1I1W = np.empty((1, _BLOCK, 1, WIDTH), dtype=np.float32)
-        at_R = start_S[:-1].copy()
+        begin_R, stop_R = start_S[:-1].copy(), start_S[:-1].copy()
         for first in range(0, inputs, _BLOCK):
             end = min(first + _BLOCK, inputs)
             if first and first % summed == 0:
-                total_RW += sums_RW
-                sums_RW[:] = 0
-            for begin in range(first, end, GROUP):
-                _widen_rows(
-                    wide_1I1W, weight_SICW, steps, lows, slab, chunk,
-                    first, begin, min(begin + GROUP, end),
-                )  # fmt: skip
+                total_RO += sums_RO
+                sums_RO[:] = 0
             for row in range(rows):
-                begin, stop = at_R[row], start_S[row + 1]
-                if end < inputs:
-                    stop = begin
-                    while stop < start_S[row + 1] and index_P[stop] < end:
-                        stop += 1
-                at_R[row] = stop
-                _add_rows(
-                    sums_RW, row * WIDTH, wide_1I1W, NOTHING, NOTHING, 0, 0, first,
-                    index_P, value_P, begin, stop, stop,
-                )  # fmt: skip
-        total_RW += sums_RW
-        begin, stop = tile * WIDTH, min(tile * WIDTH + WIDTH, outputs)
+                while stop_R[row] < start_S[row + 1] and index_P[stop_R[row]] < end:
+                    stop_R[row] += 1
+            for chunk in range(chunks):
+                for group in range(first, end, GROUP):
+                    _widen_rows(
+                        wide_1I1W, weight_SICW, steps, lows, slab, chunk,
+                        first, group, min(group + GROUP, end),
+                    )  # fmt: skip
+                for row in range(rows):
+                    _add_rows(
+                        sums_RO, (row * chunks + chunk) * WIDTH, wide_1I1W, NOTHING, NOTHING, 0, 0,
+                        first, index_P, value_P, begin_R[row], stop_R[row], stop_R[row], 0,
+                    )  # fmt: skip
+            begin_R[:] = stop_R
+        total_RO += sums_RO
+        begin = slab * chunks * WIDTH
         for row in range(rows):
-            for output in range(begin, stop):
-                out_RO[row, output] = total_RW[row, output - begin]
+            for output in range(begin, min(begin + chunks * WIDTH, outputs)):
+                out_RO[row, output] = total_RO[row, output - begin]

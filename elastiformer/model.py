@@ -42,6 +42,7 @@ from elastiformer.sparse import SparseForm
 from elastiformer.weights import BaseIdentity, config_hash, load_base
 
 _NO_ROUTING = AdapterSpec(units=())
+_FIRST_TOKENS = 8  # more rows than one thread does alone (row_kernels.py)
 
 
 class ElasticModel:
@@ -224,8 +225,21 @@ class ElasticModel:
         return logits
 
     def measure_costs(self, seconds: float = 1.0) -> CostTable:
-        """Lay out the weights now, and measure from how many rows on a dense product is faster."""
-        return self._sparse.prepare(seconds)
+        """Lay out the weights now, and measure from how many rows on a dense product is faster.
+
+        Some steps are run as well: what is compiled or loaded at its first use then is.
+        """
+        costs = self._sparse.prepare(seconds)
+        for share in sorted({1.0, self.lowest}):
+            capacity = Capacity(share, share)
+            requests = [self.sequence(capacity, _FIRST_TOKENS, _FIRST_TOKENS + 2) for _ in range(2)]
+            for request in requests:
+                self.step([Chunk(request, [0] * _FIRST_TOKENS)])
+            self.step([Chunk(request, [0]) for request in requests])
+            self.step([Chunk(requests[0], [0])])
+            for request in requests:
+                request.release()
+        return costs
 
     @property
     def attention_backend(self) -> str:

@@ -70,6 +70,7 @@ class Rows:
 
     def add(self, into_N: Tensor, x_R: Tensor) -> None:
         """Add in place."""
+        x_R = x_R.to(into_N.dtype)
         if self.all:
             into_N += x_R
         elif self._slice is not None:
@@ -207,6 +208,8 @@ class Packed:
 
     def channels(self, layer: int, site: int, rows: Rows) -> int | np.ndarray:
         """How many channels the rows keep at a site; one number where they agree."""
+        if len(self.distinct_kinds) == 1:
+            return self.distinct_kinds[0].plan.channels[layer][site]
         counts_K = [kind.plan.channels[layer][site] for kind in self.distinct_kinds]
         if counts_K.count(counts_K[0]) == len(counts_K):
             return counts_K[0]

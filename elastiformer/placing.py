@@ -58,7 +58,13 @@ class Placing:
             # NumPy's assignment starts sooner than PyTorch's.
             into_NH.numpy()[index_RG.numpy()] = keys_values_RMH.numpy()
         else:
-            into_NH[index_RG] = keys_values_RMH
+            into_NH[index_RG] = keys_values_RMH.to(into_NH.dtype)
+
+    def places(self, layer: int) -> np.ndarray:
+        """Where all rows' keys and values go among the pool's rows, if caches are complete."""
+        assert self._index_LNG is not None, "places that are known layer by layer"
+        places_NG: np.ndarray = self._index_LNG[layer].numpy()
+        return places_NG
 
     def keys(self, layer: int) -> np.ndarray:
         """How many keys each chunk's cache holds in a layer: [C]."""

@@ -10,6 +10,7 @@ Shape letters: N rows   D width   M heads   H head size   R rotated part of a he
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -32,36 +33,57 @@ def lean_norm(module: nn.Module) -> Norm:
     weight_D: Tensor | None = getattr(module, "weight", None)
     epsilon = getattr(held, "variance_epsilon", getattr(held, "eps", None))
     if weight_D is None or epsilon is None or isinstance(module, nn.LayerNorm):
-        return module
+        return _as_it_is(module)
     if weight_D.dtype == torch.float64:
         return module  # Transformers' norm is float32 inside, and who asks for more wants it alike
     sample_ND = torch.linspace(-2, 3, 3 * len(weight_D), device=weight_D.device)
     sample_ND = sample_ND.view(3, -1).to(weight_D.dtype)
     expected_ND = module(sample_ND)
     tolerance = 1e-5 if weight_D.dtype == torch.float32 else 1e-2
+    working = working_dtype(weight_D.device, weight_D.dtype)
     for scale_D in (weight_D.detach(), 1 + weight_D.detach().float()):
-        norm = _root_mean_square(scale_D, float(epsilon))
-        if torch.allclose(norm(sample_ND), expected_ND, rtol=tolerance, atol=tolerance):
+        norm = _root_mean_square(scale_D.to(working), float(epsilon))
+        given_ND = norm(sample_ND.to(working)).to(expected_ND.dtype)
+        if torch.allclose(given_ND, expected_ND, rtol=tolerance, atol=tolerance):
             return norm
-    return module
+    return _as_it_is(module)
+
+
+def working_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What a model of this type is computed in between its products."""
+    small = dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if small and device.type == "cpu" else dtype
+
+
+def _as_it_is(module: nn.Module) -> Norm:
+    """The module's norm of rows in the working type."""
+    weight: Tensor | None = next(module.parameters(), None)
+    if weight is None or working_dtype(weight.device, weight.dtype) == weight.dtype:
+        return module
+    return lambda x_ND: module(x_ND.to(weight.dtype)).to(x_ND.dtype)
 
 
 def _root_mean_square(scale_D: Tensor, epsilon: float) -> Norm:
+    if scale_D.dtype == torch.float32 and scale_D.device.type == "cpu":
+        return CompiledNorm(scale_D.numpy(), epsilon)
     width = len(scale_D)
-    if scale_D.dtype != torch.float32 or scale_D.device.type != "cpu":
-        return lambda x_ND: F.rms_norm(x_ND, (width,), scale_D.to(x_ND.dtype), epsilon)
-    on_host_D = scale_D.numpy()
+    return lambda x_ND: F.rms_norm(x_ND, (width,), scale_D.to(x_ND.dtype), epsilon)
 
-    def norm(x_ND: Tensor) -> Tensor:
-        if x_ND.dtype != torch.float32:
-            return F.rms_norm(x_ND, (width,), scale_D.to(x_ND.dtype), epsilon)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompiledNorm:
+    """x / (root mean square over the last dimension) * scale, of float32 on a CPU."""
+
+    scale_D: np.ndarray
+    epsilon: float
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
         x_ND = x_ND.contiguous()
         out_ND = torch.empty_like(x_ND)
+        width = len(self.scale_D)
         of_row, into = x_ND.view(-1, width).numpy(), out_ND.view(-1, width).numpy()
-        row_kernels.normalise(of_row, on_host_D, epsilon, into)
+        row_kernels.normalise(of_row, self.scale_D, self.epsilon, into)
         return out_ND
-
-    return norm
 
 
 @torch.inference_mode()
@@ -73,23 +95,27 @@ def lean_gate(layer: Layer) -> Gate:
         return layer.activation(gate_NI).mul_(up_NI)
 
     weight_OI = layer.up.weight_OI
-    if weight_OI.device.type != "cpu" or weight_OI.dtype != torch.float32:
+    working = working_dtype(weight_OI.device, weight_OI.dtype)
+    if weight_OI.device.type != "cpu" or working != torch.float32:
         return plain
     sample_N2I = torch.linspace(-9, 9, 4 * 34).view(4, 34)
     for form in (row_kernels.SILU, row_kernels.GELU):
-        compiled = _compiled_gate(form)
+        compiled = CompiledGate(form)
         if torch.allclose(compiled(sample_N2I), plain(sample_N2I), rtol=1e-5, atol=1e-6):
             return compiled
     return plain
 
 
-def _compiled_gate(form: int) -> Gate:
-    def gate(both_N2I: Tensor) -> Tensor:
-        out_NI = both_N2I.new_empty(len(both_N2I), both_N2I.shape[1] // 2)
-        row_kernels.gate(form, both_N2I.numpy(), out_NI.numpy())
-        return out_NI
+@dataclass(frozen=True, slots=True)
+class CompiledGate:
+    """activation(first half) * second half, of float32 on a CPU."""
 
-    return gate
+    form: int  # row_kernels.SILU or GELU
+
+    def __call__(self, both_N2I: Tensor) -> Tensor:
+        out_NI = both_N2I.new_empty(len(both_N2I), both_N2I.shape[1] // 2)
+        row_kernels.gate(self.form, both_N2I.numpy(), out_NI.numpy())
+        return out_NI
 
 
 class Rotation:
@@ -107,14 +133,14 @@ class Rotation:
         """Rotate the first heads, or all, in place."""
         heads = x_NMH.shape[1] if heads is None else heads
         if x_NMH.device.type == "cpu" and x_NMH.dtype == torch.float32 and x_NMH.is_contiguous():
-            row_kernels.turn(x_NMH.numpy(), heads, *self._on_host)
+            row_kernels.turn(x_NMH.numpy(), heads, *self.on_host)
             return
         part_NMR = x_NMH[:, :heads, : self.cos_NR.shape[1]]
         rolled_NMR = part_NMR.roll(self._half, -1)
         torch.addcmul(part_NMR * self._cos_N1R, rolled_NMR, self._sin_N1R, out=part_NMR)
 
     @cached_property
-    def _on_host(self) -> tuple[np.ndarray, np.ndarray]:
+    def on_host(self) -> tuple[np.ndarray, np.ndarray]:
         return self.cos_NR.contiguous().numpy(), self.sin_NR.contiguous().numpy()
 
     def of(self, index: slice | Tensor) -> Rotation:

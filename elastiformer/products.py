@@ -1,11 +1,10 @@
 """The matrix products of the sparse form: over all channels, or over those that each row picks.
 
-Picked are, per token, the channels of the largest size x column norm. For few rows only those are
-read: on a CPU in float32 by a kernel, of the weight's smallest exact form (tiles.py), elsewhere by
-PyTorch's `embedding_bag`. For many rows it is faster to read a whole weight once, packed for oneDNN
-on a CPU, for rows that are zero outside their picks; where that is, costs.py measures. In float32
-on a CPU both add the same numbers in the same order, so neither batch-mates nor the choice change
-anything, to the last bit.
+Of few rows, only the weights of picked channels (readings.py) are read: on a CPU by a kernel, of
+the weight's smallest exact form (tiles.py), elsewhere by PyTorch's `embedding_bag`. For many rows
+it is faster to read a whole weight once, packed for oneDNN on a CPU, for rows that are zero outside
+their picks; where that is, costs.py measures. In float32 on a CPU both add the same numbers in the
+same order, so neither batch-mates nor the choice change anything, to the last bit.
 
 Shape letters: R rows   I inputs   O outputs   K picked channels
 """
@@ -25,108 +24,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from elastiformer.costs import SINGLE_ROWS, FewRows
 from elastiformer.families import Projection
-from elastiformer.tiles import Picks, Tiles, even_starts, everything, over_zeros, search
+from elastiformer.lanes import ahead_of
+from elastiformer.readings import Reading
+from elastiformer.sub_layers import Weight
+from elastiformer.tiles import Picks, Tiles, everything
 
 # Processors differ in it: 512 or 1024 by the width of registers and the number of inputs.
 _SUMS = (1024, 512)
 _SUMMED: dict[int, int] = {}  # by inputs, as found in this process
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-
-
-class Reading:
-    """What products read of some rows: all of `x`, or each row's picked channels."""
-
-    def __init__(
-        self,
-        x_RI: Tensor,
-        count: int | None = None,
-        picks: Picks | None = None,
-        kept_RI: Tensor | None = None,
-        only_RI: Tensor | None = None,
-    ) -> None:
-        """Of `count` channels over all rows: as picks, as a mask, or zero elsewhere.
-
-        A mask keeps as many channels in every row, or else `only_RI` is given in its place.
-        """
-        self.x_RI, self.count = x_RI, count
-        self._picks, self._kept_RI = picks, kept_RI
-        if only_RI is not None:
-            self.__dict__["only_RI"] = only_RI
-
-    @property
-    def share(self) -> float:
-        return 1.0 if self.count is None else self.count / self.x_RI.numel()
-
-    @property
-    def has_picks(self) -> bool:
-        """Whether it is known which channels each row reads, and not only what zeros leave."""
-        return self.count is None or self._picks is not None or self._kept_RI is not None
-
-    @cached_property
-    def only_RI(self) -> Tensor:
-        """`x`, zero but for the picked channels."""
-        if self.count is None:
-            return self.x_RI
-        if self._picks is not None:
-            index_P, value_P, start_S = (torch.from_numpy(array) for array in self._picks)
-            row_P = torch.repeat_interleave(start_S.diff())
-            only_RI = torch.zeros_like(self.x_RI)
-            only_RI[row_P, index_P] = value_P
-            return only_RI
-        assert self._kept_RI is not None
-        return self.x_RI * self._kept_RI
-
-    def index_RK(self) -> Tensor:
-        """The picked channels, of rows that all pick as many."""
-        if self._picks is not None:
-            index_P = torch.from_numpy(self._picks.index_P.astype(np.int64))
-        else:
-            assert self._kept_RI is not None, "nothing was picked"
-            index_P = torch.nonzero(self._kept_RI)[:, 1]
-        return index_P.view(len(self.x_RI), -1)
-
-    @cached_property
-    def picks(self) -> Picks:
-        """The picks, or all channels, on the host."""
-        if self._picks is not None:
-            return self._picks
-        assert self.count is None, "picks that nobody numbered"
-        return everything(self.x_RI.contiguous().numpy())
-
-
-def pick(
-    x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray, few: FewRows | None = None
-) -> Reading:
-    """Each row's channels of the largest size x column norm.
-
-    Args:
-        counts: how many, the same for every row or one for each [R].
-        few: up to how many rows the channels' numbers are wanted; always, if not given.
-    """
-    rows, inputs = x_RI.shape
-    if isinstance(counts, int):
-        if counts >= inputs:
-            return Reading(x_RI)
-        start_S = even_starts(rows, counts)
-    else:
-        start_S = np.zeros(rows + 1, dtype=np.int64)
-        np.cumsum(np.minimum(counts, inputs), out=start_S[1:])
-        if start_S[-1] == rows * inputs:
-            return Reading(x_RI)
-    count = int(start_S[-1])
-    if x_RI.device.type == "cpu" and x_RI.dtype == torch.float32:
-        on_host_RI, norms = x_RI.contiguous().numpy(), norms_I.numpy()
-        if few is None or rows <= few.rows(count / x_RI.numel()):
-            return Reading(x_RI, count, search(on_host_RI, norms, start_S))
-        only_RI = torch.from_numpy(over_zeros(on_host_RI, norms, np.diff(start_S)))
-        return Reading(x_RI, count, only_RI=only_RI)
-    order_RI = (x_RI.abs().float() * norms_I).argsort(dim=1, descending=True)
-    count_R1 = torch.from_numpy(np.diff(start_S)).to(x_RI.device)[:, None]
-    best_RI = torch.arange(inputs, device=x_RI.device) < count_R1
-    kept_RI = torch.zeros_like(order_RI, dtype=torch.bool).scatter_(1, order_RI, best_RI)
-    if isinstance(counts, int):
-        return Reading(x_RI, count, kept_RI=kept_RI)
-    return Reading(x_RI, count, only_RI=x_RI * kept_RI)
 
 
 def picked(weight_IO: Tensor, bias_O: Tensor | None, x_RI: Tensor, index_RK: Tensor) -> Tensor:
@@ -141,7 +47,8 @@ class Product:
 
     def __init__(self, projections: tuple[Projection, ...]) -> None:
         self.projections = projections
-        self.inputs = projections[0].weight_OI.shape[1]
+        first_OI = projections[0].weight_OI
+        self.inputs, self._dtype = first_OI.shape[1], first_OI.dtype
         sizes = [len(projection.weight_OI) for projection in projections]
         self.outputs = sum(sizes)
         self.parts = [slice(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
@@ -149,6 +56,8 @@ class Product:
         self._bias_O = (
             None if biases[0] is None else torch.cat([b for b in biases if b is not None])
         )
+        if self._bias_O is not None and self.has_tiles:
+            self._bias_O = self._bias_O.float()
         self.few = FewRows() if self.has_tiles else SINGLE_ROWS
 
     def run(self, reading: Reading) -> Tensor:
@@ -181,20 +90,29 @@ class Product:
     def at_once(self, reading: Reading) -> Tensor:
         """The product over a whole weight, for rows that are zero outside their picks."""
         x_RI, count = reading.only_RI, reading.count
+        working, x_RI = x_RI.dtype, x_RI.to(self._dtype)
         if self._packed is not None:
             out_RO = _packed_linear(x_RI, self._packed, count)
         elif count is None:
-            return F.linear(x_RI, self._weight_OI, self._bias_O)
+            bias_O = None if self._bias_O is None else self._bias_O.to(x_RI.dtype)
+            return F.linear(x_RI, self._weight_OI, bias_O).to(working)
         else:
             out_RO = torch.ops.elasti.picked_linear(x_RI, self._weight_OI, count)
-        out_RO = out_RO if self._bias_O is None else out_RO + self._bias_O
-        return out_RO
+        out_RO = out_RO.to(working)
+        return out_RO if self._bias_O is None else out_RO.add_(self._bias_O)
 
     def prepare(self) -> None:
         """Lay the weight out now, rather than when a request first needs it."""
         _ = self._packed if self._packs else self._weight_OI
         if self.has_tiles:
             _ = self._tiles, self._summed
+
+    def on_host(self, norms_I: np.ndarray) -> Weight:
+        """The product as kernels of whole sub-layers take it, with the norms that picks go by."""
+        bias_O = np.empty(0, dtype=np.float32) if self._bias_O is None else self._bias_O.numpy()
+        arrays = self._tiles.arrays
+        ahead = ahead_of(self._tiles.weight_SICW)
+        return Weight(*arrays, bias_O, self.outputs, self._summed, ahead, norms_I)
 
     @property
     def stored_bytes(self) -> int:
@@ -206,7 +124,7 @@ class Product:
     @cached_property
     def has_tiles(self) -> bool:
         weight_OI = self.projections[0].weight_OI
-        return weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32
+        return weight_OI.device.type == "cpu" and weight_OI.dtype != torch.float64
 
     @cached_property
     def _packs(self) -> bool:
@@ -234,13 +152,15 @@ class Product:
 
     @cached_property
     def _tiles(self) -> Tiles:
-        return Tiles.of(self._joined())
+        return Tiles.of(self._joined().float())
 
     @cached_property
     def _summed(self) -> int:
         """How many inputs oneDNN adds up in one go, so that both ways give the same bits."""
         if self.inputs <= min(_SUMS) or self._packed is None:
             return _SUMS[0]
+        if self._packed.dtype != torch.float32:
+            return _SUMS[0]  # the two ways round differently anyhow
         if self.inputs not in _SUMMED:
             x_RI = torch.randn(2, self.inputs, generator=torch.Generator().manual_seed(0))
             with _disable_current_modes():  # whoever counts operators did not ask for this one

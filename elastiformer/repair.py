@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from elastiformer.families import Projection
 from elastiformer.lora import LoraPair
 from elastiformer.packed import Rows
-from elastiformer.products import Product, Reading
+from elastiformer.products import Product
+from elastiformer.readings import Reading
 
 
 class Repair:

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import prange
+import torch
+from llvmlite import ir
+from numba import prange, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from elastiformer.kernels import TURN, compiled
@@ -48,9 +51,30 @@ def attend(singles: Singles, query_QAH: np.ndarray, scale: float, out_QAH: np.nd
     """Fill in the attention output of single queries, each over all keys of its request."""
     with TURN:
         _attend(
-            singles.rows_NH.numpy(), query_QAH, singles.query_S, singles.key_S, singles.value_S,
-            singles.room_S, singles.length_S, singles.kv_heads, np.float32(scale), out_QAH,
+            on_host(singles.rows_NH), query_QAH, singles.query_S, singles.key_S, singles.value_S,
+            singles.room_S, singles.length_S, query_QAH.shape[1], singles.kv_heads,
+            np.float32(scale), out_QAH,
         )  # fmt: skip
+
+
+def on_host(rows_NH: Tensor) -> np.ndarray:
+    """The pool as kernels take it: of bfloat16, the bits."""
+    is_small = rows_NH.dtype == torch.bfloat16
+    rows: np.ndarray = (rows_NH.view(torch.uint16) if is_small else rows_NH).numpy()
+    return rows
+
+
+@intrinsic
+def _wide(typing: Any, stored: Any) -> Any:
+    """A stored number as float32: of type uint16 it is a bfloat16."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if signature.args[0] == types.float32:
+            return args[0]
+        bits = builder.zext(args[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, 16)), ir.FloatType())
+
+    return types.float32(stored), generate
 
 
 @compiled(fastmath={"contract", "reassoc", "nsz"})
@@ -82,10 +106,9 @@ def _exponentials(score_K: Any) -> Any:
 
 @compiled(parallel=True, fastmath={"contract", "reassoc", "nsz"})
 def _attend(  # type: ignore[no-untyped-def]
-    rows_NH, query_QAH, query_S, key_S, value_S, room_S, length_S, kv_heads, scale, out_QAH
+    rows_NH, query_QAH, query_S, key_S, value_S, room_S, length_S, heads, kv_heads, scale, out_QAH
 ):
-    _, heads, size = query_QAH.shape
-    group = heads // kv_heads
+    size, group = query_QAH.shape[2], heads // kv_heads
     for task in prange(len(query_S) * heads):
         single, head = task // heads, task % heads
         query, keys, room = query_S[single], length_S[single], room_S[single]
@@ -95,13 +118,13 @@ def _attend(  # type: ignore[no-untyped-def]
         for k in range(keys):
             score = np.float32(0)
             for h in range(size):
-                score += query_QAH[query, head, h] * rows_NH[first_key + k, h]
+                score += query_QAH[query, head, h] * _wide(rows_NH[first_key + k, h])
             score_K[k] = scale * score
         total = _exponentials(score_K)
         out_H = np.zeros(size, dtype=np.float32)
         for k in range(keys):
             weight = score_K[k]
             for h in range(size):
-                out_H[h] += weight * rows_NH[first_value + k, h]
+                out_H[h] += weight * _wide(rows_NH[first_value + k, h])
         for h in range(size):
             out_QAH[query, head, h] = out_H[h] / total

@@ -21,6 +21,7 @@ from elastiformer import kernels
 from elastiformer.accounting import ModelShape
 from elastiformer.adapter import Adapter
 from elastiformer.costs import CostTable
+from elastiformer.decoding import Decoding
 from elastiformer.families import Layout
 from elastiformer.keeping import Keeping
 from elastiformer.packed import Packed
@@ -44,6 +45,7 @@ class SparseForm:
         keeping = Keeping(self.workshop)
         self._attention = SparseAttention(self.workshop, keeping)
         self._mlp = SparseMlp(self.workshop, keeping)
+        self._decoding = Decoding(self.workshop)
         self._rotation_checked = False
 
     @torch.inference_mode()
@@ -54,15 +56,23 @@ class SparseForm:
         placing, taken = Placing(packed), Taken(packed, self.shape)
         h_ND = self._embed(packed)
         rotations = self._rotations(packed, h_ND)
-        for layer in self.layout.layers:
-            kind = layer.layer_type if layer.layer_type in rotations else None
-            self._attention.run(layer, h_ND, packed, placing, taken, rotations.get(kind))
-            self._mlp.run(layer, h_ND, packed, taken)
+        if self._decoding.fits(packed):
+            self._decoding.run(h_ND, packed, placing, taken, rotations)
+        else:
+            self._layer_by_layer(h_ND, packed, placing, taken, rotations)
         logits = self._logits(h_ND, packed)
         taken.settle(self.adapter.units if self.adapter is not None else ())
         for chunk in chunks:
             chunk.sequence.length += len(chunk.ids)
         return logits
+
+    def _layer_by_layer(
+        self, h_ND: Tensor, packed: Packed, placing: Placing, taken: Taken, rotations: Rotations
+    ) -> None:
+        for layer in self.layout.layers:
+            kind = layer.layer_type if layer.layer_type in rotations else None
+            self._attention.run(layer, h_ND, packed, placing, taken, rotations.get(kind))
+            self._mlp.run(layer, h_ND, packed, taken)
 
     def prepare(self, seconds: float) -> CostTable:
         """Lay out all products now, and measure which is faster when."""
@@ -77,7 +87,7 @@ class SparseForm:
         h_ND: Tensor = self.layout.embedding(packed.ids_N)
         if self.layout.positions is not None:
             h_ND = h_ND + self.layout.positions(packed.position_N)
-        return h_ND
+        return h_ND.to(self.workshop.working_dtype)
 
     def _rotations(self, packed: Packed, h_ND: Tensor) -> Rotations:
         """Cosines and sines, by the type of layer that has frequencies of its own."""

@@ -18,7 +18,8 @@ from elastiformer.capacity import Site, Unit
 from elastiformer.expert_table import ExpertTable
 from elastiformer.families import Layer
 from elastiformer.packed import Kind, Packed, Rows
-from elastiformer.products import pick, picked
+from elastiformer.products import picked
+from elastiformer.readings import pick
 from elastiformer.repair import Repair
 from elastiformer.routers import best, part_gate
 from elastiformer.workshop import Workshop
@@ -40,6 +41,7 @@ class SparseExperts:
 
     def branch(self, layer: Layer, x_RD: Tensor, packed: Packed, rows: Rows) -> Tensor:
         """The branch of these rows."""
+        x_RD = x_RD.to(self.workshop.dtype)
         out_RD = torch.empty_like(x_RD)
         for group, of_group in packed.groups(lambda kind: self._group(layer, kind)):
             some = of_group.within(rows)
@@ -66,7 +68,7 @@ class SparseExperts:
         keep_R = torch.full((len(x_RD),), group.experts, device=x_RD.device)
         chosen_RM = best(scores_RM, keep_R)
         gate_RM = part_gate(scores_RM, chosen_RM, tools.part_gate).to(x_RD.dtype)
-        reading = tools.read(layer, Site.MLP_IN, x_RD, packed, rows, numbered=True)
+        reading = tools.read(layer, Site.MLP_IN, x_RD, packed, rows)
         repair = tools.repair(layer, group.repair)
         for projection in layer.at_site(Site.MLP_IN):
             repair.read(projection, reading.only_RI)

@@ -23,7 +23,8 @@ from elastiformer.keeping import Kept
 from elastiformer.packed import Kind, Packed, Rows
 from elastiformer.placing import Placing
 from elastiformer.pointwise import Rotation
-from elastiformer.products import Reading, pick, picked
+from elastiformer.products import picked
+from elastiformer.readings import Reading, pick
 from elastiformer.repair import Repair
 from elastiformer.routers import best, part_gate
 from elastiformer.workshop import Workshop
@@ -57,7 +58,8 @@ class SparseHeads:
         for group, of_group in packed.groups(lambda kind: self._group(layer, kind)):
             some = of_group.within(rows)
             if some.count:
-                branch_RD = self._branch(layer, group, x_ND, some, packed, placing, rotation)
+                x_RD = some.of(x_ND).to(self.workshop.dtype)
+                branch_RD = self._branch(layer, group, x_RD, some, packed, placing, rotation)
                 kept.join(h_ND, branch_RD, some, layer.after_attention)
 
     def _group(self, layer: Layer, kind: Kind) -> HeadGroup:
@@ -69,15 +71,14 @@ class SparseHeads:
         self,
         layer: Layer,
         group: HeadGroup,
-        x_ND: Tensor,
+        x_RD: Tensor,
         rows: Rows,
         packed: Packed,
         placing: Placing,
         rotation: Rotation | None,
     ) -> Tensor:
         tools = self.workshop
-        x_RD = rows.of(x_ND)
-        reading = tools.read(layer, Site.ATTENTION_IN, x_RD, packed, rows, numbered=True)
+        reading = tools.read(layer, Site.ATTENTION_IN, x_RD, packed, rows)
         repair = tools.repair(layer, group.repair)
         repair.read(layer.query, reading.only_RI)
         scores_RM = tools.router(layer, Unit.HEADS)(x_RD)

@@ -18,13 +18,14 @@ from elastiformer.accounting import KVPolicy
 from elastiformer.adapter import Adapter
 from elastiformer.attention import Backend, Portable, backend
 from elastiformer.capacity import Site, Unit
-from elastiformer.costs import ROWS, SHARES, CostTable, FewRows, compare
+from elastiformer.costs import ROWS, CostTable, compare
 from elastiformer.expert_table import ExpertTable
 from elastiformer.families import Layer, Layout, Projection
 from elastiformer.lora import LoraPair
 from elastiformer.packed import Kind, Packed, Rows
-from elastiformer.pointwise import Gate, Norm, lean_gate, lean_norm
-from elastiformer.products import Product, Reading, pick
+from elastiformer.pointwise import Gate, Norm, lean_gate, lean_norm, working_dtype
+from elastiformer.products import Product
+from elastiformer.readings import Reading, pick
 from elastiformer.repair import Repair
 from elastiformer.routers import PartGate, Router
 
@@ -39,6 +40,8 @@ class Workshop:
         self.layout, self.adapter = layout, adapter
         weight: Tensor = layout.head.weight  # type: ignore[assignment]
         self.device, self.dtype = weight.device, weight.dtype
+        # Between products a CPU works in float32: it is no slower there, and rounds less.
+        self.working_dtype = working_dtype(self.device, self.dtype)
         self.backend: Backend = backend(self.device, self.dtype)
         self.portable = Portable()
         self.attention_norms = [lean_norm(layer.attention_norm) for layer in layout.layers]
@@ -64,21 +67,12 @@ class Workshop:
     def at_site(self, layer: Layer, site: Site) -> Product:
         return self.product(*layer.at_site(site))
 
-    def read(
-        self,
-        layer: Layer,
-        site: Site,
-        x_RI: Tensor,
-        packed: Packed,
-        rows: Rows,
-        numbered: bool = False,
-    ) -> Reading:
-        """What products at `site` read of these rows; `numbered`: by the channels' numbers."""
+    def read(self, layer: Layer, site: Site, x_RI: Tensor, packed: Packed, rows: Rows) -> Reading:
+        """What products at `site` read of these rows."""
         if not packed.picks:
             return Reading(x_RI)
         counts = packed.channels(layer.index, _PLACE[site], rows)
-        few = None if numbered else self.at_site(layer, site).few
-        return pick(x_RI, self.layout.column_norms(layer, site), counts, few)
+        return pick(x_RI, self.layout.column_norms(layer, site), counts)
 
     def experts(self, layer: Layer) -> ExpertTable:
         assert self.adapter is not None, "experts without an adapter"
@@ -154,7 +148,9 @@ class Workshop:
             # One layer after another, as in a step: a weight must not lie in the cache already.
             turns = cycle(pairs)
             first = pairs[0][0]
-            sample_RI = torch.randn(ROWS[-1], first.inputs, device=self.device, dtype=self.dtype)
+            sample_RI = torch.randn(
+                ROWS[-1], first.inputs, device=self.device, dtype=self.working_dtype
+            )
 
             def run(
                 by_row: bool,
@@ -164,8 +160,7 @@ class Workshop:
                 sample_RI: Tensor = sample_RI,
             ) -> None:
                 product, norms_I = next(turns)
-                numbered = FewRows((ROWS[-1] if by_row else 0,) * len(SHARES))
-                reading = pick(sample_RI[:rows], norms_I, round(share * product.inputs), numbered)
+                reading = pick(sample_RI[:rows], norms_I, round(share * product.inputs))
                 _ = product.by_row(reading) if by_row else product.at_once(reading)
 
             each = seconds / len(SITES)

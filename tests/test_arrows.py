@@ -15,10 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LOW_TO_HIGH = """
     elastiformer: errors capacity usage accounting calibration card priced families experts
-        routers lora lora_files weights adapter masked pool cache sequence prefixes pointwise
-        packed taken costs kernels lanes tiles products flop_formulas expert_table repair
-        single_queries attention placing workshop keeping sparse_heads sparse_attention
-        sparse_experts sparse_mlp sparse planning drawing sampling inputs model __init__
+        routers lora lora_files weights adapter masked pool cache sequence prefixes kernels
+        row_kernels pointwise packed taken costs lanes single_queries sub_layers tiles readings
+        products flop_formulas expert_table repair attention placing workshop keeping sparse_heads
+        sparse_attention sparse_experts sparse_mlp decoding sparse planning drawing sampling inputs
+        model __init__
 
     service: __init__ errors build settings schemas scheduler pace metrics knob orders energy rows
         middleware engine served zero_shot desk tracing logs answers streams routes app server
@@ -28,6 +29,11 @@ LOW_TO_HIGH = """
         checkpoint quality allotment tuning sensitivity baselines pictures stopwatch reports loop
         distill repair calibrate evaluate synthesize __main__
 """
+
+_COMPILED = {
+    f"elastiformer.{name}"
+    for name in ("kernels", "lanes", "row_kernels", "single_queries", "sub_layers")
+}
 
 # library: the only files that may import it. A package stands for all its files.
 DOORS = {
@@ -43,8 +49,8 @@ DOORS = {
     "huggingface_hub": {"elastiformer.adapter", "elastiformer.weights"},
     "gguf": set(),  # Transformers reads GGUF with it
     "datasets": {"training.data"},
-    "numba": {"elastiformer.lanes", "elastiformer.kernels", "elastiformer.single_queries"},
-    "llvmlite": {"elastiformer.lanes"},
+    "numba": _COMPILED,
+    "llvmlite": _COMPILED - {"elastiformer.kernels"},
     "matplotlib": {"training.pictures", "training.progress"},
     "fastapi": {"service"},
     "opentelemetry": {"service.tracing"},

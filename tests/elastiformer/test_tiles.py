@@ -8,7 +8,8 @@ import torch
 
 from elastiformer import kernels
 from elastiformer.families import Projection
-from elastiformer.products import Product, Reading, pick
+from elastiformer.products import Product
+from elastiformer.readings import Reading, pick
 from elastiformer.tiles import Picks, Tiles, even_starts, everything, over_zeros, search
 
 
@@ -93,7 +94,7 @@ def test_the_search_finds_what_a_stable_sort_finds(rows, values):
         assert (picks.value_P[own] == x_RI[row, picks.index_P[own]]).all()
     only_RI = np.zeros_like(x_RI)
     only_RI[np.repeat(np.arange(rows), counts_R), picks.index_P] = picks.value_P
-    assert (over_zeros(x_RI, norms_I, counts_R) == only_RI).all()
+    assert (over_zeros(x_RI, norms_I, start_S) == only_RI).all()
 
 
 def test_rows_that_pick_and_rows_that_do_not_share_a_product():

@@ -1,0 +1,113 @@
+"""What products read of some rows: all channels, or those that each row picks.
+
+Picked are, per token, the channels of the largest size x column norm. On a CPU they are searched
+for when a product asks, in the form it asks for; elsewhere they are marked at once.
+
+Shape letters: R rows   I inputs   K picked channels   S (of start_S) rows + 1
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elastiformer.tiles import Picks, even_starts, everything, over_zeros, search
+
+
+class Wanted(NamedTuple):
+    """What decides on a CPU which channels are picked."""
+
+    norms_I: np.ndarray
+    start_S: np.ndarray  # where each row's picks begin, and the last ones end
+
+
+class Reading:
+    """What products read of some rows."""
+
+    def __init__(
+        self,
+        x_RI: Tensor,
+        count: int | None = None,
+        wanted: Wanted | None = None,
+        kept_RI: Tensor | None = None,
+        is_even: bool = True,
+    ) -> None:
+        """All of `x`; or of `count` channels over all rows: to be searched for, or marked.
+
+        Args:
+            is_even: whether every row keeps as many.
+        """
+        self.x_RI, self.count = x_RI, count
+        self._wanted, self._kept_RI, self._is_even = wanted, kept_RI, is_even
+
+    @property
+    def share(self) -> float:
+        return 1.0 if self.count is None else self.count / self.x_RI.numel()
+
+    @property
+    def has_picks(self) -> bool:
+        """Whether each row's channels can be numbered."""
+        return self._kept_RI is None or self._is_even
+
+    @cached_property
+    def only_RI(self) -> Tensor:
+        """`x`, zero but for the picked channels."""
+        if self.count is None:
+            return self.x_RI
+        if self._wanted is not None:
+            return torch.from_numpy(over_zeros(self.on_host_RI, *self._wanted))
+        assert self._kept_RI is not None, "channels that nobody marked"
+        return self.x_RI * self._kept_RI
+
+    @cached_property
+    def picks(self) -> Picks:
+        """The picks, or all channels, on the host."""
+        if self.count is None:
+            return everything(self.on_host_RI)
+        assert self._wanted is not None, "picks of a device"
+        return search(self.on_host_RI, *self._wanted)
+
+    def index_RK(self) -> Tensor:
+        """The picked channels, of rows that all pick as many."""
+        if self._wanted is not None:
+            index_P = torch.from_numpy(self.picks.index_P.astype(np.int64))
+        else:
+            assert self._kept_RI is not None, "nothing was picked"
+            index_P = torch.nonzero(self._kept_RI)[:, 1]
+        return index_P.view(len(self.x_RI), -1)
+
+    @property
+    def on_host_RI(self) -> np.ndarray:
+        on_host_RI: np.ndarray = self.x_RI.contiguous().numpy()
+        return on_host_RI
+
+
+def pick(x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray) -> Reading:
+    """Each row's channels of the largest size x column norm.
+
+    Args:
+        counts: how many, the same for every row or one for each [R].
+    """
+    rows, inputs = x_RI.shape
+    is_even = isinstance(counts, int)
+    if isinstance(counts, int):
+        if counts >= inputs:
+            return Reading(x_RI)
+        start_S = even_starts(rows, counts)
+    else:
+        start_S = np.zeros(rows + 1, dtype=np.int64)
+        np.cumsum(np.minimum(counts, inputs), out=start_S[1:])
+        if start_S[-1] == rows * inputs:
+            return Reading(x_RI)
+    count = int(start_S[-1])
+    if x_RI.device.type == "cpu" and x_RI.dtype == torch.float32:
+        return Reading(x_RI, count, Wanted(norms_I.numpy(), start_S))
+    order_RI = (x_RI.abs().float() * norms_I).argsort(dim=1, descending=True)
+    count_R1 = torch.from_numpy(np.diff(start_S)).to(x_RI.device)[:, None]
+    best_RI = torch.arange(inputs, device=x_RI.device) < count_R1
+    kept_RI = torch.zeros_like(order_RI, dtype=torch.bool).scatter_(1, order_RI, best_RI)
+    return Reading(x_RI, count, kept_RI=kept_RI, is_even=is_even)

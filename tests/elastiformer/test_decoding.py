@@ -1,0 +1,111 @@
+"""Decode steps in two calls a layer give, to the last bit, what the sub-layers' parts give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from elastiformer import DENSE, Chunk, ElasticModel, Unit, dense_plan
+from elastiformer.decoding import Decoding
+from tests.elastiformer.elastic import PROMPT, TOKENS, any_plan, elastic, planned, text
+from tests.tiny import LAYERS, WINDOW, tiny
+
+ROWS = 3
+
+
+@contextmanager
+def counting(monkeypatch: pytest.MonkeyPatch, may: bool) -> Iterator[list[int]]:
+    """How many rows each step had that went this way; none, where it may not."""
+    run, fits, rows = Decoding.run, Decoding.fits, []
+
+    def noted(self, h_ND, packed, *rest):
+        rows.append(packed.count)
+        run(self, h_ND, packed, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Decoding, "run", noted)
+        if not may:
+            patched.setattr(Decoding, "fits", lambda self, packed: False)
+        else:
+            patched.setattr(Decoding, "fits", fits)
+        yield rows
+
+
+def decoded(model: ElasticModel, plans: list, rows: int, steps: int = 4) -> torch.Tensor:
+    """Logits of some steps, after prompts of different lengths."""
+    sequences = [planned(model, plans[row % len(plans)], PROMPT, TOKENS) for row in range(rows)]
+    ids = [text(PROMPT + steps, seed=row)[0].tolist() for row in range(rows)]
+    for sequence, own in zip(sequences, ids, strict=True):
+        model.step([Chunk(sequence, own[:PROMPT])])
+    logits = []
+    for step in range(PROMPT, PROMPT + steps):
+        chunks = [Chunk(s, [own[step]]) for s, own in zip(sequences, ids, strict=True)]
+        logits += model.step(chunks)
+    return torch.cat(logits)
+
+
+def channel_plans() -> list:
+    """Dense; channels; other channels."""
+    dense = (dense_plan(LAYERS), dense_plan(LAYERS))
+    drawn = [any_plan(seed, LAYERS, (Unit.CHANNELS,)) for seed in (1, 2)]
+    return [dense, (drawn[0], drawn[0]), (drawn[1], drawn[1])]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("rows", [1, ROWS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_are_those_of_the_parts(family, rows, dtype, monkeypatch):
+    model = elastic(family, (Unit.CHANNELS,), lora_rank=0)
+    model.base.to(dtype)
+    model.attach(model.adapter)
+    with counting(monkeypatch, may=False) as none:
+        expected = decoded(model, channel_plans(), rows)
+    with counting(monkeypatch, may=True) as steps:
+        found = decoded(model, channel_plans(), rows)
+    assert torch.equal(found, expected)
+    assert none == [] and steps == [rows] * 4
+
+
+@pytest.mark.parametrize(
+    ("family", "what"),
+    [
+        ("qwen3", "norms of queries and keys"),
+        ("gemma2", "capped scores"),
+        ("gpt2", "no gate"),
+        ("mistral", "a window that hides keys"),
+    ],
+)
+def test_what_it_does_not_know_goes_by_the_parts(family, what, monkeypatch):
+    assert PROMPT > WINDOW
+    model = ElasticModel(tiny(family))
+    with counting(monkeypatch, may=True) as steps:
+        decoded(model, [(dense_plan(LAYERS), dense_plan(LAYERS))], 1)
+    assert steps == [], what
+
+
+@pytest.mark.parametrize("unit", [Unit.MLP_TOKENS, Unit.HEADS, Unit.EXPERTS])
+def test_rows_that_leave_more_than_channels_out_go_by_the_parts(unit, monkeypatch):
+    model = elastic("llama", (unit,))
+    plan = any_plan(3, LAYERS, (unit,))
+    with counting(monkeypatch, may=True) as steps:
+        decoded(model, [(plan, plan)], 1)
+    assert steps == []
+
+
+def test_rows_that_are_repaired_go_by_the_parts(monkeypatch):
+    model = elastic("llama", (Unit.CHANNELS,), lora_rank=2)
+    with counting(monkeypatch, may=True) as steps:
+        decoded(model, channel_plans()[1:], 1)
+    assert steps == []
+
+
+def test_a_chunk_of_a_prompt_goes_by_the_parts(monkeypatch):
+    model = ElasticModel(tiny())
+    sequence = model.sequence(DENSE, PROMPT, TOKENS)
+    with counting(monkeypatch, may=True) as steps:
+        model.step([Chunk(sequence, text(1)[0].tolist())])
+        model.step([Chunk(sequence, text(2)[0].tolist())])
+    assert steps == []
