@@ -1,0 +1,139 @@
+"""The server as an application of Ray Serve: one app, many replicas.
+
+    serve run deploy/ray/serve.yaml
+
+Each replica is the app of `python -m service` with its engines, on GPUs of its own. Ray's proxies
+stand before them: they choose a replica, hold a bounded queue, pass streams through, and cancel
+the work of a caller who leaves. Every replica serves the same models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+import ray
+import torch
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deploy.ray.fleet import Fleet
+from deploy.ray.targets import BEAT_SECONDS, Target, Targets, open_page
+from service.app import create_app
+from service.errors import EngineDead
+from service.logs import REQUEST_ID, configure
+from service.metrics import Metrics
+from service.served import load
+from service.settings import Settings, read_keys
+from service.tracing import from_environment
+
+log = logging.getLogger("elasti.ray")
+REPLICA = "X-Elasti-Replica"
+TARGETS = "/targets"
+RETRY_SECONDS = 1.0  # what a refused caller is told
+HEALTH_SECONDS = 5.0  # between two questions whether a replica's engines live
+
+
+class Server:
+    """One replica."""
+
+    async def __init__(
+        self, settings: Settings, metrics_port: int, targets: DeploymentHandle
+    ) -> None:
+        tell = configure(settings.log_format, settings.log_level)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self._settings = settings
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._targets = targets
+        self._metrics = Metrics()
+        self._keys = read_keys(settings.keys_file) if settings.keys_file else ()
+        # Beside the event loop, on which Ray asks whether this replica is alive.
+        self._catalogue = await asyncio.to_thread(load, settings, self._metrics, tell)
+        self._tracing = from_environment(tell)
+        host = ray.util.get_node_ip_address()
+        port = open_page(self._metrics, host, metrics_port)
+        self._target = Target(self._name, f"{host}:{port}", os.getpid())
+        self._beating = asyncio.create_task(self._beat())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        app = create_app(
+            self._settings, self._catalogue, self._metrics, self._keys, self._tracing
+        )
+        app.add_api_route(TARGETS, self._listed, summary="Where Prometheus finds all replicas.")
+        app.add_middleware(Signed, name=self._name)
+        return app
+
+    def check_health(self) -> None:
+        """Ray ends a replica that raises here, and starts another."""
+        if dead := [served.name for served in self._catalogue if not served.engine.alive]:
+            raise EngineDead(f"the engine of {', '.join(dead)} has stopped working")
+
+    async def _listed(self) -> Any:
+        return await self._targets.listed.remote()
+
+    async def _beat(self) -> None:
+        while True:
+            try:
+                await self._targets.beat.remote(self._target)
+            except Exception as error:  # of many kinds, while the listener starts anew
+                log.warning("the list of replicas did not hear of this one: %s", error)
+            await asyncio.sleep(BEAT_SECONDS)
+
+
+class Signed:
+    """Every answer says which replica gave it. Plain ASGI."""
+
+    def __init__(self, app: ASGIApp, name: str) -> None:
+        self._app = app
+        self._name = name
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def signed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers[REPLICA] = self._name
+                del headers[REQUEST_ID]  # the proxy sets it
+            await send(message)
+
+        await self._app(scope, receive, signed)
+
+
+def build(fleet: Fleet) -> serve.Application:
+    """The application, from the `args` of serve.yaml.
+
+    Raises:
+        ValidationError: naming each argument or setting that is wrong.
+    """
+    settings = fleet.server()
+    scale: dict[str, Any] = {"num_replicas": fleet.replicas}
+    if fleet.is_elastic:
+        scale = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=fleet.replicas,
+                max_replicas=fleet.most_replicas,
+                target_ongoing_requests=fleet.target_ongoing(settings),
+                upscale_delay_s=fleet.upscale_seconds,
+                downscale_delay_s=fleet.downscale_seconds,
+            )
+        }
+    listener = serve.deployment(Targets, name="targets", ray_actor_options={"num_cpus": 0})
+    server = serve.deployment(
+        serve.ingress()(Server),
+        name="server",
+        ray_actor_options={"num_cpus": fleet.cpus, "num_gpus": fleet.gpus},
+        max_ongoing_requests=fleet.most_ongoing(settings),
+        max_queued_requests=fleet.queued,
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_SECONDS),
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=settings.drain_seconds + 5,
+        health_check_period_s=HEALTH_SECONDS,
+        **scale,
+    )
+    return server.bind(settings, fleet.metrics_port, listener.bind())
