@@ -20,13 +20,13 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.ray.fleet import Fleet
 from deploy.ray.targets import BEAT_SECONDS, Target, Targets, open_page
 from service.app import create_app
-from service.errors import EngineDead
 from service.logs import REQUEST_ID, configure
 from service.metrics import Metrics
 from service.served import load
@@ -63,17 +63,14 @@ class Server:
         self._beating = asyncio.create_task(self._beat())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        app = create_app(
-            self._settings, self._catalogue, self._metrics, self._keys, self._tracing
-        )
+        app = create_app(self._settings, self._catalogue, self._metrics, self._keys, self._tracing)
         app.add_api_route(TARGETS, self._listed, summary="Where Prometheus finds all replicas.")
         app.add_middleware(Signed, name=self._name)
         return app
 
     def check_health(self) -> None:
         """Ray ends a replica that raises here, and starts another."""
-        if dead := [served.name for served in self._catalogue if not served.engine.alive]:
-            raise EngineDead(f"the engine of {', '.join(dead)} has stopped working")
+        self._catalogue.check_alive()
 
     async def _listed(self) -> Any:
         return await self._targets.listed.remote()
@@ -123,7 +120,10 @@ def build(fleet: Fleet) -> serve.Application:
                 downscale_delay_s=fleet.downscale_seconds,
             )
         }
-    listener = serve.deployment(Targets, name="targets", ray_actor_options={"num_cpus": 0})
+    silent = LoggingConfig(enable_access_log=False)  # the server writes a line of its own
+    listener = serve.deployment(
+        Targets, name="targets", ray_actor_options={"num_cpus": 0}, logging_config=silent
+    )
     server = serve.deployment(
         serve.ingress()(Server),
         name="server",
@@ -134,6 +134,7 @@ def build(fleet: Fleet) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=settings.drain_seconds + 5,
         health_check_period_s=HEALTH_SECONDS,
+        logging_config=silent,
         **scale,
     )
     return server.bind(settings, fleet.metrics_port, listener.bind())
