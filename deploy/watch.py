@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import yaml
@@ -48,30 +49,34 @@ class Watch:
         for path in sorted(RULES.glob("*.yml")):
             (rules / path.name).write_text(shortened(path.read_text("utf-8"), self.speed), "utf-8")
         self.show(True)
-        job = {
-            "job_name": "elastiformer",
-            "file_sd_configs": [{"files": ["targets.json"], "refresh_interval": "1s"}],
-        }
-        settings = {
-            "global": {"scrape_interval": "500ms", "evaluation_interval": "500ms"},
-            "rule_files": ["rules/*.yml"],
-            "scrape_configs": [job],
-        }
-        (self.folder / "prometheus.yml").write_text(yaml.safe_dump(settings), "utf-8")
-        command = [
-            "prometheus",
-            f"--config.file={self.folder / 'prometheus.yml'}",
-            f"--storage.tsdb.path={self.folder / 'measured'}",
-            f"--web.listen-address=127.0.0.1:{self.port}",
-            "--query.lookback-delta=5s",
-            "--log.level=warn",
-        ]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
+        discovery = {"file_sd_configs": [{"files": ["targets.json"], "refresh_interval": "1s"}]}
+        with scraping(self.folder, self.port, discovery):
             yield
-        finally:
-            process.terminate()
-            process.wait(30)
+
+
+@contextmanager
+def scraping(folder: Path, port: int, discovery: Mapping[str, Any]) -> Iterator[str]:
+    """Prometheus over the rules in `folder`, if any; its address, until the block is left."""
+    settings = {
+        "global": {"scrape_interval": "500ms", "evaluation_interval": "500ms"},
+        "rule_files": ["rules/*.yml"],
+        "scrape_configs": [{"job_name": "elastiformer", **discovery}],
+    }
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(settings), "utf-8")
+    command = [
+        "prometheus",
+        f"--config.file={folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'measured'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+        "--query.lookback-delta=5s",
+        "--log.level=warn",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def shortened(text: str, speed: float) -> str:

@@ -19,12 +19,11 @@ import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
-from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy.ray.fleet import Fleet
+from deploy.ray.fleet import LISTENER, REPLICA, Fleet
 from deploy.ray.targets import BEAT_SECONDS, Target, Targets, open_page
 from service.app import create_app
 from service.logs import REQUEST_ID, configure
@@ -34,8 +33,7 @@ from service.settings import Settings, read_keys
 from service.tracing import from_environment
 
 log = logging.getLogger("elasti.ray")
-REPLICA = "X-Elasti-Replica"
-TARGETS = "/targets"
+SILENT = LoggingConfig(enable_access_log=False)  # the server writes a line of its own
 RETRY_SECONDS = 1.0  # what a refused caller is told
 HEALTH_SECONDS = 5.0  # between two questions whether a replica's engines live
 
@@ -43,15 +41,13 @@ HEALTH_SECONDS = 5.0  # between two questions whether a replica's engines live
 class Server:
     """One replica."""
 
-    async def __init__(
-        self, settings: Settings, metrics_port: int, targets: DeploymentHandle
-    ) -> None:
+    async def __init__(self, settings: Settings, metrics_port: int) -> None:
         tell = configure(settings.log_format, settings.log_level)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self._settings = settings
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._targets = targets
+        self._targets = serve.get_app_handle(LISTENER)
         self._metrics = Metrics()
         self._keys = read_keys(settings.keys_file) if settings.keys_file else ()
         # Beside the event loop, on which Ray asks whether this replica is alive.
@@ -64,16 +60,12 @@ class Server:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app(self._settings, self._catalogue, self._metrics, self._keys, self._tracing)
-        app.add_api_route(TARGETS, self._listed, summary="Where Prometheus finds all replicas.")
         app.add_middleware(Signed, name=self._name)
         return app
 
     def check_health(self) -> None:
         """Ray ends a replica that raises here, and starts another."""
         self._catalogue.check_alive()
-
-    async def _listed(self) -> Any:
-        return await self._targets.listed.remote()
 
     async def _beat(self) -> None:
         while True:
@@ -120,10 +112,6 @@ def build(fleet: Fleet) -> serve.Application:
                 downscale_delay_s=fleet.downscale_seconds,
             )
         }
-    silent = LoggingConfig(enable_access_log=False)  # the server writes a line of its own
-    listener = serve.deployment(
-        Targets, name="targets", ray_actor_options={"num_cpus": 0}, logging_config=silent
-    )
     server = serve.deployment(
         serve.ingress()(Server),
         name="server",
@@ -134,7 +122,19 @@ def build(fleet: Fleet) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=settings.drain_seconds + 5,
         health_check_period_s=HEALTH_SECONDS,
-        logging_config=silent,
+        logging_config=SILENT,
         **scale,
     )
-    return server.bind(settings, fleet.metrics_port, listener.bind())
+    return server.bind(settings, fleet.metrics_port)
+
+
+def listener() -> serve.Application:
+    """The list of the replicas: an application of its own, so that it answers beside a full queue.
+
+    It must be there, under the name LISTENER, before a replica is.
+    """
+    options = {"num_cpus": 0}
+    listening = serve.deployment(
+        Targets, name="targets", ray_actor_options=options, logging_config=SILENT
+    )
+    return listening.bind()

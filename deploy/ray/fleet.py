@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from service.settings import Settings
 
+REPLICA = "X-Elasti-Replica"  # the header that says which replica answered
+LISTENER, TARGETS = "targets", "/targets"  # the application that lists them, and its route
 ELSEWHERE = {"host", "port"}  # the proxies' own: http_options in serve.yaml
 
 

@@ -37,6 +37,10 @@ class Targets:
         self._clock = clock
         self._heard: dict[str, tuple[float, Target]] = {}
 
+    def __call__(self, request: object) -> list[dict[str, Any]]:
+        """The answer to HTTP, whatever is asked."""
+        return self.listed()
+
     def beat(self, target: Target) -> None:
         """A replica says that it is there."""
         self._heard[target.replica] = (self._clock(), target)
