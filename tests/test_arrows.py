@@ -25,9 +25,9 @@ LOW_TO_HIGH = """
         middleware engine served zero_shot desk tracing logs answers streams routes app server
         __main__
 
-    training: __init__ files options signals progress processes corpora data losses lessons student
-        checkpoint quality allotment tuning sensitivity baselines pictures stopwatch reports loop
-        distill repair calibrate evaluate synthesize __main__
+    training: __init__ files options signals progress processes corpora data stream losses lessons
+        student checkpoint quality allotment tuning sensitivity baselines pictures stopwatch reports
+        loop distill repair calibrate evaluate synthesize __main__
 """
 
 _COMPILED = {
