@@ -41,7 +41,9 @@ HEALTH_SECONDS = 5.0  # between two questions whether a replica's engines live
 class Server:
     """One replica."""
 
-    async def __init__(self, settings: Settings, metrics_port: int) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray waits for it
+        self, settings: Settings, metrics_port: int
+    ) -> None:
         tell = configure(settings.log_format, settings.log_level)
         if settings.threads:
             torch.set_num_threads(settings.threads)

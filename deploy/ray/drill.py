@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -91,12 +91,12 @@ class Drill:
 
     async def sums(self) -> dict[str, float]:
         """Every metric, summed over the replicas."""
-        found: Counter[str] = Counter()
+        found: defaultdict[str, float] = defaultdict(float)
         async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
             for each in await self.targets():
                 page = await client.get(f"http://{each['targets'][0]}/metrics")
                 for name, value in totals(page.text).items():
-                    found[name] += value  # type: ignore[assignment]
+                    found[name] += value
         return dict(found)
 
     # The scenes.

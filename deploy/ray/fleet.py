@@ -21,28 +21,42 @@ class Fleet(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    replicas: int = Field(1, ge=1, description="that always run")
+    replicas: int = Field(default=1, ge=1, description="that always run")
     most_replicas: int | None = Field(
-        None, ge=1, description="with more than `replicas`, their number follows the load"
+        default=None, ge=1, description="with more than `replicas`, their number follows the load"
     )
-    gpus: float = Field(0.0, ge=0, description="of each replica; 0: it computes on the CPU")
-    cpus: float = Field(1.0, gt=0, description="of each replica, and as many threads")
+    gpus: float = Field(default=0.0, ge=0, description="of each replica; 0: it computes on the CPU")
+    cpus: float = Field(default=1.0, gt=0, description="of each replica, and as many threads")
     ongoing: int | None = Field(
-        None, ge=1, description="requests in one replica; unset: a quarter above what it runs"
+        default=None,
+        ge=1,
+        description="requests in one replica; unset: a quarter above what it runs",
     )
     queued: int = Field(
-        256, ge=1, description="requests that wait at each proxy; one more is refused with 503"
+        default=256,
+        ge=1,
+        description="requests that wait at each proxy; one more is refused with 503",
     )
     target: float | None = Field(
-        None, gt=0, description="requests a replica shall have; unset: three quarters of its rows"
+        default=None,
+        gt=0,
+        description="requests a replica shall have; unset: three quarters of its rows",
     )
-    upscale_seconds: float = Field(30.0, ge=0, description="of too much load, before one is added")
-    downscale_seconds: float = Field(600.0, ge=0, description="of too little, before one is ended")
+    upscale_seconds: float = Field(
+        default=30.0, ge=0, description="of too much load, before one is added"
+    )
+    downscale_seconds: float = Field(
+        default=600.0, ge=0, description="of too little, before one is ended"
+    )
     metrics_port: int = Field(
-        0, ge=0, le=65000, description="of a replica's /metrics, or the first free above; 0: any"
+        default=0,
+        ge=0,
+        le=65000,
+        description="of a replica's /metrics, or the first free above; 0: any",
     )
     settings: dict[str, Any] = Field(
-        {}, description="of the server, by name; what is not here comes from ELASTI_ variables"
+        default_factory=dict,
+        description="of the server, by name; what is not here comes from ELASTI_ variables",
     )
 
     @model_validator(mode="after")

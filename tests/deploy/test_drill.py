@@ -1,4 +1,4 @@
-"""What the drill rests on. The drill itself takes twelve minutes: `python -m deploy.drill`.
+"""What the drill rests on. The drill itself takes eight minutes: `python -m deploy.drill`.
 
 `ELASTI_TEST_DRILL=1 pytest --timeout 0 tests/deploy/test_drill.py` runs it as a test.
 """
@@ -51,7 +51,7 @@ def test_the_shortened_rules_are_rules(path, tmp_path):
 
 
 @pytest.mark.skipif(
-    "ELASTI_TEST_DRILL" not in os.environ, reason="ELASTI_TEST_DRILL is not set: twelve minutes"
+    "ELASTI_TEST_DRILL" not in os.environ, reason="ELASTI_TEST_DRILL is not set: eight minutes"
 )
 def test_every_alert_fires_and_clears(tmp_path):
     report = tmp_path / "drill.json"
