@@ -43,6 +43,7 @@ DOORS = {
         "elastiformer.model",
         "elastiformer.weights",
         "training.data",
+        "training.stream",
         "training.evaluate",
     },
     "peft": {"elastiformer.lora_files"},

@@ -96,12 +96,13 @@ class Signed:
         await self._app(scope, receive, signed)
 
 
-def build(fleet: Fleet) -> serve.Application:
+def build(args: dict[str, Any]) -> serve.Application:
     """The application, from the `args` of serve.yaml.
 
     Raises:
         ValidationError: naming each argument or setting that is wrong.
     """
+    fleet = Fleet(**args)
     settings = fleet.server()
     scale: dict[str, Any] = {"num_replicas": fleet.replicas}
     if fleet.is_elastic:
@@ -130,13 +131,8 @@ def build(fleet: Fleet) -> serve.Application:
     return server.bind(settings, fleet.metrics_port)
 
 
-def listener() -> serve.Application:
-    """The list of the replicas: an application of its own, so that it answers beside a full queue.
-
-    It must be there, under the name LISTENER, before a replica is.
-    """
-    options = {"num_cpus": 0}
-    listening = serve.deployment(
-        Targets, name="targets", ray_actor_options=options, logging_config=SILENT
-    )
-    return listening.bind()
+# The list of the replicas: an application of its own, so that it answers beside a full queue. It
+# must be there, under the name LISTENER, before a replica is.
+listener: serve.Application = serve.deployment(
+    Targets, name="targets", ray_actor_options={"num_cpus": 0}, logging_config=SILENT
+).bind()

@@ -319,8 +319,8 @@ def running(fleet: Fleet, port: int, folder: Path) -> Iterator[None]:
     )
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(listener(), name=LISTENER, route_prefix=TARGETS)
-        serve.run(build(fleet), name="drill", route_prefix="/")
+        serve.run(listener, name=LISTENER, route_prefix=TARGETS)
+        serve.run(build(fleet.model_dump()), name="drill", route_prefix="/")
         yield
     finally:
         serve.shutdown()
