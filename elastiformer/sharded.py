@@ -102,13 +102,6 @@ def divided(layout: Layout, rank: int, size: int) -> Layout:
 
 def _of_layer(layer: Layer, rank: int, size: int) -> Layer:
     shape = layer.shape
-    fronts = {
-        name: _local(getattr(layer, name), bias=True)
-        for name in ("query", "key", "value", "gate", "up")
-        if getattr(layer, name) is not None
-    }
-    # The bias of a sum is added once.
-    backs = {name: _local(getattr(layer, name), bias=rank == 0) for name in ("out", "down")}
     return replace(
         layer,
         shape=replace(
@@ -117,14 +110,19 @@ def _of_layer(layer: Layer, rank: int, size: int) -> Layer:
             kv_heads=shape.kv_heads // size,
             mlp_width=shape.mlp_width // size,
         ),
+        query=_local(layer.query),
+        key=_local(layer.key),
+        value=_local(layer.value),
+        out=_local(layer.out, bias=rank == 0),  # of a sum it is added once
         after_attention=Summed(layer.after_attention),
+        gate=None if layer.gate is None else _local(layer.gate),
+        up=_local(layer.up),
+        down=_local(layer.down, bias=rank == 0),
         after_mlp=Summed(layer.after_mlp),
-        **fronts,
-        **backs,
     )
 
 
-def _local(projection: Projection, bias: bool) -> Projection:
+def _local(projection: Projection, bias: bool = True) -> Projection:
     """The part of a projection that lies here."""
     weight_OI = _here(projection.module.weight)
     assert weight_OI is not None, f"{projection.path} has no weight"
