@@ -41,23 +41,21 @@ class Callers:
     model: str
     tokens: int = 48
     calls: list[Call] = field(default_factory=list)
+    _wanted: int = 0
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def number(self, wanted: int) -> None:
         """Call more of them in, or let some finish what they wait for and go."""
+        self._wanted = wanted
         leaving, self._tasks = self._tasks[wanted:], self._tasks[:wanted]
-        for task in leaving:
-            task.set_name("leaving")
         await asyncio.gather(*leaving)
         while len(self._tasks) < wanted:
-            self._tasks.append(asyncio.create_task(self._call_again()))
+            self._tasks.append(asyncio.create_task(self._call_again(len(self._tasks))))
 
-    async def _call_again(self) -> None:
-        me = asyncio.current_task()
-        assert me is not None
+    async def _call_again(self, me: int) -> None:
         async with httpx.AsyncClient(base_url=self.address, timeout=120, trust_env=False) as client:
             for number in itertools.count():
-                if me.get_name() == "leaving":
+                if me >= self._wanted:
                     return
                 self.calls.append(await self._stream(client, (0.5, 0.7, 1.0)[number % 3]))
                 if not self.calls[-1].whole:
