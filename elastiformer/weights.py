@@ -34,6 +34,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import logging as transformers_logging
+from transformers.distributed import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from elastiformer.errors import BaseModelError, UnsupportedModel
@@ -92,12 +93,16 @@ class LoadedBase:
     identity: BaseIdentity
 
 
-def load_base(base: str, dtype: str = "auto", device: str = "auto") -> LoadedBase:
+def load_base(
+    base: str, dtype: str = "auto", device: str = "auto", processes: int = 1
+) -> LoadedBase:
     """Find and load a base model.
 
     Args:
         dtype: "float32", "bfloat16", or "auto": bfloat16 where the device computes in it.
         device: a torch device, or "auto": the GPU if there is one.
+        processes: of the group that stands; with more than one, each reads its part of the
+            weights, by Transformers' tensor-parallel plan.
 
     Raises:
         BaseModelError: it is not where its name says, or cannot be read.
@@ -105,7 +110,7 @@ def load_base(base: str, dtype: str = "auto", device: str = "auto") -> LoadedBas
     """
     place = _device(device)
     resolved = resolve(base)
-    model = _load_model(resolved, _dtype(dtype, place)).to(place)
+    model = _load_model(resolved, _dtype(dtype, place), processes).to(place)
     return LoadedBase(
         model=model,
         tokenizer=_load_tokenizer(resolved),
@@ -151,6 +156,7 @@ _NOT_ARCHITECTURE = {
     "_commit_hash",
     "architectures",
     "bos_token_id",
+    "distributed_config",
     "dtype",
     "eos_token_id",
     "id2label",
@@ -183,7 +189,7 @@ def _architecture(value: object) -> object:
 # Loading a folder.
 
 
-def _load_model(resolved: Resolved, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(resolved: Resolved, dtype: torch.dtype, processes: int) -> PreTrainedModel:
     kind = _read_json(resolved.path / "config.json", resolved.name).get("model_type")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedModel(
@@ -199,6 +205,11 @@ def _load_model(resolved: Resolved, dtype: torch.dtype) -> PreTrainedModel:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **(
+                {"distributed_config": DistributedConfig(tp_size=processes)}
+                if processes > 1
+                else {}
+            ),
         )
     _check_complete(report, resolved.name)
     return model.eval()

@@ -5,15 +5,19 @@
 
 Without --model the embedded default model is served. Every flag is a variable too:
 ELASTI_PORT=8123. What happens is told on stderr. One signal to stop lets running requests
-finish, a second one does not.
+finish, a second one does not; while models are loading, the first one ends it at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import torch
 from pydantic import ValidationError
@@ -49,14 +53,36 @@ def serve(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     metrics = Metrics()
-    try:
-        catalogue = load(settings, metrics, tell)
-    except ElastiError as error:
-        tell(f"error: {error}")
-        return 1
-    app = create_app(settings, catalogue, metrics, keys, from_environment(tell))
+    with leaving_at_once(tell):
+        try:
+            catalogue = load(settings, metrics, tell)
+        except ElastiError as error:
+            tell(f"error: {error}")
+            return 1
+        app = create_app(settings, catalogue, metrics, keys, from_environment(tell))
     Server(app, settings, place, tell).run(sockets=[place])
     return 0
+
+
+@contextmanager
+def leaving_at_once(tell: Callable[[str], None]) -> Iterator[None]:
+    """Until the block is left, a signal to stop ends the process: nobody waits for an answer.
+
+    As process 1 of a container it would hear no signal without this.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        try:
+            tell(f"stopping: {signal.Signals(number).name} while models were loading")
+        finally:
+            os._exit(0)  # an exception might be taken for another one by what is loading
+
+    before = {each: signal.signal(each, leave) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -48,6 +48,7 @@ def create_app(
 ) -> FastAPI:
     """An app over loaded models; its engines start and stop with it."""
     knob = Knob(settings.default_capacity, settings.effort, settings.capacity_ceiling)
+    metrics.name_build(settings.build)
     hall = Hall(
         catalogue=catalogue,
         desk=Desk(catalogue, knob, settings.default_max_tokens),

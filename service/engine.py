@@ -84,6 +84,7 @@ class Engine:
         if self._meter is not None:
             self._meter.begin()
         self._thread.start()
+        self._series.alive.set(1)
 
     @property
     def alive(self) -> bool:
@@ -202,6 +203,7 @@ class Engine:
         except BaseException as error:
             with self._wake:
                 self._death = error
+            self._series.alive.set(0)
             log.critical("the engine of %r has died", self.name, exc_info=error)
             self._fail_all(EngineDead(f"the engine of {self.name!r} has stopped working"))
 

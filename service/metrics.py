@@ -20,6 +20,7 @@ from prometheus_client import (
 
 from elastiformer.capacity import Phase, Unit
 from elastiformer.usage import Usage
+from service.build import releases, version
 
 # A time of creation per series doubles the page and answers nothing.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -58,6 +59,7 @@ class Finished:
 class Series:
     """What one engine writes at every step, looked up once."""
 
+    alive: Gauge
     running: Gauge
     waiting: Gauge
     cache_usage: Gauge
@@ -71,6 +73,16 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         model, tier = ["model_name"], ["model_name", "tier"]
+        self.build_info = self._gauge(
+            "elasti_build_info",
+            "Always 1: which build answers, and the releases beneath it.",
+            ["version", "build", *releases()],
+        )
+        self.alive = self._gauge(
+            "elasti_engine_alive",
+            "1 while the engine's thread works, 0 once it has died: is the model served at all?",
+            model,
+        )
         self.running = self._gauge(
             "elasti_num_requests_running", "Sequences in the running batch: how busy is it?", model
         )
@@ -208,6 +220,10 @@ class Metrics:
         for reason in REJECTED_AT_THE_DOOR:
             self.rejections.labels(NO_MODEL, reason)
 
+    def name_build(self, build: str | None) -> None:
+        """Say what answers; `build` is what the operator calls it."""
+        self.build_info.labels(version(), build or "none", *releases().values()).set(1)
+
     def open(self, name: str, adapter: str, base: str, units: tuple[Unit, ...]) -> None:
         """Show a model's series from the start: one that appears late loses its first step."""
         self.adapter_info.labels(name, adapter, base).set(1)
@@ -233,6 +249,7 @@ class Metrics:
 
     def series(self, name: str) -> Series:
         return Series(
+            alive=self.alive.labels(name),
             running=self.running.labels(name),
             waiting=self.waiting.labels(name),
             cache_usage=self.cache_usage.labels(name),

@@ -16,7 +16,7 @@ from elastiformer.capacity import Unit
 from service.build import hashes
 from service.energy import Meter, meter_of
 from service.engine import Engine
-from service.errors import UnknownModel
+from service.errors import EngineDead, UnknownModel
 from service.metrics import Metrics
 from service.scheduler import Limits
 from service.settings import ModelSpec, Settings
@@ -132,6 +132,11 @@ class Catalogue:
     @property
     def default(self) -> Served:
         return next(iter(self._by_name.values()))
+
+    def check_alive(self) -> None:
+        """Raises EngineDead, naming every model whose engine's thread has died."""
+        if dead := [served.name for served in self if not served.engine.alive]:
+            raise EngineDead(f"the engine of {', '.join(dead)} has stopped working")
 
     def find(self, name: str | None) -> Found:
         """Raises UnknownModel, naming what is served."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 from pydantic.fields import FieldInfo
+from torch.distributed.run import get_args_parser
 
 from service.__main__ import flag
 from service.__main__ import parser as service_parser
@@ -69,6 +70,13 @@ def is_ours(words: list[str]) -> bool:
         parser = argparse.ArgumentParser()
         module.add_arguments(parser)
         parser.parse_args(words[4:])
+    elif words[0] == "torchrun" and "…" not in words:
+        get_args_parser().parse_args(words[1:])
+        return is_ours(["python", *words[words.index("-m") :]])
+    elif words[:2] == ["python", "-m"] and words[2].startswith("deploy."):
+        assert importlib.util.find_spec(words[2])
+    elif words[0] == "serve":
+        assert words[1] in ("run", "deploy") and (ROOT / words[2]).is_file()
     else:
         return False
     return True

@@ -19,15 +19,15 @@ LOW_TO_HIGH = """
         row_kernels pointwise packed taken costs lanes single_queries sub_layers tiles readings
         products flop_formulas expert_table repair attention placing workshop keeping sparse_heads
         sparse_attention sparse_experts sparse_mlp decoding sparse planning drawing sampling inputs
-        model __init__
+        model sharded __init__
 
     service: __init__ errors build settings schemas scheduler pace metrics knob orders energy rows
         middleware engine served zero_shot desk tracing logs answers streams routes app server
         __main__
 
-    training: __init__ files options signals progress processes corpora data losses lessons student
-        checkpoint quality allotment tuning sensitivity baselines pictures stopwatch reports loop
-        distill repair calibrate evaluate synthesize __main__
+    training: __init__ files options signals progress processes corpora data stream losses lessons
+        student checkpoint quality allotment tuning sensitivity baselines pictures stopwatch reports
+        loop distill repair calibrate evaluate synthesize __main__
 """
 
 _COMPILED = {
@@ -43,6 +43,7 @@ DOORS = {
         "elastiformer.model",
         "elastiformer.weights",
         "training.data",
+        "training.stream",
         "training.evaluate",
     },
     "peft": {"elastiformer.lora_files"},

@@ -11,6 +11,7 @@ import pytest
 from opentelemetry import environment_variables as api_variables
 from opentelemetry.sdk import environment_variables as sdk_variables
 
+from deploy.ray.fleet import TARGETS
 from service.errors import REFUSALS, UNEXPECTED
 from service.metrics import Metrics
 from service.routes import router
@@ -61,7 +62,7 @@ def test_every_error_is_in_the_guide_with_its_status():
 
 
 def test_the_routes_and_probes_in_the_guide_are_served():
-    served = {route.path for route in router.routes}
+    served = {route.path for route in router.routes} | {TARGETS}  # of a fleet
     named = set(re.findall(r"`GET (/\S*)`", GUIDE)) | set(re.findall(r":8000(/\S+)", GUIDE))
     assert named and named <= served
     assert set(re.findall(r"`(/[a-z]\w*)`", GUIDE)) <= served

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TypeGuard
 
@@ -37,11 +37,7 @@ class Corpus:
 
     @property
     def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for document in self.documents:
-            text = document.encode()
-            digest.update(len(text).to_bytes(8, "big") + text)
-        return digest.hexdigest()
+        return hash_of(self.documents)
 
     def split(self, held_out: float) -> tuple[Corpus, Corpus]:
         """The training part and the held-out one: a share of the documents, chosen by content.
@@ -55,7 +51,7 @@ class Corpus:
             (only,) = self.documents
             cut = round(len(only) * (1 - held_out))
             return Corpus(self.source, (only[:cut],)), Corpus(held_source, (only[cut:],))
-        ranked = sorted((_place(each), at) for at, each in enumerate(self.documents))
+        ranked = sorted((place_of(each), at) for at, each in enumerate(self.documents))
         count = max(1, sum(place < held_out for place, _ in ranked))
         held = {at for _, at in ranked[: min(count, len(ranked) - 1)]}
         train = tuple(each for at, each in enumerate(self.documents) if at not in held)
@@ -82,15 +78,25 @@ def read_corpus(data: str, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     Raises:
         DataError: naming the file, and the line, that is missing, empty or malformed.
     """
-    documents = tuple(_read(data, tokenizer))
+    documents = tuple(read_documents(data, tokenizer))
     if not documents:
         raise DataError(f"{data}: holds no text")
     return Corpus(data, documents)
 
 
-def _read(data: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def read_documents(
+    data: str, tokenizer: PreTrainedTokenizerBase, stream: bool = False
+) -> Iterator[str]:
+    """The documents of `DATA` in their order, each read when it is asked for.
+
+    Args:
+        stream: a Hub data set is not fetched whole first, but as it is read.
+
+    Raises:
+        DataError: as `read_corpus`, when the fault is reached.
+    """
     if data.startswith("hub:"):
-        yield from _read_hub(data, tokenizer)
+        yield from _read_hub(data, tokenizer, stream)
         return
     path = Path(data)
     if not path.exists():
@@ -110,27 +116,44 @@ def _read(data: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 def _read_file(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     if path.suffix not in (".txt", ".jsonl"):
         raise DataError(f"{path}: a data file ends in .txt or .jsonl")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
-    if not content.strip():
-        raise DataError(f"{path}: empty")
     if path.suffix == ".txt":
+        content = _decoded(path.read_bytes(), path, 0).replace("\r\n", "\n").replace("\r", "\n")
+        if not content.strip():
+            raise DataError(f"{path}: empty")
         yield content
         return
-    # Not splitlines(): JSON strings may hold U+2028 and its like, which end no line here.
-    for number, line in enumerate(content.split("\n"), start=1):
+    empty = True
+    for number, line in enumerate(_lines(path), start=1):
         if line.strip():
+            empty = False
             where = f"{path}, line {number}"
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: not JSON ({error.msg})") from error
             yield _document(record, where, tokenizer)
+    if empty:
+        raise DataError(f"{path}: empty")
 
 
-def _read_hub(data: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[str]:
+    """One after the other, so that a file may be larger than memory."""
+    # By bytes: JSON strings may hold U+2028 and its like, which end no line here.
+    with path.open("rb") as file:
+        begun = 0
+        for line in file:
+            yield _decoded(line, path, begun)
+            begun += len(line)
+
+
+def _decoded(content: bytes, path: Path, begun: int) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {begun + error.start}") from error
+
+
+def _read_hub(data: str, tokenizer: PreTrainedTokenizerBase, stream: bool) -> Iterator[str]:
     name, _, split = data.removeprefix("hub:").partition(":")
     if not name:
         raise DataError(f"{data}: a Hub data set is written hub:NAME or hub:NAME:split")
@@ -139,7 +162,7 @@ def _read_hub(data: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     except ImportError as error:
         raise DataError(f"{data}: needs the package datasets, which is not installed") from error
     try:
-        rows = datasets.load_dataset(name, split=split or "train")
+        rows = datasets.load_dataset(name, split=split or "train", streaming=stream)
     except Exception as error:  # datasets raises of many kinds: each is "not to be had"
         raise DataError(f"{data}: {type(error).__name__}: {error}") from error
     for number, row in enumerate(rows, start=1):
@@ -181,7 +204,16 @@ def are_messages(value: object) -> TypeGuard[Sequence[Mapping[str, str]]]:
     )
 
 
-def _place(text: str) -> float:
+def hash_of(documents: Iterable[str]) -> str:
+    """SHA-256 of texts in their order, whatever file they lie in."""
+    digest = hashlib.sha256()
+    for document in documents:
+        text = document.encode()
+        digest.update(len(text).to_bytes(8, "big") + text)
+    return digest.hexdigest()
+
+
+def place_of(text: str) -> float:
     """A document's fixed pseudo-random place in [0, 1)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
@@ -195,20 +227,34 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, window: int) -> Ten
     Raises:
         DataError: when the corpus does not fill one window.
     """
-    begins = _begins(tokenizer)
-    flat: list[Tensor] = []
-    for document in corpus.documents:
-        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids = [*ids, tokenizer.eos_token_id]
-        flat.append(torch.tensor(ids, dtype=torch.long))
+    flat = [torch.tensor(tokens_of(each, tokenizer)) for each in corpus.documents]
     ids_N = torch.cat(flat)
+    ids_WT = in_windows(ids_N, tokenizer, window)
+    if len(ids_WT) == 0:
+        raise DataError(f"{corpus.source}: {len(ids_N)} tokens, fewer than a window of {window}")
+    return ids_WT
+
+
+def tokens_of(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A document's tokens, with the one that ends a text."""
+    ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids = [*ids, tokenizer.eos_token_id]
+    return ids
+
+
+def in_windows(ids_N: Tensor, tokenizer: PreTrainedTokenizerBase, window: int) -> Tensor:
+    """A run of tokens as [windows, window], each begun as the tokenizer begins a text."""
+    begins = _begins(tokenizer)
     width = window - len(begins)
     windows = len(ids_N) // width
-    if windows == 0:
-        raise DataError(f"{corpus.source}: {len(ids_N)} tokens, fewer than a window of {window}")
     ids_WT = ids_N[: windows * width].view(windows, width)
     return torch.cat([torch.tensor(begins, dtype=torch.long).expand(windows, -1), ids_WT], dim=1)
+
+
+def tokens_in(window: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens of text a window holds."""
+    return window - len(_begins(tokenizer))
 
 
 def _begins(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -249,6 +295,14 @@ class Windows:
                 epoch, taken = epoch + 1, 0
         self.position = Position(epoch, taken)
         return self.ids_WT[torch.cat(chosen)]
+
+    def state(self) -> list[int]:
+        """The position, as a checkpoint keeps it."""
+        return list(astuple(self.position))
+
+    def go_on(self, state: Sequence[int]) -> None:
+        """From a position that `state` told."""
+        self.position = Position(*state)
 
     def _order(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))

@@ -24,7 +24,7 @@ from elastiformer.lora import PARTS
 from elastiformer.routers import PART_GATES, TOKEN_GATES
 from training.allotment import fields_of, probe_share
 from training.checkpoint import Checkpoint, latest_checkpoint
-from training.data import pack, read_corpus, seed_of, tokenizer_of
+from training.data import Windows, pack, read_corpus, seed_of, tokenizer_of
 from training.files import RunError, write_json
 from training.lessons import tolerances
 from training.loop import Distillation, Text
@@ -34,6 +34,7 @@ from training.processes import World, joined, shard_base
 from training.progress import track
 from training.sensitivity import Meter, Probe
 from training.signals import Stop
+from training.stream import StreamedWindows
 
 EXPERT_WINDOWS = 8  # on which neurons that work together are found
 HELD_OUT_WINDOWS = 8
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--base", required=True, help="folder, Hub id or embedded name")
     add("--data", required=True, help=".txt, .jsonl, a folder of them, or hub:NAME[:split]")
+    add("--stream", action="store_true", help="read the data as it is needed, not whole first")
     add("--out", type=Path, required=True, help="folder of the adapter to write")
     add("--resume", action="store_true", help="go on from the last checkpoint")
     add("--units", type=units, default=",".join(Unit), help="what may be left out")
@@ -139,15 +141,22 @@ def train(args: argparse.Namespace, world: World) -> dict[str, Any] | None:
 
 
 def read_text(args: argparse.Namespace, tokenizer: Any) -> Text:
+    """The text that the options name: all of it, or as much of a stream as is read at first."""
+    if args.stream:
+        streamed = StreamedWindows(args.data, tokenizer, args.window, args.seed, args.held_out)
+        held_WT = streamed.held_windows(HELD_OUT_WINDOWS) if args.held_out else None
+        return Text(streamed.sha256(), streamed.first_block(), held_WT, streamed)
     corpus = read_corpus(args.data, tokenizer)
     if not args.held_out:
-        return Text(corpus.sha256, pack(corpus, tokenizer, args.window), None)
+        train_WT = pack(corpus, tokenizer, args.window)
+        return Text(corpus.sha256, train_WT, None, Windows(train_WT, args.seed))
     train, held = corpus.split(args.held_out)
     train_WT, held_WT = (pack(part, tokenizer, args.window) for part in (train, held))
     order = torch.randperm(
         len(held_WT), generator=torch.Generator().manual_seed(seed_of("held out", args.seed))
     )
-    return Text(corpus.sha256, train_WT, held_WT[order[:HELD_OUT_WINDOWS]])
+    held_WT = held_WT[order[:HELD_OUT_WINDOWS]]
+    return Text(corpus.sha256, train_WT, held_WT, Windows(train_WT, args.seed))
 
 
 def _begin(args: argparse.Namespace, world: World) -> Distillation:

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ from training.checkpoint import (
     save_checkpoint,
     write_moments,
 )
-from training.data import Position, Windows, seed_of, shard
+from training.data import Windows, seed_of, shard
 from training.files import RunError
 from training.lessons import Teacher
 from training.losses import Direction, Divergence, Weights
 from training.processes import World, sum_gradients
 from training.progress import Log
 from training.signals import Stop
+from training.stream import StreamedWindows
 from training.student import Objective, Whole, held_out_kl, learn
 
 PARTS = ("distil", "balance", "agreement", "total")  # of the losses
@@ -42,11 +43,15 @@ VERSIONS = ("torch", "transformers")
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What is trained on, and what is held out to measure on; the hash is of both."""
+    """What is trained on, and what is held out to measure on; the hash is of both.
+
+    `train_WT` is all of it, or of a stream what was read at first.
+    """
 
     sha256: str
     train_WT: Tensor
     held_WT: Tensor | None
+    windows: Windows | StreamedWindows
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -77,7 +82,7 @@ class Distillation:
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=args.lr, weight_decay=args.weight_decay
         )
-        self._windows = Windows(text.train_WT, args.seed)
+        self._windows = text.windows
         self._teacher = Teacher(
             model.shape,
             args.prompt_units,
@@ -100,7 +105,7 @@ class Distillation:
     def restore(self, checkpoint: Checkpoint) -> None:
         copy_weights(self._parameters, checkpoint.weights)
         write_moments(self._optimizer, self._parameters, checkpoint.moments)
-        self._windows.position = Position(*checkpoint.state["position"])
+        self._windows.go_on(checkpoint.state["position"])
         self._held_out = list(checkpoint.state["held_out"])
         self._done = checkpoint.step
 
@@ -179,7 +184,7 @@ class Distillation:
     def _save(self) -> None:
         if self._world.leads:
             state = {
-                "position": list(astuple(self._windows.position)),
+                "position": self._windows.state(),
                 "held_out": self._held_out,
                 "options": self._options,
             }

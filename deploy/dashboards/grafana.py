@@ -51,12 +51,21 @@ def as_json(board: Board, others: Sequence[Board]) -> str:
             .keep_time(True)
             .include_vars(True)
         )
+    shut: builders.Row | None = None  # the last one, with its panels inside of it
     for number, (thing, place) in enumerate(placed(board), start=1):
         position = dashboard.GridPos(h=place.height, w=place.width, x=place.x, y=place.y)
         if isinstance(thing, Row):
-            built.with_row(builders.Row(thing.title).id(number).grid_pos(position))
+            row = builders.Row(thing.title).id(number).grid_pos(position)
+            if thing.may_lack:
+                shut = row
+            else:
+                built.with_row(row)
+        elif shut is not None:
+            shut.with_panel(_panel(thing).id(number).grid_pos(position))
         else:
             built.with_panel(_panel(thing).id(number).grid_pos(position))
+    if shut is not None:
+        built.with_row(shut)
     return json.dumps(built.build(), cls=JSONEncoder, indent=1, sort_keys=True) + "\n"
 
 

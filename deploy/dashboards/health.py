@@ -14,7 +14,7 @@ LOOKED_FOR, FOUND = "elasti_prefix_cache_queries_total", "elasti_prefix_cache_hi
 UP = 'up{job=~"$job",instance=~"$instance"}'
 
 REQUESTS = "elasti_e2e_request_latency_seconds_count"  # one for each request that ended
-_ASKED_FOR = f"({grown(REQUESTS)} + {grown(REFUSED, refused=True)})"
+_ASKED_FOR = f"({grown(REQUESTS)} + {grown(REFUSED, without_model=True)})"
 
 _NOW = Row(
     "Now, and in the time shown",
@@ -66,7 +66,7 @@ _NOW = Row(
             "Which share of all requests in the time shown was refused before any work?",
             Kind.STAT,
             Scale.SHARE,
-            (Query(over(grown(REFUSED, refused=True), _ASKED_FOR)),),
+            (Query(over(grown(REFUSED, without_model=True), _ASKED_FOR)),),
             width=4,
             alarm=0.05,
         ),
@@ -140,7 +140,7 @@ _ERRORS = Row(
             "value, too much at once? No model is known here, so the choice of model is not used.",
             Kind.LINES,
             Scale.PER_SECOND,
-            (Query(rate(REFUSED, "reason", 'model_name=""', refused=True), "{{reason}}"),),
+            (Query(rate(REFUSED, "reason", 'model_name=""', without_model=True), "{{reason}}"),),
         ),
     ),
 )
@@ -252,6 +252,33 @@ _WHAT = Row(
                 Query(
                     "max by (job, instance, model_name, base, adapter) "
                     f"({series('elasti_adapter_info')})"
+                ),
+            ),
+            width=16,
+        ),
+        Panel(
+            "Engines alive",
+            "Has the thread of a model's engine died on a server? Then it is at 0, and every "
+            "request for that model is refused.",
+            Kind.LINES,
+            Scale.COUNT,
+            (
+                Query(
+                    f"min by (instance, model_name) ({series('elasti_engine_alive')})",
+                    "{{model_name}} on {{instance}}",
+                ),
+            ),
+        ),
+        Panel(
+            "Builds",
+            "Which build runs on each server, over which releases? Is there one that an upgrade "
+            "has left behind?",
+            Kind.TABLE,
+            Scale.COUNT,
+            (
+                Query(
+                    "max by (job, instance, version, build, python, torch, transformers) "
+                    f"({series('elasti_build_info', without_model=True)})"
                 ),
             ),
             width=16,

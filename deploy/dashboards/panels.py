@@ -36,6 +36,8 @@ class Scale(Enum):
     FLOPS = "si:FLOP"
     FLOPS_PER_SECOND = "si:FLOP/s"
     PER_SECOND = "cps"
+    JOULES = "joule"
+    WATTS = "watt"
     CAPACITY = "none"
 
 
@@ -63,10 +65,15 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Panels under one heading."""
+    """Panels under one heading.
+
+    What `may_lack` its metrics is shut in Grafana until somebody opens it, and left out of a
+    picture without them; it stands last on its board.
+    """
 
     title: str
     panels: tuple[Panel, ...]
+    may_lack: bool = False
 
 
 @dataclass(frozen=True, slots=True)

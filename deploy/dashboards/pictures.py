@@ -9,7 +9,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -91,8 +91,16 @@ def draw(board: Board, prometheus: Prometheus, span: Span) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    things = list(placed(board))
     window = span.window(prometheus)
+
+    def is_there(row: Row) -> bool:
+        return not row.may_lack or any(
+            answer.course.says_something
+            for panel in row.panels
+            for answer in answers(panel, prometheus, span, window)
+        )
+
+    things = list(placed(replace(board, rows=tuple(filter(is_there, board.rows)))))
     lines = max(place.y + place.height for _, place in things) + 2
     size = (WIDTH * _COLUMN_INCHES, lines * _LINE_INCHES)
     style = {"font.size": 8.5, "axes.edgecolor": _FAINT, "text.color": _INK}
@@ -330,7 +338,13 @@ def shown(value: float, scale: Scale) -> str:
         return f"{1000 * value:.3g} ms" if 0 < value < 1 else f"{value:.3g} s"
     if scale is Scale.CAPACITY:
         return f"{value:.3g}"
-    unit = {Scale.FLOPS: "FLOP", Scale.FLOPS_PER_SECOND: "FLOP/s", Scale.PER_SECOND: "/s"}
+    unit = {
+        Scale.FLOPS: "FLOP",
+        Scale.FLOPS_PER_SECOND: "FLOP/s",
+        Scale.PER_SECOND: "/s",
+        Scale.JOULES: "J",
+        Scale.WATTS: "W",
+    }
     thousands = 0
     while abs(value) >= 999.5 and thousands < 6:
         value, thousands = value / 1000, thousands + 1

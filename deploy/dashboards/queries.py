@@ -13,7 +13,7 @@ from dataclasses import dataclass
 RATE = "$__rate_interval"
 RANGE = "$__range"
 
-# A request refused at the door has no model: it is shown whichever model is chosen.
+# A request refused at the door has no model, nor has a build: shown whichever is chosen.
 _SCOPE = 'job=~"$job",instance=~"$instance",model_name=~"$model{none}"'
 
 
@@ -62,20 +62,20 @@ def _any_of(values: Sequence[str]) -> str:
     return f"({'|'.join(escaped)})"
 
 
-def series(name: str, only: str = "", refused: bool = False) -> str:
+def series(name: str, only: str = "", without_model: bool = False) -> str:
     """A metric, as far as the dashboard's variables choose it; `only` narrows it further."""
-    scope = _SCOPE.format(none="|" if refused else "")
+    scope = _SCOPE.format(none="|" if without_model else "")
     return f"{name}{{{scope}{',' + only if only else ''}}}"
 
 
-def rate(name: str, by: str = "", only: str = "", refused: bool = False) -> str:
+def rate(name: str, by: str = "", only: str = "", without_model: bool = False) -> str:
     """How fast a counter grows, summed."""
-    return f"{_sum(by)}(rate({series(name, only, refused)}[{RATE}]))"
+    return f"{_sum(by)}(rate({series(name, only, without_model)}[{RATE}]))"
 
 
-def grown(name: str, by: str = "", only: str = "", refused: bool = False) -> str:
+def grown(name: str, by: str = "", only: str = "", without_model: bool = False) -> str:
     """By how much a counter grew in the time shown, summed."""
-    return f"{_sum(by)}(increase({series(name, only, refused)}[{RANGE}]))"
+    return f"{_sum(by)}(increase({series(name, only, without_model)}[{RANGE}]))"
 
 
 def level(name: str, by: str = "", only: str = "") -> str:

@@ -17,6 +17,7 @@ FLOPS, DENSE_FLOPS = "elasti_flops_total", "elasti_dense_flops_total"
 PARAMETERS, DENSE_PARAMETERS = "elasti_parameters_used_total", "elasti_dense_parameters_total"
 DECISIONS, LEFT_OUT = "elasti_router_tokens_total", "elasti_router_tokens_skipped_total"
 REQUESTS = "elasti_e2e_request_latency_seconds_count"  # one for each request that ended
+ENERGY, GENERATED = "elasti_energy_joules_total", "elasti_generation_tokens_total"
 TOKENS = 'unit=~"attention_tokens|mlp_tokens"'
 BELOW = 'tier!~"1[.]0|auto"'
 
@@ -309,9 +310,42 @@ _ASKED = Row(
     ),
 )
 
+_ENERGY = Row(
+    "Energy, where the GPU's counter can be read",
+    (
+        Panel(
+            "Energy in the time shown",
+            "How much energy did requests take?",
+            Kind.STAT,
+            Scale.JOULES,
+            (Query(grown(ENERGY)),),
+        ),
+        Panel(
+            "Power, by tier",
+            "Which requests take the energy?",
+            Kind.AREAS,
+            Scale.WATTS,
+            (Query(rate(ENERGY, "tier"), "{{tier}}"),),
+        ),
+        Panel(
+            "Energy per generated token, by model",
+            "What does a token cost? All of it is counted here: prompts, and classification too.",
+            Kind.LINES,
+            Scale.JOULES,
+            (
+                Query(
+                    over(rate(ENERGY, "model_name"), rate(GENERATED, "model_name")),
+                    "{{model_name}}",
+                ),
+            ),
+        ),
+    ),
+    may_lack=True,
+)
+
 SAVINGS = Board(
     "savings",
     "Elastiformer: Savings",
     "What was left out, what dense would have cost, and whether callers got what they asked for.",
-    (_TOTALS, _SHARES, _BILL, _TOKENS, _PARAMETERS, _ASKED),
+    (_TOTALS, _SHARES, _BILL, _TOKENS, _PARAMETERS, _ASKED, _ENERGY),
 )

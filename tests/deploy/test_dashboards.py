@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = sorted((ROOT / JSON).glob("*.json"))
 NAMES = [path.stem for path in FILES]
 WINDOW = Window(3600, 60, {variable.name: ("a.b", "c|d") for variable in VARIABLES})
+ENERGY = "elasti_energy_joules_total"
 PROMETHEUS_OWN = {"up"}
 
 
@@ -30,7 +31,12 @@ def committed(request):
 
 
 def panels(board):
-    return [panel for panel in board["panels"] if panel["type"] != "row"]
+    """Those of rows that are shut, too."""
+    return [
+        panel
+        for each in board["panels"]
+        for panel in (each["panels"] if each["type"] == "row" else [each])
+    ]
 
 
 def queries(board):
@@ -102,9 +108,21 @@ def test_every_panel_says_which_question_it_answers(committed):
     assert descriptions and all("?" in each for each in descriptions)
 
 
+def test_only_what_not_every_device_counts_is_shut(committed):
+    rows = [panel for panel in committed["panels"] if panel["type"] == "row"]
+    shut = [row["title"] for row in rows if row["collapsed"]]
+    assert shut == (["Energy, where the GPU's counter can be read"] if ENERGY in str(rows) else [])
+    if shut:
+        assert committed["panels"][-1]["collapsed"]
+        assert {ENERGY} <= set().union(*map(names_in, queries({"panels": rows[-1:]})))
+    elsewhere = [expr for expr in queries(committed) if ENERGY in expr]
+    assert len(elsewhere) == (3 if shut else 0)
+
+
 def test_no_panel_hides_another(committed):
     taken = set()
-    for panel in committed["panels"]:
+    rows = [panel for panel in committed["panels"] if panel["type"] == "row"]
+    for panel in [*rows, *panels(committed)]:
         at = panel["gridPos"]
         cells = {
             (x, y)
@@ -114,7 +132,7 @@ def test_no_panel_hides_another(committed):
         assert not cells & taken, panel["title"]
         assert at["x"] + at["w"] <= WIDTH
         taken |= cells
-    numbers = [panel["id"] for panel in committed["panels"]]
+    numbers = [panel["id"] for panel in [*rows, *panels(committed)]]
     assert len(set(numbers)) == len(numbers)
 
 
@@ -167,6 +185,7 @@ def test_what_is_chosen_is_written_as_grafana_would():
         (999.9, Scale.COUNT, "1 k"),
         (0.0, Scale.COUNT, "0"),
         (0.65, Scale.CAPACITY, "0.65"),
+        (1234.0, Scale.JOULES, "1.23 kJ"),
     ],
 )
 def test_a_picture_names_units_and_three_digits(value, scale, text):

@@ -5,6 +5,7 @@ One server, one Prometheus and one load for the whole file; all of it on loopbac
 
 import asyncio
 import io
+import itertools
 import json
 import re
 import shutil
@@ -26,7 +27,9 @@ from deploy.dashboards.panels import WIDTH, Board, Kind, Panel, Row, placed
 from deploy.dashboards.pictures import Span, draw
 from deploy.dashboards.prometheus import Prometheus, PrometheusError
 from deploy.dashboards.queries import VARIABLES, Window
+from service.energy import Meter
 from service.settings import Key
+from tests.deploy.test_dashboards import panels
 from tests.service.conftest import Watched, build
 
 pytestmark = pytest.mark.skipif(
@@ -134,7 +137,13 @@ async def load(address):
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prometheus")
-    app = build(models={"tiny": Brittle(step_seconds=0.002)}, keys=KEYS, max_running=6)
+    drawn = itertools.count(1000)  # a counter that goes up by a joule whenever it is read
+    app = build(
+        models={"tiny": Brittle(step_seconds=0.002)},
+        keys=KEYS,
+        meter=Meter(lambda: float(next(drawn))),
+        max_running=6,
+    )
     with (
         on_a_port(app) as target,
         scraping(target, folder) as address,
@@ -175,8 +184,8 @@ def number(scraped, expr):
 def test_every_query_of_every_panel_is_answered(path, scraped):
     board = json.loads(path.read_text("utf-8"))
     asked = 0
-    for panel in board["panels"]:
-        for target in panel.get("targets", ()):
+    for panel in panels(board):
+        for target in panel["targets"]:
             found = ask(scraped, target["expr"], instant=target["instant"])
             told = [course for course in found if course.says_something]
             assert told, (panel["title"], target["expr"])
@@ -254,6 +263,16 @@ def test_a_picture_shows_every_kind_of_panel(scraped):
         for thing, place in placed(board):
             more = ink(drawn, place, lines) - ink(bare, place, lines)
             assert (more > 50) == isinstance(thing, Panel), (thing.title, more)
+
+
+def test_a_picture_lacks_the_row_of_what_is_not_counted(scraped):
+    (board,) = (board for board in BOARDS if board.name == "savings")
+    before = replace(scraped.span, start=scraped.span.start - 7200, end=scraped.span.end - 7200)
+    heights = []
+    for span in (scraped.span, before):
+        with Image.open(io.BytesIO(draw(board, scraped.prometheus, span))) as drawn:
+            heights.append(drawn.height)
+    assert heights[0] > heights[1]
 
 
 def ink(picture, place, lines):

@@ -238,3 +238,22 @@ def test_the_command_serves_tells_a_line_to_try_and_drains(tiny_folder):
             process.kill()
             reading.join()
     assert "Traceback" not in "".join(lines)
+
+
+@pytest.mark.parametrize(("stop", "form"), [(signal.SIGTERM, "json"), (signal.SIGINT, "text")])
+def test_a_signal_while_models_load_ends_the_server_at_once_in_good_order(tiny_folder, form, stop):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "service", "--port", "0", "--threads", "1",
+               "--model", f"mine={tiny_folder}", "--log-format", form]  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert "loading mine" in process.stderr.readline()
+        process.send_signal(stop)
+        began = time.monotonic()
+        rest = process.stderr.read().splitlines()
+        assert process.wait(timeout=30) == 0
+    assert time.monotonic() - began < 10
+    (line,) = (line for line in rest if "while models were loading" in line)
+    assert line == rest[-1] and stop.name in line
+    assert not any("ready: " in line or "Traceback" in line for line in rest)

@@ -84,6 +84,7 @@ def test_a_dead_engine_fails_everybody_and_health_says_so():
         late = await house.post("/v1/completions", **LONG)
         assert late.status_code == 503 and late.headers["retry-after"]
         assert not house.engine.alive
+        assert house.value("elasti_engine_alive", model_name="tiny") == 0
 
     in_house(visit, models={"tiny": Faulty(SystemExit(1), 4)}, max_running=3)
 

@@ -9,6 +9,7 @@ import subprocess
 from prometheus_client.parser import text_string_to_metric_families
 
 from elastiformer import Phase, Unit
+from service.build import releases, version
 from service.metrics import Metrics
 from tests.service.conftest import in_house
 
@@ -23,7 +24,7 @@ CONTRACT = """
     elasti_parameters_used_total elasti_dense_parameters_total elasti_request_capacity_bucket
     elasti_request_capacity_spent_bucket elasti_tokens_skipped_per_request_bucket
     elasti_parameters_skipped_per_request_bucket elasti_capacity_override_total
-    elasti_load_capacity_ceiling elasti_adapter_info
+    elasti_load_capacity_ceiling elasti_adapter_info elasti_build_info elasti_engine_alive
     elasti_prefix_cache_queries_total elasti_prefix_cache_hits_total
 """
 LABELS = {"model_name", "unit", "phase", "tier", "reason", "finished_reason", "le"}
@@ -114,7 +115,12 @@ def test_the_page_is_valid_complete_and_bounded():
             for sample in family.samples
         ]
         assert set(CONTRACT.split()) <= {sample.name for sample in samples}
+        (build,) = [sample for sample in samples if sample.name == "elasti_build_info"]
+        assert build.labels["version"] == version() and build.labels["build"] == "of-a-test"
+        assert releases().items() <= build.labels.items() and build.value == 1
         for sample in samples:
+            if sample is build:
+                continue
             assert "model_name" in sample.labels
             assert sample.labels["model_name"] in ("tiny", "")
             allowed = LABELS | ({"adapter", "base"} if "info" in sample.name else set())
@@ -123,6 +129,7 @@ def test_the_page_is_valid_complete_and_bounded():
                 assert re.fullmatch(r"[01]\.\d|auto|mixed", tier)
         assert house.value("elasti_adapter_info", base="tiny-llama") == 1
         assert house.value("elasti_load_capacity_ceiling") == 1
+        assert house.value("elasti_engine_alive", model_name="tiny") == 1
         for line in reply.text.splitlines():
             assert not line.startswith("# HELP") or line.endswith((".", "?")) or "full" in line
 
@@ -133,7 +140,7 @@ def test_the_page_is_valid_complete_and_bounded():
             )
             assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
 
-    in_house(visit)
+    in_house(visit, build="of-a-test")
 
 
 def test_counts_of_one_app_are_unseen_by_another():

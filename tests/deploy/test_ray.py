@@ -1,0 +1,149 @@
+"""Promises of the fleet on Ray Serve. What needs no Ray is tested everywhere.
+
+The rest runs where the extra `ray` is installed; the whole drill takes some three minutes:
+`python -m deploy.ray.drill`, or `ELASTI_TEST_DRILL=1 pytest --timeout 0 tests/deploy/test_ray.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from deploy.ray.fleet import LISTENER, REPLICA, TARGETS, Fleet
+from deploy.ray.targets import FORGOTTEN_SECONDS, Target, Targets, open_page
+from service.metrics import Metrics
+from tests.deploy.test_rules import PROMETHEUS, promtool
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY = ROOT / "deploy" / "ray"
+CONFIG = yaml.safe_load((RAY / "serve.yaml").read_text("utf-8"))
+APPLICATIONS = {each["name"]: each for each in CONFIG["applications"]}
+GUIDE = (ROOT / "docs" / "operating.md").read_text("utf-8")
+
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="the extra 'ray' is not installed"
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"replicas": 3, "most_replicas": 2}, "most_replicas: 2"),
+        ({"settings": {"port": 80, "host": "a"}}, "host, port belongs to http_options"),
+        ({"settings": {"max_runing": 4}}, "max_runing is no setting"),
+        ({"replica": 3}, "replica"),
+        ({"queued": 0}, "queued"),
+    ],
+)
+def test_a_fleet_that_cannot_be_is_refused_by_name(given, told):
+    with pytest.raises(ValidationError, match=told):
+        Fleet(**given)
+
+
+def test_a_wrong_setting_is_refused_before_a_replica_starts():
+    with pytest.raises(ValidationError, match="max_running"):
+        Fleet(settings={"max_running": 0}).server()
+
+
+def test_a_replica_gets_a_little_more_than_it_runs_and_the_rest_waits_at_the_proxy():
+    settings = Fleet(settings={"max_running": 8}).server()
+    assert Fleet().most_ongoing(settings) == 10
+    assert Fleet().target_ongoing(settings) == 6
+    assert Fleet(ongoing=3, target=1.5).most_ongoing(settings) == 3
+
+
+def test_replicas_are_listed_while_they_are_heard_of():
+    now = 100.0
+    targets = Targets(clock=lambda: now)
+    targets.beat(Target("b", "10.0.0.2:9100", 7))
+    now += FORGOTTEN_SECONDS - 1
+    targets.beat(Target("a", "10.0.0.1:9100", 8))
+    assert [each["targets"] for each in targets(None)] == [["10.0.0.1:9100"], ["10.0.0.2:9100"]]
+    assert targets.listed()[0]["labels"] == {"replica": "a", "__meta_elasti_process": "8"}
+    now += 2
+    assert [each["labels"]["replica"] for each in targets.listed()] == ["a"]
+    now += FORGOTTEN_SECONDS
+    assert targets.listed() == []
+
+
+def test_each_replica_has_a_page_of_its_own_at_the_first_free_port():
+    pages = [Metrics(), Metrics()]
+    pages[0].prompt_tokens.labels("m").inc(5)
+    first = open_page(pages[0], "127.0.0.1", 0)
+    if first > 65000:
+        pytest.skip("the free port is too near the last one")
+    second = open_page(pages[1], "127.0.0.1", first)
+    assert first < second < first + 64
+    counted = [
+        'elasti_prompt_tokens_total{model_name="m"} 5.0'
+        in httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        for port in (first, second)
+    ]
+    assert counted == [True, False]
+
+
+def test_the_files_agree_with_the_program():
+    fleet = Fleet(**APPLICATIONS["elastiformer"]["args"])
+    assert fleet.is_elastic and fleet.server().log_format == "json"
+    assert APPLICATIONS[LISTENER]["route_prefix"] == TARGETS
+    # What others rest on comes first.
+    assert list(APPLICATIONS) == [LISTENER, "elastiformer"]
+    read = yaml.safe_load((RAY / "prometheus.yml").read_text("utf-8"))
+    (job,) = read["scrape_configs"]
+    assert job["job_name"] == "elastiformer"
+    port = CONFIG["http_options"]["port"]
+    assert [each["url"] for each in job["http_sd_configs"]] == [f"http://ray:{port}{TARGETS}"]
+
+
+def test_every_argument_and_what_it_adds_is_in_the_guide():
+    told = GUIDE.partition("## Many machines")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", told, flags=re.MULTILINE)
+    assert dict(rows) == {
+        name: json.dumps(field.get_default(call_default_factory=True))
+        for name, field in Fleet.model_fields.items()
+    }
+    assert REPLICA in told and TARGETS in told
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_prometheus_understands_its_settings():
+    done = promtool("check", "config", RAY / "prometheus.yml", cwd=PROMETHEUS)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
+def test_ray_understands_the_files_and_builds_the_application():
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+    from ray.serve.schema import ServeDeploySchema
+
+    from deploy.ray import app
+
+    read = ServeDeploySchema.model_validate(CONFIG)
+    assert [each.name for each in read.applications] == list(APPLICATIONS)
+    for each in read.applications:
+        module, _, name = each.import_path.partition(":")
+        assert module == app.__name__
+        built = call_user_app_builder_with_args_if_necessary(getattr(app, name), each.args)
+        assert isinstance(built, app.serve.Application)
+
+
+@needs_ray
+@pytest.mark.skipif(
+    "ELASTI_TEST_DRILL" not in os.environ, reason="ELASTI_TEST_DRILL is not set: three minutes"
+)
+def test_a_fleet_loses_only_what_was_in_flight(tmp_path):
+    from deploy.ray.drill import main
+
+    report = tmp_path / "drill.json"
+    code = main(["--out", str(report)])
+    assert code == 0, json.loads(report.read_text("utf-8"))["wrong"]
