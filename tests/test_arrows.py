@@ -15,19 +15,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LOW_TO_HIGH = """
     elastiformer: errors capacity usage accounting calibration card priced families experts
-        routers lora lora_files weights adapter masked pool cache sequence prefixes kernels
-        row_kernels pointwise packed taken costs lanes single_queries sub_layers tiles readings
-        products flop_formulas expert_table repair attention placing workshop keeping sparse_heads
-        sparse_attention sparse_experts sparse_mlp decoding sparse planning drawing sampling inputs
-        model sharded __init__
+        routers lora lora_files unpacking shipped weights adapter masked pool cache sequence
+        prefixes kernels row_kernels pointwise packed taken costs lanes single_queries sub_layers
+        tiles readings products flop_formulas expert_table repair attention placing workshop keeping
+        sparse_heads sparse_attention sparse_experts sparse_mlp decoding sparse planning drawing
+        sampling inputs model sharded __init__
 
     service: __init__ errors build settings schemas scheduler pace metrics knob orders energy rows
         middleware engine served zero_shot desk tracing logs answers streams routes app server
         __main__
 
-    training: __init__ files options signals progress processes corpora data stream losses lessons
-        student checkpoint quality allotment tuning sensitivity baselines pictures stopwatch reports
-        loop distill repair calibrate evaluate synthesize __main__
+    training: __init__ files options signals progress processes packages data stream losses lessons
+        student checkpoint mixed fitting fashion_mnist convolutions vision reviews corpora sentiment
+        canvases canvas_tower canvas_model build quality allotment tuning sensitivity baselines
+        pictures stopwatch reports loop distill repair calibrate evaluate synthesize __main__
 """
 
 _COMPILED = {
@@ -42,9 +43,14 @@ DOORS = {
         "elastiformer.lora",
         "elastiformer.model",
         "elastiformer.weights",
+        "training.canvas_model",
+        "training.canvas_tower",
         "training.data",
         "training.stream",
         "training.evaluate",
+        "training.mixed",
+        "training.sentiment",
+        "training.vision",
     },
     "peft": {"elastiformer.lora_files"},
     "huggingface_hub": {"elastiformer.adapter", "elastiformer.weights"},
@@ -69,7 +75,7 @@ DOORS = {
 WITHOUT_TORCH = {
     "elastiformer": "errors capacity usage accounting calibration card inputs",
     "service": "errors build settings scheduler pace metrics knob middleware zero_shot",
-    "training": "files signals corpora allotment",
+    "training": "files signals packages allotment",
 }
 
 

