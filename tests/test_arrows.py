@@ -28,7 +28,8 @@ LOW_TO_HIGH = """
     training: __init__ files options signals progress processes packages data stream losses lessons
         student checkpoint mixed fitting fashion_mnist convolutions vision reviews corpora sentiment
         canvases canvas_tower canvas_model build quality allotment tuning sensitivity baselines
-        pictures stopwatch reports loop distill repair calibrate evaluate synthesize __main__
+        pictures stopwatch reports loop distill repair ranks calibrate evaluate summarize
+        synthesize __main__
 """
 
 _COMPILED = {

@@ -3,9 +3,11 @@
     python -m training synthesize --base BASE --prompts FILE --tokens N --out FILE.jsonl
     python -m training distill    --base BASE --data DATA --out DIR
     python -m training repair     --base BASE --adapter DIR --data DATA --out DIR
+    python -m training ranks      --base BASE --data DATA --held-out TEXT --leave-at 14,18 --out DIR
     python -m training calibrate  --base BASE --adapter DIR --data DATA
     python -m training evaluate   --base BASE --adapter DIR --data DATA --capacities 1.0,0.8,0.6
                                   --out REPORT_DIR
+    python -m training summarize  --reports REPORT_DIR REPORT_DIR --out FILE.md
 
 BASE: a model folder, a Hub id, or the name of an embedded model. DATA: a .txt or .jsonl file, a
 folder of them, or hub:NAME[:split]. `python -m training COMMAND --help` names every option.
@@ -24,7 +26,16 @@ from collections.abc import Sequence
 from elastiformer.errors import ElastiError
 
 # Each a module of this package.
-COMMANDS = ("build", "synthesize", "distill", "repair", "calibrate", "evaluate")
+COMMANDS = (
+    "build",
+    "synthesize",
+    "distill",
+    "repair",
+    "ranks",
+    "calibrate",
+    "evaluate",
+    "summarize",
+)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

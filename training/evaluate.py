@@ -38,7 +38,16 @@ from training.calibrate import CAPACITIES, capacities
 from training.data import Corpus, Windows, pack, read_corpus
 from training.files import DataError
 from training.progress import track
-from training.quality import Quality, Setting, Window, measure, miss, prompt_share, windows_of
+from training.quality import (
+    Quality,
+    Setting,
+    Window,
+    copied,
+    measure,
+    miss,
+    prompt_share,
+    windows_of,
+)
 from training.reports import Report, write_report
 from training.stopwatch import Greedy, Timing, greedy_texts, time_capacities
 
@@ -62,7 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(BASELINES),
         help=f"comma-separated, of: {', '.join(BASELINES)}; or none",
     )
-    parser.add_argument("--greedy-tokens", type=int, default=32, help="0: none")
+    parser.add_argument(
+        "--copied",
+        action="store_true",
+        help="let every continuation repeat the prompt's first tokens: what must be copied",
+    )
+    parser.add_argument("--greedy-tokens", type=int, default=64, help="0: none")
     parser.add_argument("--repeats", type=int, default=5, help="of each timing; 0: none")
     parser.add_argument("--time-prompt-tokens", type=int, default=256, help="timed in each repeat")
     parser.add_argument("--decode-tokens", type=int, default=16, help="timed in each repeat")
@@ -95,6 +109,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise DataError(f"--prompt-tokens: from 2 to below --window; got {prompt_tokens}")
     served = [each for each in args.capacities if each >= calibration.lowest - 1e-9]
     ids_WT, sizing_WT = texts(corpus, model, args)
+    if args.copied:
+        ids_WT = copied(ids_WT, prompt_tokens)
     windows = windows_of(model, ids_WT, prompt_tokens)
 
     pairs = [(capacity, setting) for capacity in served for setting in Setting]
@@ -207,6 +223,7 @@ def describe(
         "windows": args.windows,
         "window_tokens": args.window,
         "prompt_tokens": prompt_tokens,
+        "copied": args.copied,
         "seed": args.seed,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,

@@ -37,10 +37,20 @@ class Window:
     ids_T: Tensor
     prompt_tokens: int
     teacher_TV: Tensor  # logits, in float32
+    words: tuple[range, ...] = ()  # where each whole word of letters stands, from its space on
 
     def first_output(self, setting: Setting) -> int:
         """The first token of phase output."""
         return 0 if setting is Setting.SCORED else self.prompt_tokens - 1
+
+    def cloze(self, setting: Setting) -> list[range]:
+        """The words to guess, each the last one of the passage before it; places in `compared`."""
+        at = self.compared(setting)
+        return [
+            range(word.start - 1 - at.start, word.stop - 1 - at.start)
+            for word in self.words
+            if word.start > at.start
+        ]
 
     def compared(self, setting: Setting) -> slice:
         """The tokens whose next-token distribution is judged: each has a next token to judge by."""
@@ -59,6 +69,8 @@ class Quality:
     same_top: float  # share of tokens whose likeliest next token is the pretrained model's
     perplexity: float
     perplexity_ratio: float  # over the pretrained model's on the same tokens
+    cloze: float | None  # of the words that end a passage, the share whose tokens are likeliest
+    cloze_whole: float | None  # the pretrained model's own; None where no word is in sight
     spent: float  # the mean over requests of their spent share
     spent_least: float
     spent_most: float
@@ -75,9 +87,37 @@ def recalibrate(model: ElasticModel, calibration: Calibration | None) -> None:
 def windows_of(model: ElasticModel, ids_WT: Tensor, prompt_tokens: int) -> list[Window]:
     """Run the pretrained model on each window."""
     return [
-        Window(ids_T.cpu(), prompt_tokens, model.teacher(ids_T[None].to(model.device))[0].float())
+        Window(
+            ids_T.cpu(),
+            prompt_tokens,
+            model.teacher(ids_T[None].to(model.device))[0].float(),
+            words_of(model, ids_T),
+        )
         for ids_T in ids_WT
     ]
+
+
+def copied(ids_WT: Tensor, prompt_tokens: int) -> Tensor:
+    """The same prompts, each followed by its own first tokens, again and again if need be."""
+    tokens = ids_WT.shape[1]
+    places_T = torch.arange(tokens)
+    return ids_WT[:, torch.where(places_T < prompt_tokens, places_T, places_T % prompt_tokens)]
+
+
+def words_of(model: ElasticModel, ids_T: Tensor) -> tuple[range, ...]:
+    """Where words of letters stand that are whole: a space before, no letter after."""
+    if model.tokenizer is None:
+        return ()
+    pieces = [model.tokenizer.decode([token]) for token in ids_T.tolist()]
+    found: list[range] = []
+    first = None
+    for at, piece in enumerate(pieces):
+        if first is not None and piece.isalpha():
+            continue
+        if first is not None and "".join(pieces[first:at]) != " ":
+            found.append(range(first, at))
+        first = at if piece == " " or (piece[:1] == " " and piece[1:].isalpha()) else None
+    return tuple(found)  # without a word that the window's end cuts off
 
 
 @torch.inference_mode()
@@ -103,11 +143,16 @@ def compare(
     kls: list[Tensor] = []
     spent: list[float] = []
     same, loss, teacher_loss = 0, 0.0, 0.0
+    guessed: list[bool] = []
+    guessed_whole: list[bool] = []
     for window, (student_NV, share) in zip(windows, found, strict=True):
         spent.append(share)
         at = window.compared(setting)
         teacher_NV = window.teacher_TV[at]
         next_N = window.ids_T[at.start + 1 : at.stop + 1].to(student_NV.device)
+        words = window.cloze(setting)
+        guessed += _guessed(student_NV, next_N, words)
+        guessed_whole += _guessed(teacher_NV, next_N, words)
         for teacher, student, following in zip(
             torch.split(teacher_NV, ROWS_AT_ONCE),
             torch.split(student_NV, ROWS_AT_ONCE),
@@ -128,6 +173,8 @@ def compare(
         same_top=same / len(kl_N),
         perplexity=math.exp(loss / len(kl_N)),
         perplexity_ratio=math.exp((loss - teacher_loss) / len(kl_N)),
+        cloze=sum(guessed) / len(guessed) if guessed else None,
+        cloze_whole=sum(guessed_whole) / len(guessed_whole) if guessed_whole else None,
         spent=sum(spent) / len(spent),
         spent_least=min(spent),
         spent_most=max(spent),
@@ -151,6 +198,12 @@ def routed(
         return torch.cat([first, then])[:-1], sequence.usage.capacity_spent
     finally:
         sequence.release()
+
+
+def _guessed(logits_NV: Tensor, next_N: Tensor, words: Sequence[range]) -> list[bool]:
+    """Of each word, whether all of its tokens are the likeliest."""
+    hit_N = (logits_NV.argmax(-1) == next_N).tolist()
+    return [all(hit_N[at] for at in word) for word in words]
 
 
 def _loss_sum(logits_NV: Tensor, next_N: Tensor) -> float:

@@ -149,10 +149,10 @@ def gather(
         given = residuals(model, ids_BT)
         for layer in model.layout.layers[first:]:
             moments = found.setdefault(layer.index, Moments(given[0].shape[-1], given[0].device))
-            true_ND = _read(layer, given[layer.index])
+            true_ND = normed(layer, given[layer.index])
             for at in leave:
                 if at < layer.index:
-                    x_ND = _read(layer, given[at])
+                    x_ND = normed(layer, given[at])
                     moments.add(x_ND, true_ND - x_ND)
     return found
 
@@ -173,7 +173,8 @@ def residuals(model: ElasticModel, ids_BT: Tensor) -> list[Tensor]:
     return given
 
 
-def _read(layer: Layer, h_ND: Tensor) -> Tensor:
+def normed(layer: Layer, h_ND: Tensor) -> Tensor:
+    """What a layer's keys and values are made of, where its tokens came with the residual `h`."""
     x_ND: Tensor = layer.attention_norm(h_ND)
     return x_ND.float()
 

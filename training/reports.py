@@ -105,9 +105,12 @@ def markdown(report: Report, pictures: Sequence[str]) -> str:
         f"{about['device']}, {about['threads']} threads, torch {about['versions']['torch']}.",
         f"Text: {about['data']['name']} (sha256 `{about['data']['sha256'][:16]}`), "
         f"{about['windows']} windows of {about['window_tokens']} tokens, of which "
-        f"{about['prompt_tokens']} are the prompt; seed {about['seed']}.",
+        f"{about['prompt_tokens']} are the prompt"
+        f"{', whose beginning the rest repeats' if about['copied'] else ''}; "
+        f"seed {about['seed']}.",
         "KL to the full model in nats per token; *spent* is the share of the dense block FLOPs, "
-        "routers and repair included, mean (least to most) over requests.",
+        "routers and repair included, mean (least to most) over requests. *Cloze* is the share of "
+        "words, each the last of the passage before it, whose every token is the likeliest.",
         "",
     ]
     if report.refused:
@@ -136,17 +139,19 @@ def _quality_table(report: Report, setting: Setting) -> list[str]:
                 f"{row.same_top:.3f}",
                 f"{row.perplexity:.2f}",
                 f"{row.perplexity_ratio:.4f}",
+                "" if row.cloze is None else f"{row.cloze:.3f} ({row.cloze_whole:.3f})",
             ]
             for row in qualities
             if row.setting is setting
         ]
     rows.sort(key=lambda row: -float(row[0]))  # stable: ours stays first
     heads = ["capacity", "what", "spent", "KL", "KL, 95th percentile"]
-    return _table([*heads, "same likeliest token", "perplexity", "perplexity / full"], rows)
+    heads += ["same likeliest token", "perplexity", "perplexity / full", "cloze (full)"]
+    return table(heads, rows)
 
 
 def _greedy_table(greedy: Sequence[Greedy]) -> list[str]:
-    return _table(
+    return table(
         ["capacity", "tokens", "agreement", "tokens until they differ", "spent"],
         [
             [
@@ -162,7 +167,7 @@ def _greedy_table(greedy: Sequence[Greedy]) -> list[str]:
 
 
 def _time_table(timed: Sequence[Timing]) -> list[str]:
-    return _table(
+    return table(
         ["capacity", "prefill, ms", "over full", "one decoded token, ms", "over full"],
         [
             [
@@ -177,6 +182,7 @@ def _time_table(timed: Sequence[Timing]) -> list[str]:
     )
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown, line by line."""
     lines = [list(heads), ["---"] * len(heads), *map(list, rows)]
     return ["| " + " | ".join(line) + " |" for line in lines]

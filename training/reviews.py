@@ -43,16 +43,24 @@ def fetch_reviews(folder: Path) -> list[Review]:
     Raises:
         DataError: the package cannot be had, or is not what it should be.
     """
-    path = fetched(VADER, folder)
-    with zipfile.ZipFile(path) as outer:
-        inner = io.BytesIO(outer.read(ARCHIVE))
     reviews: list[Review] = []
-    with tarfile.open(fileobj=inner) as archive:
-        for source, name in SOURCES.items():
-            file = archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
-            assert file is not None, f"{name} is no file"
-            reviews += read_ratings(source, file.read().decode("utf-8-sig"))
+    for source in SOURCES:
+        reviews += read_ratings(source, fetch_table(source, folder))
     return without_repetitions(reviews)
+
+
+def fetch_table(source: str, folder: Path) -> str:
+    """The table of one source: a line each of number, mean rating and text, between tabs.
+
+    Raises:
+        DataError: the package cannot be had, or is not what it should be.
+    """
+    with zipfile.ZipFile(fetched(VADER, folder)) as outer:
+        inner = io.BytesIO(outer.read(ARCHIVE))
+    with tarfile.open(fileobj=inner) as archive:
+        file = archive.extractfile(f"hutto_ICWSM_2014/{SOURCES[source]}_GroundTruth.txt")
+        assert file is not None, f"{source} is no file"
+        return file.read().decode("utf-8-sig")
 
 
 def read_ratings(source: str, table: str) -> list[Review]:

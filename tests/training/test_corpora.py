@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.training.fashion import sample
-from training.corpora import labelled_images, labelled_reviews, untag, write_parts
+from training.corpora import join_sentences, labelled_images, labelled_reviews, untag, write_parts
 from training.data import read_corpus
 from training.fashion_mnist import LABELS
 from training.files import DataError
@@ -70,3 +70,9 @@ def test_images_are_written_as_they_are_and_read_by_others(tmp_path):
         file = io.BytesIO(base64.b64decode(row["image"].partition(",")[2]))
         assert np.array_equal(np.array(Image.open(file)), pixels.numpy())
         assert row["label"] == LABELS[int(label)]
+
+
+def test_an_editorial_is_its_sentences_in_order_without_their_ratings():
+    rated = "1_1\t0.4\tIt rains.\n1_2\t-1\tThey say ''so''.\n2_1\t0\tAnother\tone.\n"
+
+    assert join_sentences(rated) == ['It rains. They say "so".', "Another\tone."]

@@ -11,7 +11,16 @@ from elastiformer.capacity import Phase
 from tests.training.test_calibrate import calibrate, folders, prose  # noqa: F401
 from training.__main__ import main
 from training.baselines import RANDOM, STATIC, mean_sizes, measure_picked
-from training.quality import Setting, measure, recalibrate, windows_of
+from training.quality import (
+    Setting,
+    Window,
+    compare,
+    copied,
+    measure,
+    recalibrate,
+    windows_of,
+    words_of,
+)
 from training.stopwatch import greedy_texts
 
 LAYERS = 3
@@ -147,3 +156,32 @@ def test_greedy_text_at_full_capacity_agrees_with_the_pretrained_model(calibrate
 
     assert whole.agreement == 1.0 and whole.same_prefix == 5
     assert whole.spent < 1  # of prompts, the last layer owes keys and values only
+
+
+def test_a_word_is_whole_from_its_space_to_the_next_piece_that_is_no_letter(
+    tiny_llama, tiny_tokenizer
+):
+    model = ElasticModel(tiny_llama, tokenizer=tiny_tokenizer)
+    ids_T = torch.tensor(tiny_tokenizer("a stone, two 3rd words cut off")["input_ids"])
+    pieces = [tiny_tokenizer.decode([token]) for token in ids_T.tolist()]
+
+    found = ["".join(pieces[at] for at in word) for word in words_of(model, ids_T)]
+    assert found == [" stone", " two", " words", " cut"]
+
+
+def test_a_word_is_guessed_only_when_all_its_tokens_are():
+    ids_T = torch.tensor([3, 1, 4, 1, 5, 2])
+    teacher_TV = torch.nn.functional.one_hot(ids_T.roll(-1), 7).float()  # knows what comes next
+    student_TV = teacher_TV.clone()
+    student_TV[2] = teacher_TV[2].roll(1)  # misses token 3
+    window = Window(ids_T, 2, teacher_TV, (range(1), range(2, 4), range(4, 5)))
+
+    scored = compare([window], [(student_TV[:-1], 1.0)], 0.5, Setting.SCORED)
+    assert (scored.cloze, scored.cloze_whole) == (0.5, 1.0)  # nothing stands before the first
+
+
+def test_what_is_copied_is_the_prompts_own_beginning():
+    ids_WT = torch.arange(14).view(2, 7)
+
+    assert copied(ids_WT, 4).tolist() == [[0, 1, 2, 3, 0, 1, 2], [7, 8, 9, 10, 7, 8, 9]]
+    assert copied(ids_WT, 3).tolist()[0] == [0, 1, 2, 0, 1, 2, 0]
