@@ -39,6 +39,7 @@ from training.reviews import PARTS, Review, fetch_reviews
 LABELS = ("negative", "positive")
 LONGEST = 128  # tokens; a handful of the reviews are longer
 CERTAINTY = 1.5  # a rating of 1 (weakly positive) is taken as positive with 0.82
+FROZEN = 4000  # texts that the head on frozen features, which is compared to, is fitted to
 POOL = 32  # batches among which texts of similar length are put together
 OPTIONS: dict[str, Any] = {"batch": 32, "epochs": 2, "lr": 1e-3, "rank": 16}
 
@@ -63,13 +64,14 @@ def build(out: Path, runs: Path, packages: Path, options: dict[str, Any]) -> dic
         whole = Path(place) / "sentiment"
         changed(out, base, MINILM.prefix, whole)
         served = BertForSequenceClassification.from_pretrained(whole, dtype=torch.float32).eval()
-    head = logistic(pooled(frozen := frozen_encoder(base.parent), rated["train"]), rated["train"])
+    frozen, some = frozen_encoder(base.parent), rated["train"].first(FROZEN)
+    head = logistic(pooled(frozen, some), some)
     report = {
-        "heldout": accuracy(scores(served, rated["heldout"]), parts["heldout"]),
         "test": accuracy(scores(served, rated["test"]), parts["test"]),
         "frozen_features_test": accuracy(
             head(pooled(frozen, rated["test"]))[:, 0].detach(), parts["test"]
         ),
+        "frozen_texts": len(some.ids),
         "parameters_trained": sum(each.numel() for each in trained.values()),
         "bytes": (out / "changes.safetensors").stat().st_size,
         "options": options,
@@ -104,6 +106,11 @@ class Rated:
         texts = [review.text for review in reviews]
         ids = tokenizer(texts, truncation=True, max_length=LONGEST)["input_ids"]
         return cls(ids, torch.tensor([review.rating for review in reviews]))
+
+    def first(self, count: int) -> Rated:
+        """So many of them, spread evenly."""
+        rows = range(0, len(self.ids), max(1, len(self.ids) // count))[:count]
+        return Rated([self.ids[row] for row in rows], self.ratings_N[list(rows)])
 
     def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """The rows, padded at the end to the longest of them; 0 is MiniLM's padding."""
@@ -221,7 +228,8 @@ def pooled(model: Any, rated: Rated) -> Tensor:
     found: dict[int, Tensor] = {}
     for rows in _by_length(rated):
         batch = rated.batch(rows)
-        hidden_BTF = model(**batch).last_hidden_state.float()
+        with autocast():
+            hidden_BTF = model(**batch).last_hidden_state.float()
         mask_BT1 = batch["attention_mask"][:, :, None]
         mean_BF = (hidden_BTF * mask_BT1).sum(1) / mask_BT1.sum(1)
         found |= dict(zip(rows, mean_BF, strict=True))
@@ -229,7 +237,8 @@ def pooled(model: Any, rated: Rated) -> Tensor:
 
 
 def frozen_encoder(base: Path) -> Any:
-    return BertModel.from_pretrained(base, add_pooling_layer=False, dtype=torch.float32).eval()
+    model = BertModel.from_pretrained(base, add_pooling_layer=False, dtype=torch.float32)
+    return mixed(model.eval())
 
 
 def logistic(features_NF: Tensor, rated: Rated) -> nn.Linear:
@@ -311,9 +320,10 @@ pooler and classifier, {parameters:,} numbers in float16. The sum, a
 
 ## Measured
 
-A tenth of the documents was held out for this. "Clear": rated at least 0.5 away from 0.
+A tenth of the documents was held out for this. "Clear": rated at least 0.5 away from 0. Compared
+to: a logistic head on the mean of MiniLM's last layer, fitted to {frozen:,} of the texts.
 
-| texts | all | right | right, logistic head on frozen features | clear | right | right, frozen |
+| source | texts | right | right, head on frozen features | clear | right | right, frozen |
 |---|---|---|---|---|---|---|
 {rows}
 
@@ -337,6 +347,7 @@ def write_card(folder: Path, report: Mapping[str, Any]) -> None:
         rank=report["options"]["rank"],
         parameters=report["parameters_trained"],
         data=VADER.requirement,
+        frozen=report["frozen_texts"],
         rows="\n".join(rows),
         options=json.dumps(report["options"], indent=1),
     )
