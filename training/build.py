@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder of the model to write")
     add("--resume", action="store_true", help="go on from the last checkpoint")
     add("--packages", type=Path, help="folder that keeps what is fetched (default: DIR.run)")
-    add("--epochs", type=real(above=0), help="over the data (default: as ours was built)")
+    add("--epochs", type=real(above=0), help="over the data")
     add("--teacher-epochs", type=real(above=0), help="of the convolutional network (fashion-mnist)")
     add("--batch", type=whole(1), help="texts or images of a step")
     add("--lr", type=real(above=0), help="the highest learning rate")

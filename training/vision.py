@@ -50,11 +50,11 @@ WAVES = 7  # an axis
 
 OPTIONS: dict[str, Any] = {
     "batch": 250,
-    "epochs": 2.75,
+    "epochs": 12,
     "lr": 0.005,  # of matrices; of the rest, a third
     "teacher_epochs": 4,
     "teacher_width": 32,
-    "thin_share": 0.8,  # of the steps see only
+    "thin_share": 0.6,  # of the steps see only
     "thin_patches": 25,  # of the 49
 }
 TEACHER_OPTIONS = ("batch", "seed", "teacher_epochs", "teacher_width")
