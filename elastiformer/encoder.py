@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastiformer.adapter import Adapter, SavedAdapter, blank
 from elastiformer.capacity import DENSE, Capacity, Plan
+from elastiformer.costs import CostTable
 from elastiformer.elastic import NO_ROUTING, Elastic
 from elastiformer.encoder_inputs import ImageItems, TextItems
 from elastiformer.encoder_weights import load_encoder
@@ -32,6 +33,8 @@ from elastiformer.sequence import Chunk, Item, WholeSequence
 from elastiformer.sparse import SparseForm
 from elastiformer.tasks import Task
 from elastiformer.weights import BaseIdentity
+
+_FIRST_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -221,6 +224,20 @@ class ElasticEncoder(Elastic):
         for chunk in chunks:
             assert len(chunk.ids) == chunk.sequence.most_tokens, "an encoder reads whole items"
         return super().step(chunks)
+
+    def measure_costs(self, seconds: float = 1.0) -> CostTable:
+        """Lay out the weights now, and measure from how many rows on a dense product is faster.
+
+        A step is run as well: what is compiled or loaded at its first use then is.
+        """
+        costs = super().measure_costs(seconds)
+        item = Item((0,) * min(_FIRST_TOKENS, self.context))
+        if self.encoder.reads_images:
+            side = self.config.image_size
+            height, width = (side, side) if isinstance(side, int) else side
+            item = self.image(torch.zeros(self.config.num_channels, height, width))
+        self.encode([item, item], [DENSE, Capacity(self.lowest, self.lowest)])
+        return costs
 
     # The masked form, and the base itself: whole batches.
 

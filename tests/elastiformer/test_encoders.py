@@ -122,6 +122,26 @@ def test_at_capacity_one_an_encoder_is_the_pretrained_one(family, task):
         torch.testing.assert_close(one, other, **CLOSE)
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert", "dinov2"])
+def test_in_bfloat16_packed_rows_are_near_the_pretrained_model(family):
+    """Within a twentieth of the largest output, and 0.05."""
+    truth = ElasticEncoder(tiny_encoder(family))
+    given = items(truth)
+    rough = ElasticEncoder(tiny_encoder(family).to(torch.bfloat16))
+    with torch.inference_mode():
+        expected = [truth.teacher(truth.collate([item]))[0] for item in given]
+        actual = rough.encode(given, [DENSE] * len(given))
+    for right, ours in zip(expected, actual, strict=True):
+        assert (ours - right).abs().max() <= right.abs().max() / 20 + 0.05
+
+
+def test_a_text_of_one_token_runs_as_any_other():
+    model = ElasticEncoder(tiny_encoder("bert"))
+    given = Item((1,))
+    (actual,) = model.encode([given], [DENSE])
+    torch.testing.assert_close(actual, model.teacher(model.collate([given]))[0], **CLOSE)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_router_and_no_repair_runs_for_a_dense_item_beside_a_routed_one(family):
     units = tuple(unit for unit in EVERY_UNIT if unit not in (Unit.HEADS, Unit.EXPERTS))
