@@ -106,6 +106,7 @@ def step_times(
     # Beside decodes few prompt tokens run: of more, each is taken to cost what it does alone.
     cells += [(row, each) for row in rows for each in tokens[:3]]
     model = engine.model
+    assert isinstance(model, ElasticModel), "steps of a model that writes"
     measured = Rows(model, jobs, models.text_ids(model, 4096), starts)
     taken = take_turns(
         {str(cell): partial(measured.seconds, *cell) for cell in cells},

@@ -46,7 +46,6 @@ from elastiformer.routers import (
 from elastiformer.weights import BaseIdentity, comes_along
 
 FORMAT = 1
-TASK = "text-generation"
 ExpertSplit = Literal["coactivation", "contiguous"]
 
 
@@ -64,6 +63,7 @@ class AdapterSpec:
     lora_parts: tuple[str, ...] = ()
     lora_phases: LoraPhases = "shared"
     lora_first: int = 0  # the first layer that is repaired
+    task: str = "text-generation"
 
     def problems(self) -> list[str]:
         found = []
@@ -174,7 +174,7 @@ class Adapter:
             # A path has hundreds of steps: one line holds them better than a thousand.
             files["calibration.json"] = json.dumps(self.calibration.as_json()).encode() + b"\n"
         files["README.md"] = model_card(header, self.calibration).encode()
-        files["adapter.json"] = _json(header)
+        files["adapter.json"] = (json.dumps(header, indent=1) + "\n").encode()
         for name, content in files.items():
             write_beside(folder / name, content)
         self.path = folder
@@ -202,7 +202,7 @@ class Adapter:
         return {
             "format": FORMAT,
             "base": asdict(self.base),
-            "task": TASK,
+            "task": spec.task,
             "units": [unit.value for unit in spec.units],
             "experts": {"count": spec.experts, "split": spec.expert_split},
             "gates": {"tokens": spec.token_gate, "parts": spec.part_gate},
@@ -367,10 +367,6 @@ def write_beside(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=False) + "\n").encode()
-
-
 def _spec(header: Mapping[str, Any]) -> AdapterSpec:
     lora = header["lora"] or {"rank": 0, "parts": [], "phases": "shared"}
     return AdapterSpec(
@@ -384,6 +380,7 @@ def _spec(header: Mapping[str, Any]) -> AdapterSpec:
         lora_parts=tuple(lora["parts"]),
         lora_phases=lora["phases"],
         lora_first=int(lora.get("first_layer", 0)),
+        task=str(header["task"]),
     )
 
 

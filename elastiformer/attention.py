@@ -198,6 +198,49 @@ class Varlen:
         return out_NAH
 
 
+class BothWays:
+    """An encoder's attention: every query sees all keys of its request, or a window both ways.
+
+    Requests with as many queries and keys are one call, as images are; others one each.
+    """
+
+    name = "sdpa, both ways"
+
+    def attend(self, query_NAH: Tensor, position_N: Tensor, reads: Reads, layer: Layer) -> Tensor:
+        out_NAH = torch.empty_like(query_NAH)
+        alike: dict[tuple[int, int] | int, list[Read]] = {}
+        for place, read in enumerate(reads.each):
+            square = read.positions_K is None and read.count == read.held.length
+            same = layer.window is None or square  # for all of this size: which keys are seen
+            alike.setdefault((read.count, read.held.length) if same else place, []).append(read)
+        for group in alike.values():
+            out_BQAH = self._together(query_NAH, position_N, group, layer)
+            for read, out_QAH in zip(group, out_BQAH, strict=True):
+                out_NAH[read.queries] = out_QAH
+        return out_NAH
+
+    def one(self, query_NAH: Tensor, position_N: Tensor, read: Read, layer: Layer) -> Tensor:
+        """The attention output of one request's queries."""
+        return self._together(query_NAH, position_N, [read], layer)[0]
+
+    def _together(
+        self, query_NAH: Tensor, position_N: Tensor, group: Sequence[Read], layer: Layer
+    ) -> Tensor:
+        """Of requests of one size, [B, Q, A, H]."""
+        first, seen_QK = group[0], None
+        if layer.window is not None and first.held.length > layer.window:
+            seen_QK = _near(position_N[first.queries], first, layer.window)
+        query_BQAH = torch.stack([query_NAH[read.queries] for read in group])
+        out_BAQH = F.scaled_dot_product_attention(
+            query_BQAH.transpose(1, 2),
+            torch.stack([read.held.keys_GKH for read in group]),
+            torch.stack([read.held.values_GKH for read in group]),
+            attn_mask=seen_QK,
+            scale=layer.scale,
+        )
+        return out_BAQH.transpose(1, 2)
+
+
 def backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """The fastest back end that runs here."""
     if Varlen.runs_on(device, dtype):
@@ -221,6 +264,14 @@ def _seen(positions_Q: Tensor, read: Read, window: int | None) -> Tensor:
     if window is not None:
         seen_QK &= back_QK < window
     return seen_QK
+
+
+def _near(positions_Q: Tensor, read: Read, window: int) -> Tensor:
+    """Which keys each query sees in a window that reaches both ways."""
+    positions_K = read.positions_K
+    if positions_K is None:
+        positions_K = torch.arange(read.held.length, device=positions_Q.device)
+    return (positions_Q[:, None] - positions_K[None, :]).abs() < window
 
 
 def _softcapped(

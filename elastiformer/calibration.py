@@ -59,6 +59,9 @@ class Measured:
     of a routed prompt, itself routed. `kl_prompt` leaves the continuation whole, so it shows the
     prompt's part. `kl_scored`, `kl_p95` and the perplexities are over every token of a text
     scored in the output phase. Times are over those at capacity 1.0 in the same run.
+
+    Of an encoder, `kl` is that of its labels and `cosine` that of its features; `same_label` the
+    share of items whose likeliest label is the pretrained model's, `accuracy` the true one.
     """
 
     capacity: float
@@ -72,6 +75,10 @@ class Measured:
     greedy_agreement: float | None = None
     prefill_time_ratio: float | None = None
     decode_time_ratio: float | None = None
+    cosine: float | None = None
+    same_label: float | None = None
+    accuracy: float | None = None
+    time_ratio: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

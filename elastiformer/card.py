@@ -21,6 +21,10 @@ _HEADINGS = {
     "greedy_agreement": "greedy tokens agreeing",
     "prefill_time_ratio": "prefill time / full",
     "decode_time_ratio": "decode time / full",
+    "cosine": "cosine to the full model's features",
+    "same_label": "same label as full",
+    "accuracy": "accuracy",
+    "time_ratio": "time / full",
 }
 
 
@@ -47,10 +51,12 @@ def model_card(header: Mapping[str, Any], calibration: Calibration | None) -> st
         lines += ["", "## Measured on held-out text", "", *measured_table(calibration)]
         if calibration.data is not None:
             data = calibration.data
+            encoder = header["task"] != "text-generation"
+            things, unit = ("items of about", "item") if encoder else ("windows of", "token")
             lines += [
                 "",
-                f"{data.windows} windows of {data.window_tokens} tokens of {data.name} "
-                f"(sha256 {data.sha256[:16]}). KL to the base model in nats per token.",
+                f"{data.windows} {things} {data.window_tokens} tokens of {data.name} "
+                f"(sha256 {data.sha256[:16]}). KL to the base model in nats per {unit}.",
             ]
     if header["training"]:
         record = json.dumps(header["training"], indent=1)

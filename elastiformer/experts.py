@@ -10,6 +10,8 @@ Shape letters: N tokens   I neurons   M experts   F features
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,13 +24,11 @@ _ROUNDS = 12
 
 
 @torch.inference_mode()
-def coactivation_order(
-    base: nn.Module, layout: Layout, ids_BT: Tensor, experts: int
-) -> list[Tensor]:
+def coactivation_order(run: Callable[[], object], layout: Layout, experts: int) -> list[Tensor]:
     """Per layer, the neurons sorted by expert, int64 [mlp width]; deterministic.
 
     Args:
-        ids_BT: a little text; its tokens' activations say which neurons fire together.
+        run: runs the base on a little data; its activations say which neurons fire together.
     """
     seen: dict[int, Tensor] = {}
     handles = []
@@ -39,7 +39,7 @@ def coactivation_order(
 
         handles.append(layer.down.module.register_forward_pre_hook(note))
     try:
-        base(ids_BT, use_cache=False)
+        run()
     finally:
         for handle in handles:
             handle.remove()

@@ -139,6 +139,22 @@ class Layer:
     up: Projection
     down: Projection
     activation: Callable[[Tensor], Tensor]
+    # Norms over the residual and the branch together, where a family norms after a sub-layer.
+    attention_close: nn.Module | None = None
+    mlp_close: nn.Module | None = None
+
+    @property
+    def attention_branch(self) -> nn.Module:
+        """What gives the attention's branch, as it joins the residual."""
+        if self.attention_close is not None:
+            return self.out.module
+        return self.after_attention or self.attention
+
+    @property
+    def mlp_branch(self) -> nn.Module:
+        if self.mlp_close is not None:
+            return self.down.module
+        return self.after_mlp or self.mlp
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -166,7 +182,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """A causal LM under the names that the rest of the library uses."""
+    """A model under the names that the rest of the library uses."""
 
     embedding: nn.Module
     positions: nn.Module | None
@@ -176,10 +192,11 @@ class Layout:
     layers: tuple[Layer, ...]
     layers_path: str
     final_norm: nn.Module
-    head: nn.Module
+    head: nn.Module | None  # None where the base's own code reads what the layers leave
     logit_softcap: float | None
     width: int
-    vocabulary: int
+    vocabulary: int  # 0 without a head here
+    causal: bool = True
     _norms: dict[tuple[int, Site], Tensor] = field(default_factory=dict)
 
     def column_norms(self, layer: Layer, site: Site) -> Tensor:
@@ -245,17 +262,17 @@ def _layer(base: PreTrainedModel, family: Family, layer: nn.Module, index: int) 
     head_dim: int = attention_any.head_dim
     heads: int = config.num_attention_heads
     kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
-    query, key, value = _split(
+    query, key, value = split(
         attention,
         family.attention,
         family.queries,
         {"query": heads * head_dim, "key": kv_heads * head_dim, "value": kv_heads * head_dim},
     )
-    (out,) = _split(attention, family.attention, (family.out,), {"out": config.hidden_size})
-    (down,) = _split(mlp, family.mlp, (family.down,), {"down": config.hidden_size})
+    (out,) = split(attention, family.attention, (family.out,), {"out": config.hidden_size})
+    (down,) = split(mlp, family.mlp, (family.down,), {"down": config.hidden_size})
     mlp_width: int = down.weight_OI.shape[1]
     sizes = {"gate": mlp_width, "up": mlp_width} if family.gated else {"up": mlp_width}
-    front = _split(mlp, family.mlp, family.front, sizes)
+    front = split(mlp, family.mlp, family.front, sizes)
     window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
     types = getattr(config, "layer_types", None)
     if types is not None and types[index] != "sliding_attention":
@@ -275,7 +292,7 @@ def _layer(base: PreTrainedModel, family: Family, layer: nn.Module, index: int) 
         ),
         attention=attention,
         attention_norm=layer.get_submodule(family.attention_norm),
-        after_attention=_optional(layer, family.after_attention),
+        after_attention=optional_module(layer, family.after_attention),
         query=query,
         key=key,
         value=value,
@@ -291,7 +308,7 @@ def _layer(base: PreTrainedModel, family: Family, layer: nn.Module, index: int) 
         layer_type=types[index] if types is not None else None,
         mlp=mlp,
         mlp_norm=layer.get_submodule(family.mlp_norm),
-        after_mlp=_optional(layer, family.after_mlp),
+        after_mlp=optional_module(layer, family.after_mlp),
         gate=front[0] if family.gated else None,
         up=front[-1],
         down=down,
@@ -299,11 +316,11 @@ def _layer(base: PreTrainedModel, family: Family, layer: nn.Module, index: int) 
     )
 
 
-def _optional(layer: nn.Module, path: str | None) -> nn.Module | None:
+def optional_module(layer: nn.Module, path: str | None) -> nn.Module | None:
     return None if path is None else layer.get_submodule(path)
 
 
-def _split(
+def split(
     parent: nn.Module, parent_path: str, names: tuple[str, ...], sizes: dict[str, int]
 ) -> list[Projection]:
     """The projections of `sizes`, in order: each its own module, or all in one fused module."""
@@ -315,7 +332,11 @@ def _split(
         begin = start if fused else 0
         found.append(
             Projection(
-                part, parent.get_submodule(name), f"{parent_path}.{name}", begin, begin + size
+                part,
+                parent.get_submodule(name),
+                f"{parent_path}.{name}".removeprefix("."),
+                begin,
+                begin + size,
             )
         )
         start += size
@@ -331,10 +352,10 @@ def _missing(base: PreTrainedModel, family: Family) -> list[str]:
     inner += [f"{family.attention}.{name}" for name in (*family.queries, family.out)]
     inner += [f"{family.mlp}.{name}" for name in (*family.front, family.down, family.activation)]
     wanted += [first + path for path in inner if path]
-    return [path for path in wanted if not _has(base, path)]
+    return [path for path in wanted if not has_module(base, path)]
 
 
-def _has(base: nn.Module, path: str) -> bool:
+def has_module(base: nn.Module, path: str) -> bool:
     try:
         base.get_submodule(path)
     except AttributeError:

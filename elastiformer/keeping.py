@@ -1,7 +1,8 @@
 """Which rows of a packed batch keep a sub-layer, and how its branch joins their residual.
 
 Where a plan keeps all rows of a kind or none, the plan alone decides. Where it keeps a share of
-them, the router's scores do, request by request, in order.
+them, the router's scores do, request by request: in order for a causal model, the best of the
+whole request for an encoder.
 
 Shape letters: N packed tokens   R rows   D width
 """
@@ -9,6 +10,7 @@ Shape letters: N packed tokens   R rows   D width
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from elastiformer.capacity import Phase, Unit
 from elastiformer.families import Layer
 from elastiformer.packed import Kind, Packed, Rows
-from elastiformer.routers import keeps, token_gate
+from elastiformer.routers import by_rank, keeps, token_gate
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
 
@@ -48,6 +50,7 @@ class Keeping:
 
     def __init__(self, workshop: Workshop) -> None:
         self.adapter = workshop.adapter
+        self._causal = workshop.layout.causal
         self._last = len(workshop.layout.layers) - 1
 
     def routes(self, layer: Layer, unit: Unit, packed: Packed) -> bool:
@@ -106,6 +109,8 @@ class Keeping:
         packed: Packed,
     ) -> np.ndarray:
         """Which of the routed rows are kept: request by request, in order."""
+        if scores_R is not None and not self._causal:
+            return self._best(scores_R, routed, shares, packed)
         scores = [None] * routed.count if scores_R is None else scores_R.tolist()
         thresholds = {
             kind: 0.0
@@ -119,4 +124,24 @@ class Keeping:
             kind = packed.kinds[row]
             debt = packed.sequences[row].debt(layer.index, unit, kind.phase)
             kept_R[place] = keeps(scores[place], shares[kind], thresholds[kind], debt)
+        return kept_R
+
+    def _best(
+        self, scores_R: Tensor, routed: Rows, shares: dict[Kind, float], packed: Packed
+    ) -> np.ndarray:
+        """The best-scoring rows of each request and phase, exactly as many as their shares make."""
+        share_K = np.array([shares[kind] for kind in packed.distinct_kinds])
+        output_K = np.array([kind.phase is Phase.OUTPUT for kind in packed.distinct_kinds])
+        kind_R = packed.kind_N[routed.rows_R]
+        bounds = np.searchsorted(routed.rows_R, packed.starts).tolist()
+        kept_R = np.zeros(routed.count, dtype=bool)
+        scores_R, share_R = scores_R.cpu(), torch.from_numpy(share_K[kind_R])
+        for begin, end in pairwise(bounds):
+            for is_output in (True, False):
+                among_T = torch.from_numpy(output_K[kind_R[begin:end]] == is_output)
+                if bool(among_T.any()):
+                    kept_T = by_rank(
+                        scores_R[None, begin:end], share_R[None, begin:end], among_T[None]
+                    )[0]
+                    kept_R[begin:end] |= kept_T.numpy()
         return kept_R

@@ -166,9 +166,7 @@ class MaskedPass:
             return module.register_forward_hook(lambda _, args, out: hook(layer, args, out))
 
         yield before(layer.attention, self._before_attention, with_kwargs=True)
-        yield after(layer.after_attention or layer.attention, self._after_attention)
         yield before(layer.mlp, self._before_mlp)
-        yield after(layer.after_mlp or layer.mlp, self._after_mlp)
         for site, hook in (
             (Site.ATTENTION_IN, self._before_queries),
             (Site.ATTENTION_OUT, self._before_out),
@@ -181,6 +179,9 @@ class MaskedPass:
             for path, held in layer.modules.items():
                 if self.adapter.lora.repairs(layer.index, path):
                     yield held[0].module.register_forward_hook(self._lora_hook(layer, path))
+        # Last, since a branch may be what a repaired module gives.
+        yield after(layer.attention_branch, self._after_attention)
+        yield after(layer.mlp_branch, self._after_mlp)
 
     # The units, in the order in which a layer meets them.
 
@@ -191,8 +192,12 @@ class MaskedPass:
         kept_BT = self._decide_tokens(layer, Unit.ATTENTION_TOKENS, x_BTD)
         self._decide_parts(layer, Unit.HEADS, layer.shape.heads, x_BTD)
         if self.adapter.spec.kv == "kept" and not bool(kept_BT.all()):
-            given = kwargs.get("attention_mask")
-            kwargs = kwargs | {"attention_mask": self._only_kept_keys(layer, kept_BT, given, x_BTD)}
+            place = 1 if len(args) > 1 else None  # some layers hand it on by its place
+            given = kwargs.get("attention_mask") if place is None else args[place]
+            mask = self._only_kept_keys(layer, kept_BT, given, x_BTD)
+            if place is None:
+                return args, kwargs | {"attention_mask": mask}
+            return (*args[:place], mask, *args[place + 1 :]), kwargs
         return args, kwargs
 
     def _before_queries(self, layer: Layer, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -352,6 +357,8 @@ class MaskedPass:
         at_T = torch.arange(tokens, device=kept_BT.device)
         back_TT = at_T[:, None] - at_T[None, :]
         seen_TT = back_TT >= 0
+        if not self.layout.causal:
+            seen_TT, back_TT = torch.ones_like(seen_TT), back_TT.abs()
         if layer.window is not None:
             seen_TT &= back_TT < layer.window
         seen_BTT = seen_TT & (kept_BT[:, None, :] | (back_TT == 0))

@@ -9,44 +9,28 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence as Many
 from functools import cached_property
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from elastiformer.accounting import KVPolicy, ModelShape
-from elastiformer.adapter import (
-    Adapter,
-    AdapterSpec,
-    ExpertSplit,
-    SavedAdapter,
-    blank,
-    elastic_shape,
-)
+from elastiformer.adapter import Adapter, SavedAdapter, blank
 from elastiformer.cache import CacheShape, SequenceCache, blocks_of
-from elastiformer.calibration import Calibration
-from elastiformer.capacity import Capacity, Plan, Unit
+from elastiformer.capacity import Capacity, Plan
 from elastiformer.costs import CostTable
-from elastiformer.errors import AdapterError, InputError
-from elastiformer.experts import coactivation_order
-from elastiformer.families import Layout, describe
-from elastiformer.lora import PARTS, LoraPhases
+from elastiformer.elastic import NO_ROUTING, Elastic
+from elastiformer.errors import InputError
+from elastiformer.families import describe
 from elastiformer.masked import MaskedResult, PlanGrid, Selection, run_masked
-from elastiformer.planning import Planner
 from elastiformer.pool import Pool
 from elastiformer.prefixes import PrefixStore
-from elastiformer.routers import PartGate, TokenGate
 from elastiformer.sequence import Chunk, Sequence
-from elastiformer.sparse import SparseForm
-from elastiformer.weights import BaseIdentity, config_hash, load_base
+from elastiformer.weights import BaseIdentity, load_base
 
-_NO_ROUTING = AdapterSpec(units=())
 _FIRST_TOKENS = 8  # more rows than one thread does alone (row_kernels.py)
 
 
-class ElasticModel:
-    """A base model and, perhaps, an adapter. Not thread-safe: one thread owns it."""
+class ElasticModel(Elastic):
+    """A causal language model and, perhaps, an adapter. Not thread-safe: one thread owns it."""
 
     def __init__(
         self,
@@ -56,15 +40,7 @@ class ElasticModel:
         tokenizer: PreTrainedTokenizerBase | None = None,
         identity: BaseIdentity | None = None,
     ) -> None:
-        self.base = base.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.identity = identity or BaseIdentity(
-            base.config.name_or_path or type(base).__name__, "unknown", config_hash(base.config)
-        )
-        self.layout: Layout = describe(base)
-        self.adapter: Adapter | None = None
-        self.shape: ModelShape
-        self.attach(adapter)
+        super().__init__(base, describe(base), adapter, tokenizer, identity)
 
     @classmethod
     def load(
@@ -85,53 +61,14 @@ class ElasticModel:
             model.attach(SavedAdapter.load(adapter).fit(model.layout, model.identity))
         return model
 
-    def attach(self, adapter: Adapter | None) -> None:
-        """Use this adapter from now on; sequences made before must not be used after."""
-        self.adapter = adapter.to(self.device) if adapter is not None else None
-        self.shape = elastic_shape(self.layout, adapter)
-        self._planner = Planner(self.shape, adapter)
-        self._cache_shape = CacheShape.of(self.shape)
-        self.cache: Pool | None = None
-        self.prefixes: PrefixStore | None = None
-        for made_before in ("_sparse", "_growing"):
-            self.__dict__.pop(made_before, None)
-
     @cached_property
-    def _sparse(self) -> SparseForm:
-        return SparseForm(self.layout, self.adapter, self.shape)
+    def _cache_shape(self) -> CacheShape:
+        return CacheShape.of(self.shape)
 
     @cached_property
     def _growing(self) -> Pool:
         """The memory of sequences where no cache was opened."""
         return self._cache_shape.pool(0, self.dtype, self.device, grows=True)
-
-    @property
-    def config(self) -> Any:
-        return self.base.config
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.base.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.base.dtype
-        return dtype
-
-    @property
-    def context(self) -> int:
-        """The most tokens that a prompt and its completion may have together."""
-        return int(self.config.max_position_embeddings)
-
-    @property
-    def calibration(self) -> Calibration | None:
-        return self.adapter.calibration if self.adapter is not None else None
-
-    @property
-    def lowest(self) -> float:
-        """The lowest capacity that was calibrated; 1.0 without a calibration."""
-        return self.calibration.lowest if self.calibration is not None else 1.0
 
     # The sparse form: packed, cached, each token under its own plan.
 
@@ -229,7 +166,7 @@ class ElasticModel:
 
         Some steps are run as well: what is compiled or loaded at its first use then is.
         """
-        costs = self._sparse.prepare(seconds)
+        costs = super().measure_costs(seconds)
         for share in sorted({1.0, self.lowest}):
             capacity = Capacity(share, share)
             requests = [self.sequence(capacity, _FIRST_TOKENS, _FIRST_TOKENS + 2) for _ in range(2)]
@@ -240,16 +177,6 @@ class ElasticModel:
             for request in requests:
                 request.release()
         return costs
-
-    @property
-    def attention_backend(self) -> str:
-        """The name of what computes attention here."""
-        return self._sparse.workshop.backend.name
-
-    @property
-    def bytes_per_weight(self) -> float:
-        """What a weight takes in the form that steps of few rows read."""
-        return self._sparse.workshop.bytes_per_weight
 
     # The masked form, and the base itself: whole windows.
 
@@ -272,7 +199,7 @@ class ElasticModel:
         grid = plans if isinstance(plans, PlanGrid) else PlanGrid.by_phase(plans, output_BT)
         adapter = self.adapter
         if adapter is None:
-            adapter = blank(_NO_ROUTING, self.layout, self.identity)
+            adapter = blank(NO_ROUTING, self.layout, self.identity)
         return run_masked(
             self.base,
             self.layout,
@@ -289,66 +216,3 @@ class ElasticModel:
         """The untouched base's logits [B, T, V]."""
         logits: Tensor = self.base(ids_BT, attention_mask=mask_BT, use_cache=False).logits
         return logits
-
-    def plans(self, capacity: Capacity, context: int) -> tuple[Plan, Plan]:
-        """The (prompt plan, output plan) nearest to a capacity, for tokens over `context` keys."""
-        return self._planner.plans(capacity, context)
-
-    # Adapters.
-
-    def blank_adapter(
-        self,
-        units: Many[Unit],
-        *,
-        experts: int = 16,
-        expert_split: ExpertSplit = "coactivation",
-        calibration_ids: Tensor | None = None,
-        token_gate: TokenGate = "hard",
-        part_gate: PartGate = "hard",
-        kv: KVPolicy = "complete",
-        lora_rank: int = 1,
-        lora_parts: Many[str] = PARTS,
-        lora_phases: LoraPhases = "shared",
-    ) -> Adapter:
-        """An untrained adapter for this base.
-
-        Args:
-            calibration_ids: a little text [B, T], needed to split experts by co-activation.
-        """
-        spec = AdapterSpec(
-            units=tuple(Unit(unit) for unit in units),
-            experts=experts if Unit.EXPERTS in units else 0,
-            expert_split=expert_split,
-            token_gate=token_gate,
-            part_gate=part_gate,
-            kv=kv,
-            lora_rank=lora_rank,
-            lora_parts=tuple(lora_parts) if lora_rank else (),
-            lora_phases=lora_phases,
-        )
-        problems = spec.problems()
-        known = {p.part for layer in self.layout.layers for p in layer.projections}
-        if stray := sorted(set(spec.lora_parts) - known - {"gate"}):
-            problems.append(f"lora parts: of {', '.join(PARTS)}; got {', '.join(stray)}")
-        for layer in self.layout.layers:
-            if spec.experts and layer.shape.mlp_width % spec.experts:
-                width = layer.shape.mlp_width
-                fitting = [n for n in range(2, min(width, 65)) if width % n == 0]
-                problems.append(
-                    f"experts: {spec.experts} do not divide {width} neurons; these do: "
-                    f"{', '.join(map(str, fitting))}"
-                )
-                break
-        if problems:
-            raise AdapterError("; ".join(problems))
-        adapter = blank(spec, self.layout, self.identity)
-        if spec.experts and spec.expert_split == "coactivation":
-            assert calibration_ids is not None, "co-activation needs a little text"
-            adapter.neuron_order = coactivation_order(
-                self.base, self.layout, calibration_ids, spec.experts
-            )
-        return adapter
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Routers and LoRA, by name; the base is never among them."""
-        return self.adapter.parameters() if self.adapter is not None else {}

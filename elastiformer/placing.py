@@ -1,5 +1,7 @@
 """Where one step's keys and values go, and what its queries read: the step's view of the caches.
 
+An encoder has none: its keys and values live for one layer of one step (`WholePlacing`).
+
 Shape letters: N packed tokens   R rows   L layers   C chunks   G key/value heads   H head size
 """
 
@@ -8,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from elastiformer.attention import Read, Reads
+from elastiformer.cache import Held
 from elastiformer.packed import Packed, Rows
 from elastiformer.single_queries import Singles
 
@@ -155,3 +159,55 @@ class Placing:
             cache.note_positions(layer, position_R[begin:end])
             cache.length_L[layer] += end - begin
         return torch.from_numpy(np.concatenate(parts_RG)).to(packed.device)
+
+
+class WholePlacing(Placing):
+    """Of sequences that run in one step: a layer's keys and values last until the next one's."""
+
+    def __init__(self, packed: Packed) -> None:
+        self._packed = packed
+        self._parts: dict[Rows, list[_Part]] = {}
+        self._held: list[Held] = []  # of each chunk, in the layer at hand
+        self._positions_CK: list[Tensor] | None = None
+
+    def place(self, layer: int, rows: Rows, keys_values_RMH: Tensor | None) -> None:
+        """Lay out the keys and values [R, 2G, H] of these rows, head by head."""
+        packed = self._packed
+        bounds = np.searchsorted(rows.rows_R, packed.starts).tolist()
+        count, kv_heads, memory_NH = rows.count, 0, torch.empty(0, 0, device=packed.device)
+        if keys_values_RMH is not None:
+            kv_heads, size = keys_values_RMH.shape[1] // 2, keys_values_RMH.shape[2]
+            # One more head: a chunk's part is a view that begins at its own first row.
+            memory_MRH = keys_values_RMH.new_empty(2 * kv_heads + 1, count, size)
+            memory_MRH[:-1] = keys_values_RMH.transpose(0, 1)
+            memory_NH = memory_MRH.view(-1, size)
+        self._held = [
+            Held(memory_NH, begin, kv_heads * count + begin, count, kv_heads, end - begin)
+            for begin, end in pairwise(bounds)
+        ]
+        self._positions_CK = None
+        if not rows.all:
+            position_R = rows.of(packed.position_N)
+            self._positions_CK = [position_R[begin:end] for begin, end in pairwise(bounds)]
+
+    def keys(self, layer: int) -> np.ndarray:
+        return np.array([held.length for held in self._held])
+
+    def reads(self, layer: int, rows: Rows) -> Reads:
+        none_S = np.empty(0, dtype=np.int64)
+        rows_NH = self._held[0].rows_NH
+        nobody = Singles(rows_NH, 1, none_S, none_S, none_S, none_S, none_S, none_S)
+        return Reads(nobody, lambda: self._each(layer, rows))
+
+    def _each(self, layer: int, rows: Rows) -> list[Read]:
+        return [
+            Read(
+                part.queries,
+                part.first,
+                part.last,
+                True,
+                self._held[part.chunk],
+                None if self._positions_CK is None else self._positions_CK[part.chunk],
+            )
+            for part in self._parts_of(rows)
+        ]

@@ -1,9 +1,14 @@
-"""One request inside the sparse form: its plans, its cache, its debts, what it has spent."""
+"""One request inside the sparse form: its plans, its cache, its debts, what it has spent.
+
+A causal model's request is a `Sequence`; an encoder's is a `WholeSequence`, which runs in one step.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from elastiformer.cache import SequenceCache
 from elastiformer.capacity import Phase, Unit
@@ -34,17 +39,22 @@ class Sequence:
         prompt_tokens: int,
         most_tokens: int,
         scored: bool,
-        cache: SequenceCache,
+        cache: SequenceCache | None,
     ) -> None:
         self._plan_at = plan_at
         self.prompt_tokens, self.most_tokens, self.scored = prompt_tokens, most_tokens, scored
-        self.cache = cache
+        self._cache = cache
         self.prompt: tuple[int, ...] | None = None  # where its beginning may be stored
         self.length = 0
         self.cached_tokens = 0  # of the prompt, that came from the store of prefixes
         self.stored = 0  # prompt tokens that the store of prefixes has seen
         self.usage = Usage()
         self._debts: dict[DebtKey, Debt] = {}
+
+    @property
+    def cache(self) -> SequenceCache:
+        assert self._cache is not None, "a sequence of which no keys are kept"
+        return self._cache
 
     def phase_at(self, position: int) -> Phase:
         if self.scored or position >= self.prompt_tokens - 1:
@@ -90,4 +100,36 @@ class Sequence:
 
     def release(self) -> None:
         """Free the cache. The sequence must not be used after it."""
-        self.cache.release()
+        if self._cache is not None:
+            self._cache.release()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Item:
+    """One text or image as an encoder reads it.
+
+    `ids` are a text's tokens; an image's are the numbers of its class tokens and patches. `types`
+    tell the two texts of a pair apart.
+    """
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...] | None = None
+    pixels_CHW: Tensor | None = None
+
+
+class WholeSequence(Sequence):
+    """An item on its way through an encoder: one step, and nothing is kept of it.
+
+    The first `outputs` tokens are of phase output, all of them if None.
+    """
+
+    def __init__(
+        self, plan_at: Callable[[Phase, int], PricedPlan], item: Item, outputs: int | None
+    ) -> None:
+        tokens = len(item.ids)
+        super().__init__(plan_at, tokens, tokens, outputs is None, None)
+        self.item = item
+        self._outputs = tokens if outputs is None else outputs
+
+    def phase_at(self, position: int) -> Phase:
+        return Phase.OUTPUT if position < self._outputs else Phase.PROMPT

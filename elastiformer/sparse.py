@@ -26,7 +26,7 @@ from elastiformer.families import Layout
 from elastiformer.keeping import Keeping
 from elastiformer.packed import Packed
 from elastiformer.placing import Placing
-from elastiformer.pointwise import Rotation, turns_halves
+from elastiformer.pointwise import Norm, Rotation, turns_halves
 from elastiformer.sequence import Chunk
 from elastiformer.sparse_attention import SparseAttention
 from elastiformer.sparse_mlp import SparseMlp
@@ -53,7 +53,7 @@ class SparseForm:
         """Run the chunks; float32 logits [output rows, vocabulary] of each."""
         kernels.use_threads()
         packed = Packed(chunks, self.workshop.device)
-        placing, taken = Placing(packed), Taken(packed, self.shape)
+        placing, taken = self._placing(packed), Taken(packed, self.shape)
         h_ND = self._embed(packed)
         rotations = self._rotations(packed, h_ND)
         if self._decoding.fits(packed):
@@ -69,10 +69,12 @@ class SparseForm:
     def _layer_by_layer(
         self, h_ND: Tensor, packed: Packed, placing: Placing, taken: Taken, rotations: Rotations
     ) -> None:
-        for layer in self.layout.layers:
+        for layer, closes in zip(self.layout.layers, self.workshop.closes, strict=True):
             kind = layer.layer_type if layer.layer_type in rotations else None
             self._attention.run(layer, h_ND, packed, placing, taken, rotations.get(kind))
+            _close(h_ND, closes.attention)
             self._mlp.run(layer, h_ND, packed, taken)
+            _close(h_ND, closes.mlp)
 
     def prepare(self, seconds: float) -> CostTable:
         """Lay out all products now, and measure which is faster when."""
@@ -80,8 +82,12 @@ class SparseForm:
         table = self.workshop.measure(seconds)
         for layer in self.layout.layers:
             self.workshop.product(layer.query, layer.key, layer.value).prepare()
-        self.workshop.head.prepare()
+        if self.workshop.head is not None:
+            self.workshop.head.prepare()
         return table
+
+    def _placing(self, packed: Packed) -> Placing:
+        return Placing(packed)
 
     def _embed(self, packed: Packed) -> Tensor:
         h_ND: Tensor = self.layout.embedding(packed.ids_N)
@@ -112,9 +118,16 @@ class SparseForm:
         return rotations
 
     def _logits(self, h_ND: Tensor, packed: Packed) -> list[Tensor]:
+        assert self.workshop.head is not None, "logits without a head"
         h_RD = packed.outputs.of(h_ND)
         logits_RV = self.workshop.head.dense(self.workshop.final_norm(h_RD))
         if self.layout.logit_softcap is not None:
             logits_RV = logits_RV / self.layout.logit_softcap
             logits_RV = torch.tanh(logits_RV) * self.layout.logit_softcap
         return list(torch.split(logits_RV.float(), packed.output_counts))
+
+
+def _close(h_ND: Tensor, norm: Norm | None) -> None:
+    """The norm of families that norm the residual after a sub-layer, in place."""
+    if norm is not None:
+        h_ND.copy_(norm(h_ND))

@@ -107,12 +107,12 @@ def load_base(
         BaseModelError: it is not where its name says, or cannot be read.
         UnsupportedModel: it is no causal language model that Transformers knows.
     """
-    place = _device(device)
+    place = device_of(device)
     resolved = resolve(base)
-    model = _load_model(resolved, _dtype(dtype, place), processes).to(place)
+    model = _load_model(resolved, dtype_of(dtype, place), processes).to(place)
     return LoadedBase(
         model=model,
-        tokenizer=_load_tokenizer(resolved),
+        tokenizer=load_tokenizer(resolved),
         identity=BaseIdentity(resolved.name, resolved.revision, config_hash(model.config)),
     )
 
@@ -196,13 +196,13 @@ def _architecture(value: object) -> object:
 
 
 def _load_model(resolved: Resolved, dtype: torch.dtype, processes: int) -> PreTrainedModel:
-    kind = _read_json(resolved.path / "config.json", resolved.name).get("model_type")
+    kind = read_json(resolved.path / "config.json", resolved.name).get("model_type")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedModel(
             f"base model '{resolved.name}': its architecture '{kind}' is no causal language model "
             "of Transformers"
         )
-    with _as_base_model_error(resolved.name):
+    with as_base_model_error(resolved.name):
         config = AutoConfig.from_pretrained(resolved.path, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
             resolved.path,
@@ -217,27 +217,27 @@ def _load_model(resolved: Resolved, dtype: torch.dtype, processes: int) -> PreTr
                 else {}
             ),
         )
-    _check_complete(report, resolved.name)
+    check_complete(report, resolved.name)
     return model.eval()
 
 
-def _check_complete(report: dict[str, set[str]], name: str) -> None:
+def check_complete(report: dict[str, set[str]], name: str) -> None:
     # Transformers only warns, and goes on with random numbers in their place.
     if missing := sorted(report["missing_keys"]):
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise BaseModelError(f"base model '{name}': its files lack {len(missing)} weights: {shown}")
 
 
-def _load_tokenizer(resolved: Resolved) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(resolved: Resolved) -> PreTrainedTokenizerBase | None:
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if not any((resolved.path / name).exists() for name in names):
         return None
-    with _as_base_model_error(resolved.name):
+    with as_base_model_error(resolved.name):
         return AutoTokenizer.from_pretrained(resolved.path, trust_remote_code=False)
 
 
 @contextmanager
-def _as_base_model_error(name: str) -> Iterator[None]:
+def as_base_model_error(name: str) -> Iterator[None]:
     # What Transformers raises for a file that is cut off, of another shape, or no JSON.
     kinds = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError)
     try:
@@ -291,7 +291,7 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_json(path: Path, name: str) -> dict[str, object]:
+def read_json(path: Path, name: str) -> dict[str, object]:
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -309,7 +309,7 @@ def _from_hub(base: str) -> Resolved:
             name,
             revision=revision or None,
             allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"],
-            ignore_patterns=["*/*", "consolidated*"],
+            ignore_patterns=["*/*.safetensors", "*/*.model", "*/*.txt", "consolidated*"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         embedded = ", ".join([*EMBEDDED, *SHIPPED])
@@ -325,7 +325,7 @@ def _from_hub(base: str) -> Resolved:
 # Where it computes, and in what.
 
 
-def _device(device: str) -> torch.device:
+def device_of(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -336,7 +336,7 @@ def _device(device: str) -> torch.device:
     return place
 
 
-def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+def dtype_of(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
     if dtype not in DTYPES:
@@ -373,7 +373,7 @@ def _convert(name: str, source: Path, folder: Path) -> None:
     packed, report = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32, output_loading_info=True
     )
-    _check_complete(report, name)
+    check_complete(report, name)
     config = packed.config
     del config.quantization_config  # with it, save_pretrained refuses
     vars(config).pop("_model_name_or_path", None)

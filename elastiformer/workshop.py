@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from elastiformer import kernels
 from elastiformer.accounting import KVPolicy
 from elastiformer.adapter import Adapter
-from elastiformer.attention import Backend, Portable, backend
+from elastiformer.attention import Backend, BothWays, Portable, backend
 from elastiformer.capacity import Site, Unit
 from elastiformer.costs import ROWS, CostTable, compare
 from elastiformer.expert_table import ExpertTable
@@ -33,27 +34,39 @@ SITES = tuple(Site)
 _PLACE = {site: place for place, site in enumerate(SITES)}
 
 
+class Closes(NamedTuple):
+    """The norms over the residual after a layer's two sub-layers, where a family has them."""
+
+    attention: Norm | None
+    mlp: Norm | None
+
+
 class Workshop:
     """One model's tools. What is asked for in every layer of every step is made once."""
 
     def __init__(self, layout: Layout, adapter: Adapter | None) -> None:
         self.layout, self.adapter = layout, adapter
-        weight: Tensor = layout.head.weight  # type: ignore[assignment]
+        weight = layout.layers[0].out.weight_OI
         self.device, self.dtype = weight.device, weight.dtype
         # Between products a CPU works in float32: it is no slower there, and rounds less.
         self.working_dtype = working_dtype(self.device, self.dtype)
-        self.backend: Backend = backend(self.device, self.dtype)
-        self.portable = Portable()
+        self.backend: Backend = backend(self.device, self.dtype) if layout.causal else BothWays()
+        self.portable: Portable | BothWays = Portable() if layout.causal else BothWays()
         self.attention_norms = [lean_norm(layer.attention_norm) for layer in layout.layers]
         self.mlp_norms = [lean_norm(layer.mlp_norm) for layer in layout.layers]
+        self.closes = [
+            Closes(_norm(layer.attention_close), _norm(layer.mlp_close)) for layer in layout.layers
+        ]
         self.gates: list[Gate | None] = [
             None if layer.gate is None else lean_gate(layer) for layer in layout.layers
         ]
         self.query_norms = [_optional(layer.query_norm) for layer in layout.layers]
         self.key_norms = [_optional(layer.key_norm) for layer in layout.layers]
         self.final_norm: Norm = lean_norm(layout.final_norm)
-        head = Projection("head", layout.head, "", 0, len(weight))
-        self.head = Product((head,))
+        self.head: Product | None = None
+        if layout.head is not None:
+            outputs = len(layout.head.weight)  # type: ignore[arg-type]
+            self.head = Product((Projection("head", layout.head, "", 0, outputs),))
         self._products: dict[tuple[Projection, ...], Product] = {}
         self._experts: dict[int, ExpertTable] = {}
         self._pairs: dict[tuple[int, str], dict[str, LoraPair]] = {}
@@ -168,8 +181,12 @@ class Workshop:
             few[first.inputs, first.outputs] = few_rows
             for product, _ in pairs:
                 product.few = few_rows
-        has_tiles = self.head.has_tiles
+        has_tiles = self.at_site(layers[0], Site.MLP_OUT).has_tiles
         return CostTable(few, kernels.thread_pool() if has_tiles else None)
+
+
+def _norm(module: nn.Module | None) -> Norm | None:
+    return None if module is None else lean_norm(module)
 
 
 def _optional(module: nn.Module | None) -> Norm:

@@ -9,16 +9,20 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elastiformer.capacity import Unit
 from elastiformer.inputs import TextInputs
 from elastiformer.sampling import Sampled
 from elastiformer.usage import Usage
 from service.desk import Placed, PlacedLabels
+from service.items import PlacedItems
 from service.metrics import TOKEN_UNITS
-from service.orders import Done, Event, Generated, Scored, Summary
+from service.orders import Done, Encoded, Event, Generated, Scored, Summary
 from service.zero_shot import probabilities
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Json = dict[str, Any]
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
@@ -32,8 +36,12 @@ class Choice:
     sampled: list[Sampled] = field(default_factory=list)
     scored: tuple[Sampled, ...] = ()
     ended: str | None = None
+    outputs: Tensor | None = None  # an encoder's
 
-    def take(self, event: Scored | Generated) -> None:
+    def take(self, event: Scored | Generated | Encoded) -> None:
+        if isinstance(event, Encoded):
+            self.outputs = event.outputs
+            return
         if isinstance(event, Scored):
             self.scored = event.sampled
             return
@@ -57,7 +65,7 @@ async def gather(events: AsyncIterator[Event], jobs: int) -> Answer:
     async for event in events:
         if isinstance(event, Done):
             return Answer(choices, event.summary)
-        if isinstance(event, Scored | Generated):
+        if isinstance(event, Scored | Generated | Encoded):
             choices[event.number].take(event)
     raise AssertionError("events end with Done or an error")
 
@@ -98,7 +106,7 @@ def compute_json(usage: Usage) -> Json:
     }
 
 
-def elasti_json(placed: Placed | PlacedLabels, summary: Summary) -> Json:
+def elasti_json(placed: Placed | PlacedLabels | PlacedItems, summary: Summary) -> Json:
     resolved = placed.order.resolved
     first = summary.first_token_seconds
     return {
@@ -118,7 +126,7 @@ class CompletionShape:
     def __init__(self, placed: Placed) -> None:
         self._placed = placed
         self._inputs = placed.served.engine.inputs
-        self._head = _head("cmpl", "text_completion", placed.name)
+        self._head = head_json("cmpl", "text_completion", placed.name)
         self._offsets: dict[int, int] = {}
 
     def whole(self, answer: Answer) -> Json:
@@ -196,7 +204,7 @@ class ChatShape:
     def __init__(self, placed: Placed) -> None:
         self._placed = placed
         self._inputs = placed.served.engine.inputs
-        self._id_head = _head("chatcmpl", "chat.completion", placed.name)
+        self._id_head = head_json("chatcmpl", "chat.completion", placed.name)
         self._chunk_head = {**self._id_head, "object": "chat.completion.chunk"}
 
     def whole(self, answer: Answer) -> Json:
@@ -263,7 +271,7 @@ def classification_json(placed: PlacedLabels, answer: Answer) -> Json:
                 "labels": list(placed.labels),
             }
         )
-    return {**_head("classify", "list", placed.name), "data": data}
+    return {**head_json("classify", "list", placed.name), "data": data}
 
 
 def prediction_json(placed: PlacedLabels, answer: Answer, raw: bool) -> list[list[Json]]:
@@ -285,7 +293,7 @@ def label_scores(placed: PlacedLabels, answer: Answer) -> list[list[float]]:
     return [scores[start : start + width] for start in range(0, len(scores), width)]
 
 
-def _head(prefix: str, kind: str, model: str) -> Json:
+def head_json(prefix: str, kind: str, model: str) -> Json:
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "object": kind,

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from elastiformer.errors import InputError
 from elastiformer.inputs import TextInputs
 from elastiformer.sampling import GREEDY, Sampling
+from elastiformer.tasks import Task
 from service.engine import end_tokens
 from service.errors import BadRequest
+from service.items import Given, PlacedItems, place_items, refuse_labels
 from service.knob import Asked, Knob, Resolved
 from service.orders import Order
 from service.scheduler import Job
@@ -22,10 +24,13 @@ from service.schemas import (
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
+    EmbeddingRequest,
     Generation,
     Image,
+    Pair,
     Part,
     PredictRequest,
+    Readable,
 )
 from service.served import Catalogue, Served
 from service.settings import Key
@@ -75,9 +80,7 @@ class Desk:
 
     def completion(self, asked: CompletionRequest, caller: Caller) -> Placed:
         """Raises UnknownModel, CapacityError, InputError, BadRequest."""
-        served, resolved = self._resolve(
-            asked.model, asked.capacity, asked.reasoning_effort, caller
-        )
+        served, resolved = self._writer(asked, caller)
         inputs = served.engine.inputs
         prompts = _prompts(asked, inputs)
         if asked.max_tokens == 0 and not asked.echo:
@@ -100,9 +103,7 @@ class Desk:
 
     def chat(self, asked: ChatRequest, caller: Caller) -> Placed:
         """Raises UnknownModel, CapacityError, InputError, BadRequest."""
-        served, resolved = self._resolve(
-            asked.model, asked.capacity, asked.reasoning_effort, caller
-        )
+        served, resolved = self._writer(asked, caller)
         if asked.top_logprobs is not None and not asked.logprobs:
             raise BadRequest("top_logprobs: it needs logprobs: true", "top_logprobs")
         inputs = served.engine.inputs
@@ -120,25 +121,66 @@ class Desk:
         order = served.engine.checked(order)
         return Placed(served, order, asked.model, logprobs, operation="chat")
 
-    def classify(self, asked: ClassifyRequest, caller: Caller) -> PlacedLabels:
+    def classify(self, asked: ClassifyRequest, caller: Caller) -> PlacedLabels | PlacedItems:
         """Raises UnknownModel, CapacityError, InputError, BadRequest."""
-        served, resolved = self._resolve(
-            asked.model, asked.capacity, asked.reasoning_effort, caller
-        )
-        texts = asked.input if isinstance(asked.input, list) else [asked.input]
-        plain = [text for text in texts if isinstance(text, str)]
-        if any(isinstance(text, Image) for text in texts):
-            raise InputError("input: this model reads text only; got an image")
-        return _labelled(served, resolved, asked.model, plain, asked.labels)
+        return self._labels(asked, asked.input, "input", caller)
 
-    def predict(self, asked: PredictRequest, caller: Caller) -> PlacedLabels:
+    def predict(self, asked: PredictRequest, caller: Caller) -> PlacedLabels | PlacedItems:
+        """Raises UnknownModel, CapacityError, InputError, BadRequest."""
+        return self._labels(asked, asked.inputs, "inputs", caller)
+
+    def _labels(
+        self,
+        asked: ClassifyRequest | PredictRequest,
+        given: Readable | list[Readable],
+        field: str,
+        caller: Caller,
+    ) -> PlacedLabels | PlacedItems:
+        served, resolved = self._resolve(
+            asked.model, asked.capacity, asked.reasoning_effort, caller
+        )
+        name, truncate = asked.model or served.name, bool(asked.truncate)
+        every = given if isinstance(given, list) else [given]
+        if served.encoder is not None:
+            refuse_labels(served, asked.labels)
+            return place_items(served, resolved, name, every, truncate, field)
+        texts = [_plain(each, field) for each in every]
+        return _labelled(served, resolved, name, texts, asked.labels, truncate)
+
+    def embed(self, asked: EmbeddingRequest, caller: Caller) -> PlacedItems:
         """Raises UnknownModel, CapacityError, InputError, BadRequest."""
         served, resolved = self._resolve(
             asked.model, asked.capacity, asked.reasoning_effort, caller
         )
-        texts = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
-        name = asked.model or served.name
-        return _labelled(served, resolved, name, texts, asked.labels, bool(asked.truncate))
+        if served.encoder is None or served.task != Task.FEATURES:
+            raise BadRequest(
+                f"model: {served.name!r} gives no features: its task is {served.task}", "model"
+            )
+        width = served.encoder.layout.width
+        if asked.dimensions not in (None, width):
+            raise BadRequest(
+                f"dimensions: this model gives {width} and no other number; got {asked.dimensions}",
+                "dimensions",
+            )
+        given: list[Given] = []
+        if not isinstance(asked.input, list):
+            given = [asked.input]
+        elif isinstance(asked.input[0], int):
+            given = [[each for each in asked.input if isinstance(each, int)]]
+        else:
+            given = [each for each in asked.input if not isinstance(each, int)]
+        return place_items(served, resolved, asked.model, given, bool(asked.truncate))
+
+    def _writer(self, asked: Generation, caller: Caller) -> tuple[Served, Resolved]:
+        """As `_resolve`, for a model that writes text."""
+        served, resolved = self._resolve(
+            asked.model, asked.capacity, asked.reasoning_effort, caller
+        )
+        if served.encoder is not None:
+            raise BadRequest(
+                f"model: {served.name!r} writes no text: its task is {served.task}", "model"
+            )
+        return served, resolved
 
     def _resolve(
         self, name: str | None, capacity: object, effort: str | None, caller: Caller
@@ -234,6 +276,15 @@ def _sampling(asked: Generation, logprobs: int | None) -> Sampling:
         if (value := getattr(asked, name)) is not None
     }
     return Sampling(**given, top_k=max(asked.top_k or 0, 0), logprobs=logprobs)
+
+
+def _plain(given: Readable, field: str) -> str:
+    """A text for a causal model."""
+    if isinstance(given, Image):
+        raise InputError(f"{field}: this model reads text only; got an image")
+    if isinstance(given, Pair):
+        raise InputError(f"{field}: this model reads no pairs; got {{text, text_pair}}")
+    return given
 
 
 def _labelled(

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from elastiformer import Capacity, Chunk, ElasticModel
+from elastiformer import Capacity, Chunk, ElasticModel, Sequence
+from elastiformer.elastic import Elastic
 from elastiformer.errors import ElastiError, InputError
 from elastiformer.inputs import Detokenizer, StopMatcher, TextInputs
 from elastiformer.sampling import BrokenLogits, Draw, Sampled, sample, score, side_by_side
@@ -47,7 +48,7 @@ class Engine:
     def __init__(
         self,
         name: str,
-        model: ElasticModel,
+        model: Elastic,
         limits: Limits,
         metrics: Metrics,
         timeout_seconds: float = 600.0,
@@ -55,11 +56,10 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         meter: Meter | None = None,
     ) -> None:
-        assert model.tokenizer is not None, "a served model has a tokenizer"
         self.name = name
         self.model = model
         self.limits = limits
-        self.inputs = TextInputs(model.tokenizer, model.config.vocab_size, model.context)
+        self.inputs = TextInputs(model.tokenizer, model.layout.vocabulary, model.context)
         self.longest = lru_cache(maxsize=256)(self._longest)
         self.draining = False
         self._metrics = metrics
@@ -74,7 +74,7 @@ class Engine:
         self._leaving: list[Request] = []  # cancelled since the last turn
         self._rows: dict[Entry, Row] = {}
         self._outbox: list[tuple[Ticket, Event]] = []
-        self._ends = end_tokens(model)
+        self._ends = self._end_tokens()
         self._wake = threading.Condition()
         self._stopping = False
         self._death: BaseException | None = None
@@ -122,7 +122,11 @@ class Engine:
             )
         # What routed tokens left out is known only where a step ends.
         cut = 0
-        if self.shares_prefixes and self.model.stores_where_steps_end(job.capacity, prompt_tokens):
+        if (
+            self.shares_prefixes
+            and isinstance(self.model, ElasticModel)
+            and self.model.stores_where_steps_end(job.capacity, prompt_tokens)
+        ):
             cut = job.storable_tokens
         return replace(job, blocks=blocks, cut=cut)
 
@@ -256,13 +260,7 @@ class Engine:
         waited = now - request.submitted
         self._metrics.queue_time.labels(self.name, request.order.resolved.tier).observe(waited)
         try:
-            sequence = self.model.sequence(
-                job.capacity,
-                prompt_tokens=len(job.prompt),
-                most_tokens=job.most_tokens,
-                scored=job.scored,
-                prompt=None if job.scored else job.prompt,
-            )
+            sequence = self._sequence(job)
         except ElastiError as error:
             self._fail(request, error)
         except Exception as error:
@@ -282,6 +280,19 @@ class Engine:
                 stop=StopMatcher(request.order.stops),
             )
 
+    def _sequence(self, job: Job) -> Sequence:
+        assert isinstance(self.model, ElasticModel), "this engine writes texts"
+        return self.model.sequence(
+            job.capacity,
+            prompt_tokens=len(job.prompt),
+            most_tokens=job.most_tokens,
+            scored=job.scored,
+            prompt=None if job.scored else job.prompt,
+        )
+
+    def _end_tokens(self) -> tuple[int, ...]:
+        return end_tokens(self.model)
+
     def _step(self, shares: Many[Share]) -> None:
         rows = [self._rows[share.entry] for share in shares]
         try:
@@ -291,12 +302,16 @@ class Engine:
             logits = self._metered(rows, chunks)
             for share in shares:
                 share.entry.done += share.count
-            self._score(shares, logits)
-            self._draw(shares, logits)
+            self._read(shares, logits)
         except Exception as error:
             log.exception("a step of %d sequences failed", len(shares))
             for request in dict.fromkeys(row.request for row in rows):
                 self._fail(request, StepFailed(f"the model failed in a step: {_kind(error)}"))
+
+    def _read(self, shares: Many[Share], logits: Many[Tensor]) -> None:
+        """What is made of a step's outputs."""
+        self._score(shares, logits)
+        self._draw(shares, logits)
 
     def _metered(self, rows: Many[Row], chunks: Many[Chunk]) -> Many[Tensor]:
         """One step of the model; what it took is on its requests' bills before any of them ends."""
@@ -452,7 +467,7 @@ class Engine:
         series.running.set(len(scheduler.running))
 
 
-def end_tokens(model: ElasticModel) -> tuple[int, ...]:
+def end_tokens(model: Elastic) -> tuple[int, ...]:
     """The tokens that end a text, from the base model's generation settings and its tokenizer."""
     assert model.tokenizer is not None
     settings = model.base.generation_config

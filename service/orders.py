@@ -17,6 +17,8 @@ from service.knob import Resolved
 from service.scheduler import Job
 
 if TYPE_CHECKING:  # for their names only: this file stays importable without torch
+    from torch import Tensor
+
     from elastiformer.sampling import Sampled, Sampling
 
 log = logging.getLogger("elasti.engine")
@@ -55,6 +57,14 @@ class Generated:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoded:
+    """What an encoder's head, or its pooling, makes of a job's item."""
+
+    number: int
+    outputs: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """What a request took, over all its jobs."""
 
@@ -87,7 +97,7 @@ class Failed:
     summary: Summary
 
 
-Event = Scored | Generated | Done | Failed
+Event = Scored | Generated | Encoded | Done | Failed
 
 
 @dataclass(eq=False, slots=True)

@@ -33,15 +33,19 @@ from service.answers import (
 from service.build import releases, version
 from service.desk import Caller, Desk, Placed, PlacedLabels
 from service.errors import Draining, EngineDead, NotServing, QueueFull, Unauthorized, UnknownModel
+from service.items import PlacedItems
 from service.knob import HEADER
 from service.logs import visit_of
 from service.metrics import Metrics
 from service.orders import Ticket
+from service.readings import embeddings_json, read_predictions, reading_json
 from service.schemas import (
     Answered,
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
+    EmbeddingRequest,
+    Entity,
     Prediction,
     PredictRequest,
     Wrong,
@@ -65,8 +69,10 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"model": Answered, "content": {"text/event-stream": {}}}
 }
 _PREDICTED: dict[int | str, dict[str, Any]] = {
-    200: {"model": list[Prediction] | list[list[Prediction]]}
+    200: {"model": list[Prediction | Entity] | list[list[Prediction | Entity]]}
 }
+
+AnyPlaced = Placed | PlacedLabels | PlacedItems
 
 router = APIRouter(responses=_REFUSED)
 
@@ -141,6 +147,16 @@ async def chat_completions(
     return await _generate(request, hall, placed, ChatShape(placed), asked)
 
 
+@router.post("/v1/embeddings", responses=_ANSWERED)
+async def embeddings(
+    request: Request, asked: EmbeddingRequest, hall: TheHall, caller: TheCaller
+) -> Response:
+    """Features of texts or images, one vector each."""
+    placed = await asyncio.to_thread(hall.desk.embed, asked, caller)
+    answer = await _answer(request, hall, placed)
+    return _json(embeddings_json(placed, answer, asked.encoding_format or "float"), placed, answer)
+
+
 @router.post("/v1/classify", responses=_ANSWERED)
 @router.post("/classify", responses=_ANSWERED)
 async def classify(
@@ -149,6 +165,8 @@ async def classify(
     """Choose among labels, with the probability of each."""
     placed = await asyncio.to_thread(hall.desk.classify, asked, caller)
     answer = await _answer(request, hall, placed)
+    if isinstance(placed, PlacedItems):
+        return _json(reading_json(placed, answer), placed, answer)
     return _json(classification_json(placed, answer), placed, answer)
 
 
@@ -159,7 +177,11 @@ async def predict(
     """Score labels: the same question as `/v1/classify`, the answer as a plain list."""
     placed = await asyncio.to_thread(hall.desk.predict, asked, caller)
     answer = await _answer(request, hall, placed)
-    predictions = prediction_json(placed, answer, bool(asked.raw_scores))
+    raw = bool(asked.raw_scores)
+    if isinstance(placed, PlacedItems):
+        predictions = read_predictions(placed, answer, raw)
+    else:
+        predictions = prediction_json(placed, answer, raw)
     body = predictions if isinstance(asked.inputs, list) else predictions[0]
     return JSONResponse(body, headers=_spent(answer))
 
@@ -249,13 +271,13 @@ def _whole(placed: Placed, shape: Shape, answer: Answer) -> Response:
     return _json(shape.whole(answer), placed, answer)
 
 
-async def _answer(request: Request, hall: Hall, placed: Placed | PlacedLabels) -> Answer:
+async def _answer(request: Request, hall: Hall, placed: AnyPlaced) -> Answer:
     ticket = _submit(request, hall, placed)
     async with tied_to(request, ticket):
         return await gather(ticket.events(), len(placed.order.jobs))
 
 
-def _submit(request: Request, hall: Hall, placed: Placed | PlacedLabels) -> Ticket:
+def _submit(request: Request, hall: Hall, placed: AnyPlaced) -> Ticket:
     name, rejections = placed.served.name, hall.metrics.rejections
     try:
         ticket = placed.served.engine.submit(placed.order)
@@ -271,7 +293,7 @@ def _submit(request: Request, hall: Hall, placed: Placed | PlacedLabels) -> Tick
     return ticket
 
 
-def _json(body: Json, placed: Placed | PlacedLabels, answer: Answer) -> Response:
+def _json(body: Json, placed: AnyPlaced, answer: Answer) -> Response:
     summary = answer.summary
     body |= {"usage": usage_json(summary), "elasti": elasti_json(placed, summary)}
     return JSONResponse(body, headers=_spent(answer))

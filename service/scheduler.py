@@ -51,6 +51,7 @@ class Job:
     billed_tokens: int = 0
     blocks: int = 0
     cut: int = 0
+    item: object = None  # what an encoder reads, all of it in one step
 
     @property
     def known(self) -> tuple[int, ...]:
@@ -116,6 +117,8 @@ class Entry:
     def chunk(self, most: int) -> int:
         """How many tokens go next, of `most`: all that are ready, or up to the end of a run."""
         count = self.ready
+        if self.job.item is not None:
+            return count if count <= most else 0
         if count > most:
             count = max(most - (self.done + most) % RUN_TOKENS, 0)
         if self.done < self.job.cut < self.done + count:
@@ -203,10 +206,11 @@ class Scheduler:
         for entry in self.running:
             if entry.ready > 1 and left:
                 # Whoever is first goes on even where the budget ends within a run.
-                count = entry.chunk(left) or (0 if prompts else left)
+                most = left if entry.job.item is None else entry.ready
+                count = entry.chunk(left) or (0 if prompts else most)
                 if count:
                     prompts.append(Share(entry, count))
-                    left -= count
+                    left = max(left - count, 0)
         return shares + prompts
 
     def remove(self, entry: Entry) -> None:

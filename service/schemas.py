@@ -160,12 +160,24 @@ class ChatRequest(Generation):
 
 
 class Image(BaseModel):
-    """An image to classify, as a data URI."""
+    """An image, as a data URI."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
     image: str
 
+
+class Pair(BaseModel):
+    """Two texts that are read together, or one."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    text: str
+    text_pair: str | None = None
+
+
+Readable = StrictStr | Pair | Image
+Readables = Readable | Annotated[list[Readable], Field(min_length=1)]
 
 Label = Annotated[StrictStr, Field(min_length=1)]
 Labels = Annotated[list[Label], Field(min_length=1, max_length=MOST_LABELS)]
@@ -174,24 +186,41 @@ Labels = Annotated[list[Label], Field(min_length=1, max_length=MOST_LABELS)]
 class ClassifyRequest(Knobbed):
     """`POST /v1/classify`."""
 
-    input: StrictStr | Annotated[list[StrictStr | Image], Field(min_length=1)] = Field(
-        description="a text, or a list of texts"
+    input: Readables = Field(
+        description="a text, {text, text_pair}, {image: data URI}, or a list of these"
     )
     labels: Labels | None = Field(
         None, description="the labels to choose from; a causal model needs them"
     )
+    truncate: bool | None = Field(None, description="cut a text that is longer than the context")
+
+
+class EmbeddingRequest(Knobbed):
+    """`POST /v1/embeddings`."""
+
+    input: (
+        Readable
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Readable], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    ) = Field(description="a text, {image: data URI}, token ids, or a list of these")
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1, description="the model's own width, or not given")
+    truncate: bool | None = Field(None, description="cut a text that is longer than the context")
 
 
 class PredictRequest(_Asked):
     """`POST /predict`."""
 
-    inputs: StrictStr | Annotated[list[StrictStr], Field(min_length=1)]
+    inputs: Readables
     model: str | None = Field(None, description="name of a served model; the first if not given")
     reasoning_effort: str | None = None
     labels: Labels | None = Field(
         None, description="the labels to choose from; a causal model needs them"
     )
-    raw_scores: bool | None = Field(None, description="log-likelihoods instead of probabilities")
+    raw_scores: bool | None = Field(
+        None, description="log-likelihoods, or a head's logits, instead of probabilities"
+    )
     truncate: bool | None = Field(None, description="cut a text that is longer than the context")
 
 
@@ -260,6 +289,17 @@ class Prediction(BaseModel):
 
     label: str
     score: float
+
+
+class Entity(BaseModel):
+    """A token of a text, and the label that a token classifier gives it."""
+
+    entity: str
+    score: float
+    index: int
+    word: str
+    start: int
+    end: int
 
 
 class WrongDetail(BaseModel):

@@ -13,7 +13,12 @@ from typing import Any
 
 from elastiformer import ElasticModel
 from elastiformer.capacity import Unit
+from elastiformer.elastic import Elastic
+from elastiformer.encoder import ElasticEncoder
+from elastiformer.encoder_weights import task_of
+from elastiformer.tasks import Task
 from service.build import hashes
+from service.encoder_engine import EncoderEngine
 from service.energy import Meter, meter_of
 from service.engine import Engine
 from service.errors import EngineDead, UnknownModel
@@ -40,16 +45,13 @@ class Machinery:
     costs: str | None = None  # which product runs for how many rows; None where not measured
 
     @classmethod
-    def of(
-        cls, model: ElasticModel, settings: Settings, costs: str | None, energy: bool
-    ) -> Machinery:
-        assert model.cache is not None, "a model whose cache is open"
+    def of(cls, model: Elastic, settings: Settings, costs: str | None, energy: bool) -> Machinery:
         return cls(
             device=str(model.device),
             dtype=str(model.dtype).removeprefix("torch."),
             attention=model.attention_backend,
-            cache_tokens=settings.cache_tokens,
-            cache_bytes=model.cache.rows.nbytes,
+            cache_tokens=0 if model.cache is None else settings.cache_tokens,
+            cache_bytes=0 if model.cache is None else model.cache.rows.nbytes,
             prefix_cache=model.prefixes is not None,
             energy=energy,
             adapter_files=hashes(folder) if (folder := _folder(model)) is not None else {},
@@ -57,6 +59,8 @@ class Machinery:
         )
 
     def __str__(self) -> str:
+        if not self.cache_tokens:
+            return f"{self.dtype} on {self.device}, attention by {self.attention}"
         stored = "with" if self.prefix_cache else "without"
         return (
             f"{self.dtype} on {self.device}, attention by {self.attention}, cache of "
@@ -82,8 +86,19 @@ class Served:
         return self.spec.name
 
     @property
-    def model(self) -> ElasticModel:
+    def model(self) -> Elastic:
         return self.engine.model
+
+    @property
+    def encoder(self) -> ElasticEncoder | None:
+        """The model where it is an encoder."""
+        return self.model if isinstance(self.model, ElasticEncoder) else None
+
+    @property
+    def task(self) -> str:
+        if self.encoder is not None:
+            return self.encoder.task
+        return self.spec.task or "generate"
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -93,8 +108,10 @@ class Served:
     def meta(self) -> dict[str, Any]:
         """What a caller should know before choosing a capacity."""
         calibration = self.model.calibration
+        heads = self.encoder is not None and self.task != Task.FEATURES
         return {
-            "task": self.spec.task,
+            "task": self.task,
+            **({"labels": list(self.encoder.labels)} if heads and self.encoder else {}),
             "base": self.spec.base,
             "adapter": self.identity,
             "units": [unit.value for unit in self.units],
@@ -164,9 +181,7 @@ def load(
         beside = f" with the adapter {spec.adapter}" if spec.adapter else ", without an adapter"
         say(f"loading {spec.name}: {spec.base}{beside}")
         begun = time.monotonic()
-        model = ElasticModel.load(
-            spec.base, spec.adapter, dtype=settings.dtype, device=settings.device
-        )
+        model = load_model(spec, settings)
         costs = str(model.measure_costs())
         device = str(model.device)
         if device not in meters:
@@ -180,24 +195,40 @@ def load(
     return Catalogue(models)
 
 
+def load_model(spec: ModelSpec, settings: Settings) -> Elastic:
+    """The model of a spec, for the task that it names or else its config does.
+
+    Raises:
+        ElastiError: a base or an adapter that cannot be loaded, or do not fit.
+    """
+    where = {"dtype": settings.dtype, "device": settings.device}
+    if spec.task is not None and spec.task in set(Task):
+        return ElasticEncoder.load(spec.base, spec.adapter, task=Task(spec.task), **where)
+    if spec.task is None and (task := task_of(spec.base)) is not None:
+        return ElasticEncoder.load(spec.base, spec.adapter, task=task, **where)
+    return ElasticModel.load(spec.base, spec.adapter, **where)
+
+
 def serve(
     spec: ModelSpec,
-    model: ElasticModel,
+    model: Elastic,
     settings: Settings,
     metrics: Metrics,
     costs: str | None = None,
     meter: Meter | None = None,
 ) -> Served:
     """Put a model behind a name, with an engine of its own that is not started yet."""
-    model.open_cache(settings.cache_tokens, prefixes=settings.prefix_cache)
-    assert model.cache is not None, "a cache that was opened"
+    kind: type[Engine] = EncoderEngine
+    if isinstance(model, ElasticModel):
+        kind = Engine
+        model.open_cache(settings.cache_tokens, prefixes=settings.prefix_cache)
     limits = Limits(
         max_waiting=settings.max_waiting,
         max_running=settings.max_running,
         max_step_tokens=settings.max_step_tokens,
-        cache_blocks=model.cache.total_blocks,
+        cache_blocks=1 if model.cache is None else model.cache.total_blocks,
     )
-    engine = Engine(
+    engine = kind(
         spec.name,
         model,
         limits,
@@ -213,5 +244,5 @@ def serve(
     return served
 
 
-def _folder(model: ElasticModel) -> Path | None:
+def _folder(model: Elastic) -> Path | None:
     return model.adapter.path if model.adapter is not None else None

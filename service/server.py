@@ -16,6 +16,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from elastiformer.tasks import Task
 from service.routes import Hall
 from service.settings import Settings
 
@@ -82,6 +83,14 @@ def welcome(where: str, hall: Hall) -> str:
     body: dict[str, object] = {"model": served.name}
     if served.aliases:
         body["capacity"] = float(served.aliases[0].rpartition("@")[2])
+    if served.encoder is not None:
+        features = served.task == Task.FEATURES
+        route = "/v1/embeddings" if features else "/v1/classify"
+        shown: object = "The sky is blue."
+        if served.encoder.encoder.reads_images:
+            shown = {"image": "data:image/png;base64,…"}
+        body["input"] = shown
+        return _told(where, names, f"curl {where}{route}", body)
     if served.engine.inputs.has_chat_template:
         route = "/v1/chat/completions"
         body |= {"messages": [{"role": "user", "content": "Why is the sky blue?"}]}
@@ -89,10 +98,15 @@ def welcome(where: str, hall: Hall) -> str:
         route = "/v1/completions"
         body |= {"prompt": "The sky is blue because"}
     body |= {"max_tokens": 60, "stream": True}
+    return _told(where, names, f"curl -N {where}{route}", body)
+
+
+def _told(where: str, names: list[str], curl: str, body: dict[str, object]) -> str:
     return (
         f"ready: {where}\n"
         f"  models: {', '.join(names)}\n"
         f"  a page to try: {where}/   the API: {where}/docs   metrics: {where}/metrics\n"
         f"try:\n"
-        f"  curl -N {where}{route} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+        f"  {curl} -H 'Content-Type: application/json' "
+        f"-d '{json.dumps(body, ensure_ascii=False)}'"
     )

@@ -17,10 +17,11 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from elastiformer.capacity import Capacity
 from elastiformer.errors import CapacityError
+from elastiformer.tasks import Task
 
 ADAPTERS = Path(__file__).resolve().parent.parent / "elastiformer" / "adapters"
 EMBEDDED_DEFAULTS = {"smollm2": "smollm2-135m-instruct"}
-TASKS = ("generate", "classify")
+TASKS = ("generate", "classify", *(task.value for task in Task))
 DEFAULT_EFFORT = {"low": 0.6, "medium": 0.8, "high": 1.0}
 
 
@@ -31,7 +32,7 @@ class ModelSpec:
     name: str
     base: str
     adapter: str | None = None
-    task: str = "generate"
+    task: str | None = None  # None: what the base's config says
 
     @classmethod
     def parse(cls, text: str) -> ModelSpec:
@@ -48,7 +49,7 @@ class ModelSpec:
             if key not in ("adapter", "task") or not equals or not value:
                 raise ValueError(f"beside BASE stand adapter=DIR and task=TASK; got {extra!r}")
             named[key] = value
-        if named.get("task", "generate") not in TASKS:
+        if "task" in named and named["task"] not in TASKS:
             raise ValueError(f"task is one of {', '.join(TASKS)}; got {named['task']!r}")
         return cls(name, base, **named)
 

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from service.answers import Json, Shape, counts_json, elasti_json, usage_json
 from service.desk import Placed
 from service.errors import UNEXPECTED, error_object, refusal_of
-from service.orders import Done, Event, Failed, Scored, Ticket
+from service.orders import Done, Encoded, Event, Failed, Scored, Ticket
 from service.schemas import StreamOptions
 
 log = logging.getLogger("elasti.http")
@@ -114,7 +114,7 @@ class _Writer:
     def _take(self, event: Event) -> list[Json]:
         if isinstance(event, Done):
             return self._end(event)
-        assert not isinstance(event, Failed), "a failure is raised, not delivered"
+        assert not isinstance(event, Failed | Encoded), "neither failures nor items are streamed"
         chunks, self._ending = [self._ending] if self._ending else [], None
         if isinstance(event, Scored):
             if event.number in self._scored:

@@ -26,6 +26,7 @@ from elastiformer.usage import Usage
 from service.build import PACKAGE, version
 from service.desk import Placed, PlacedLabels
 from service.errors import refusal_of
+from service.items import PlacedItems
 from service.orders import Done, Failed, Summary, Ticket
 
 if TYPE_CHECKING:  # for their names only: nothing of it is loaded where tracing is off
@@ -38,6 +39,7 @@ PROBES = ("/health", "/ready", "/metrics")  # asked every few seconds, and nothi
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _HTTP = "http/protobuf"
+AnyPlaced = Placed | PlacedLabels | PlacedItems
 Attributes = dict[str, str | int | float | list[str]]
 
 OFF: TelemetryConfig = {
@@ -87,7 +89,7 @@ class Tracing:
         trace_id, span_id = f"{at.trace_id:032x}", f"{at.span_id:016x}"
         return Place(trace_id, span_id, f"00-{trace_id}-{span_id}-{at.trace_flags:02x}")
 
-    def follow(self, placed: Placed | PlacedLabels, ticket: Ticket) -> None:
+    def follow(self, placed: AnyPlaced, ticket: Ticket) -> None:
         """Make an order's spans, below the current one, as soon as it has ended."""
         parent, began = self._context.get_current(), time.time_ns()
 
@@ -110,7 +112,11 @@ class Tracing:
         ticket.when_ended(tell)
 
     def _phases(
-        self, inference: Span, clock: _Clock, summary: Summary, placed: Placed | PlacedLabels
+        self,
+        inference: Span,
+        clock: _Clock,
+        summary: Summary,
+        placed: AnyPlaced,
     ) -> None:
         inside = self._trace.set_span_in_context(inference)
 
@@ -233,7 +239,7 @@ def _is_probe(scope: MutableMapping[str, Any]) -> bool:
     return scope["type"] != "http" or scope["path"] in PROBES
 
 
-def _asked(placed: Placed | PlacedLabels) -> Attributes:
+def _asked(placed: AnyPlaced) -> Attributes:
     """What a sampler may look at: it is known before anything ran."""
     order, resolved = placed.order, placed.order.resolved
     sampling = order.sampling
@@ -247,7 +253,7 @@ def _asked(placed: Placed | PlacedLabels) -> Attributes:
     }
     if resolved.limited_by is not None:
         attributes["elasti.capacity.limited_by"] = resolved.limited_by
-    if placed.operation == "classify":
+    if placed.operation in ("classify", "embeddings"):
         return attributes
     attributes |= {
         "gen_ai.request.max_tokens": max(job.most_new for job in order.jobs),
@@ -265,7 +271,7 @@ def _asked(placed: Placed | PlacedLabels) -> Attributes:
     return attributes
 
 
-def _got(summary: Summary, placed: Placed | PlacedLabels) -> Attributes:
+def _got(summary: Summary, placed: AnyPlaced) -> Attributes:
     usage = summary.usage
     attributes: Attributes = {
         "gen_ai.response.model": placed.served.name,

@@ -14,22 +14,23 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LOW_TO_HIGH = """
-    elastiformer: errors capacity usage accounting calibration card priced families experts
-        routers lora lora_files unpacking shipped weights adapter masked pool cache sequence
-        prefixes kernels row_kernels pointwise packed taken costs lanes single_queries sub_layers
-        tiles readings products flop_formulas expert_table repair attention placing workshop keeping
-        sparse_heads sparse_attention sparse_experts sparse_mlp decoding sparse planning drawing
-        sampling inputs model sharded __init__
+    elastiformer: errors tasks capacity usage accounting calibration card priced families encoders
+        experts routers lora lora_files unpacking shipped weights encoder_weights adapter masked
+        pool cache sequence prefixes kernels row_kernels pointwise packed taken costs lanes
+        single_queries sub_layers tiles readings products flop_formulas expert_table repair
+        attention placing workshop keeping sparse_heads sparse_attention sparse_experts sparse_mlp
+        decoding sparse encoding planning drawing sampling inputs images encoder_inputs elastic
+        model sharded encoder __init__
 
     service: __init__ errors build settings schemas scheduler pace metrics knob orders energy rows
-        middleware engine served zero_shot desk tracing logs answers streams routes app server
-        __main__
+        middleware engine encoder_engine served zero_shot items desk tracing logs answers readings
+        streams routes app server __main__
 
-    training: __init__ files options signals progress processes packages data stream losses lessons
-        student checkpoint mixed fitting fashion_mnist convolutions vision reviews corpora sentiment
-        canvases canvas_tower canvas_model build quality allotment tuning sensitivity baselines
-        pictures stopwatch reports loop distill repair ranks calibrate evaluate summarize
-        synthesize __main__
+    training: __init__ files options signals progress processes packages data stream examples losses
+        lessons student encoder_student checkpoint mixed fitting fashion_mnist convolutions vision
+        reviews corpora sentiment canvases canvas_tower canvas_model build quality encoder_quality
+        allotment tuning sensitivity baselines pictures stopwatch reports loop encoder_calibrate
+        encoder_evaluate distill repair ranks calibrate evaluate summarize synthesize __main__
 """
 
 _COMPILED = {
@@ -40,6 +41,11 @@ _COMPILED = {
 # library: the only files that may import it. A package stands for all its files.
 DOORS = {
     "transformers": {
+        "elastiformer.elastic",
+        "elastiformer.encoder",
+        "elastiformer.encoder_weights",
+        "elastiformer.encoders",
+        "elastiformer.encoding",
         "elastiformer.families",
         "elastiformer.lora",
         "elastiformer.model",
@@ -47,6 +53,7 @@ DOORS = {
         "training.canvas_model",
         "training.canvas_tower",
         "training.data",
+        "training.encoder_evaluate",
         "training.stream",
         "training.evaluate",
         "training.mixed",
@@ -56,7 +63,8 @@ DOORS = {
     "peft": {"elastiformer.lora_files"},
     "huggingface_hub": {"elastiformer.adapter", "elastiformer.weights"},
     "gguf": set(),  # Transformers reads GGUF with it
-    "datasets": {"training.data"},
+    "datasets": {"training.data", "training.examples"},
+    "PIL": {"elastiformer.images"},
     "numba": _COMPILED,
     "llvmlite": _COMPILED - {"elastiformer.kernels"},
     "matplotlib": {"training.pictures", "training.progress"},
@@ -74,7 +82,7 @@ DOORS = {
 
 # Files that know no tensor, and import no file of ours that does.
 WITHOUT_TORCH = {
-    "elastiformer": "errors capacity usage accounting calibration card inputs",
+    "elastiformer": "errors tasks capacity usage accounting calibration card inputs",
     "service": "errors build settings scheduler pace metrics knob middleware zero_shot",
     "training": "files signals packages allotment",
 }

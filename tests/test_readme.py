@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 
 import pytest
 
 from benchmarks.__main__ import COMMANDS as BENCHMARKS
+from elastiformer.encoders import ENCODERS
 from elastiformer.families import FAMILIES
 from service.metrics import Metrics
 from service.routes import router
+from service.schemas import ClassifyRequest, EmbeddingRequest, PredictRequest
 from service.settings import Settings
 from tests.documents import ROOT, blocks, is_ours, lines, settings_rows, targets, words_of
 from training.__main__ import COMMANDS
@@ -55,6 +58,14 @@ def test_the_families_in_the_readme_are_the_families():
     assert {name.lower().replace("-", "") for name in named} == known
 
 
+def test_the_encoders_in_the_readme_are_the_encoders():
+    sentence = README.partition("of the encoders ")[2].partition(", as a folder")[0]
+    plain = " ".join(sentence.split()).replace(" (MiniLM is one)", "")
+    named = re.split(r", | and ", plain)
+    known = {name.removesuffix("Model").lower() for name in ENCODERS}
+    assert {name.lower().replace("-", "") for name in named} == known
+
+
 # Commands.
 
 
@@ -70,7 +81,7 @@ def test_a_command_in_the_readme_exists(command):
     if words[:3] == ["python", "-m", "training.corpora"]:
         corpora = importlib.import_module("training.corpora")
         assert words[3] in corpora.WRITERS and words[4] == "--out"
-    elif not is_ours(words):
+    elif not is_ours(words) and not is_a_request(words):
         assert words[0] in ("source", "torchrun"), command
 
 
@@ -85,9 +96,27 @@ def test_every_command_is_in_the_readme():
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "exec make test"
 
 
-def test_the_example_is_valid_python_in_five_lines():
-    (example,) = blocks(README, "python")
-    assert len(ast.parse(example).body) == 5
+def test_the_first_example_is_valid_python_in_five_lines_and_so_are_the_others():
+    first, *others = (ast.parse(example).body for example in blocks(README, "python"))
+    assert len(first) == 5
+    assert all(len(example) <= 5 for example in others)
+
+
+REQUESTS = {
+    "/v1/classify": ClassifyRequest,
+    "/predict": PredictRequest,
+    "/v1/embeddings": EmbeddingRequest,
+}
+
+
+def is_a_request(words: list[str]) -> bool:
+    """Whether a command asks the server for something that its schemas take."""
+    if words[0] != "curl":
+        return False
+    (address,) = [word for word in words if word.startswith("127.0.0.1:8000")]
+    body = json.loads(words[words.index("-d") + 1])
+    REQUESTS[address.removeprefix("127.0.0.1:8000")].model_validate(body)
+    return True
 
 
 # Files.

@@ -94,12 +94,12 @@ def tiny(family: str = "llama", seed: int = 0, **changes: object) -> PreTrainedM
     with torch.random.fork_rng(devices=[]):  # who calls keeps their own stream of numbers
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        _draw_parameters(model)
+        draw_parameters(model)
     return model.eval()
 
 
 @torch.no_grad()
-def _draw_parameters(model: PreTrainedModel) -> None:
+def draw_parameters(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter)
         if parameter.ndim == 1 and name.endswith("weight"):

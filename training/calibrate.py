@@ -28,6 +28,7 @@ from elastiformer.accounting import ModelShape
 from elastiformer.calibration import QUANTILES, DataRecord, Measured, Step, walk
 from training.allotment import LEAST_KL, Allotment, Curves, fields_of, late_layers, uniform
 from training.data import Corpus, Windows, pack, read_corpus
+from training.encoder_calibrate import add_item_arguments, calibrate_items, task_asked
 from training.files import DataError
 from training.options import units
 from training.progress import track
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", required=True, type=Path, help="folder; written into")
     parser.add_argument("--data", required=True, help="held-out text that no training saw")
     parser.add_argument("--capacities", type=capacities, default=capacities(CAPACITIES))
+    add_item_arguments(parser)
     parser.add_argument("--windows", type=int, default=4, help="texts that every probe runs on")
     parser.add_argument("--check-windows", type=int, default=6, help="other texts, for the table")
     parser.add_argument("--window", type=int, default=192, help="tokens of a text")
@@ -94,6 +96,8 @@ def capacities(text: str) -> list[float]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    if (task := task_asked(args)) is not None:
+        return calibrate_items(args, task)
     started = time.monotonic()
     model = ElasticModel.load(args.base, args.adapter, dtype=args.dtype, device=args.device)
     if model.adapter is None or model.tokenizer is None:

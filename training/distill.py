@@ -20,11 +20,17 @@ from typing import Any
 import torch
 
 from elastiformer import Adapter, ElasticModel, Phase, SavedAdapter, Selection, Unit
+from elastiformer.elastic import Elastic
+from elastiformer.encoder import ElasticEncoder
 from elastiformer.lora import PARTS
 from elastiformer.routers import PART_GATES, TOKEN_GATES
+from elastiformer.tasks import Task
 from training.allotment import fields_of, probe_share
 from training.checkpoint import Checkpoint, latest_checkpoint
 from training.data import Windows, pack, read_corpus, seed_of, tokenizer_of
+from training.encoder_calibrate import task_asked
+from training.encoder_student import ItemStudent
+from training.examples import numbers, read_examples
 from training.files import RunError, write_json
 from training.lessons import tolerances
 from training.loop import Distillation, Text
@@ -35,9 +41,11 @@ from training.progress import track
 from training.sensitivity import Meter, Probe
 from training.signals import Stop
 from training.stream import StreamedWindows
+from training.student import Student, TextStudent
 
 EXPERT_WINDOWS = 8  # on which neurons that work together are found
 HELD_OUT_WINDOWS = 8
+EXPERT_EXAMPLES, HELD_OUT_EXAMPLES = 64, 128  # the same of an encoder's data
 BLANK, TOLERANCE = "blank", "tolerance.json"  # what a run begins with, kept for its resumption
 
 # Options that may differ between a run and its resumption; the others decide what is learnt.
@@ -47,8 +55,13 @@ FREE = {"out", "resume", "data", "base", "checkpoint_every", "pass_tokens", "sha
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--base", required=True, help="folder, Hub id or embedded name")
-    add("--data", required=True, help=".txt, .jsonl, a folder of them, or hub:NAME[:split]")
+    add("--data", required=True, help=".txt, .jsonl, a folder of them or of images, or hub:NAME")
     add("--stream", action="store_true", help="read the data as it is needed, not whole first")
+    add(
+        "--task",
+        choices=list(Task),
+        help="of an encoder (default: what its config says)",
+    )
     add("--out", type=Path, required=True, help="folder of the adapter to write")
     add("--resume", action="store_true", help="go on from the last checkpoint")
     add("--units", type=units, default=",".join(Unit), help="what may be left out")
@@ -78,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--steps", type=whole(1), default=400, help="of the optimizer")
     add("--batch-tokens", type=whole(1), default=1024, help="of one step, over all processes")
+    add("--batch-items", type=whole(1), default=32, help="the same of an encoder, in items")
     add("--window", type=whole(2), default=256, help="tokens of one row")
     add("--lr", type=real(above=0), default=1e-3, help="the highest learning rate")
     add("--warmup", type=real(least=0, below=1), default=0.05, help="share of the steps")
@@ -161,6 +175,9 @@ def read_text(args: argparse.Namespace, tokenizer: Any) -> Text:
 
 def _begin(args: argparse.Namespace, world: World) -> Distillation:
     """Everything that comes before the first step, in the order in which it can be refused."""
+    if task_asked(args) is not None:
+        # An encoder's rows are items, whatever their lengths.
+        args.window, args.batch_tokens = 1, args.batch_items
     rows, left = divmod(args.batch_tokens, args.window)
     if rows == 0 or left or rows % world.size:
         raise RunError(
@@ -175,10 +192,8 @@ def _begin(args: argparse.Namespace, world: World) -> Distillation:
             raise RunError(f"--{name.replace('_', '-')}: {', '.join(stray)} is not among --units")
     if not args.output_units:
         raise RunError("--output-units: at least one; whole late layers are for prompts only")
-    model = ElasticModel.load(args.base, dtype=args.dtype, device=world.device)
-    if args.window > model.context:
-        raise RunError(f"--window {args.window}: the context of this model is {model.context}")
-    text = read_text(args, tokenizer_of(model))
+    student, text, sample = _student(args, world)
+    model = student.model
     options = {name: _plain(value) for name, value in vars(args).items() if name not in FREE}
     options |= {"data_sha256": text.sha256, "base_revision": model.identity.revision}
 
@@ -188,20 +203,53 @@ def _begin(args: argparse.Namespace, world: World) -> Distillation:
     world.wait()  # nobody writes before everybody has looked
     if found is None and world.leads:
         shutil.rmtree(folder, ignore_errors=True)
-        blank_adapter(args, model, text).save(folder / BLANK)
+        blank_adapter(args, model, sample).save(folder / BLANK)
     world.wait()
     model.attach(SavedAdapter.load(folder / BLANK).fit(model.layout, model.identity))
     tolerance = folder / TOLERANCE
     if world.leads and not tolerance.exists():
-        write_json(tolerance, _named(probed_losses(model, text, args.probe_windows)))
+        probed = {}
+        if isinstance(model, ElasticModel):
+            probed = probed_losses(model, text, args.probe_windows)
+        write_json(tolerance, _named(probed))
     world.wait()
     losses = {_place(name): loss for name, loss in json.loads(tolerance.read_text()).items()}
     if args.shard_base and world.size > 1:
         shard_base(world, model.base, model.layout.layers_path)
-    distillation = Distillation(args, world, folder, model, text, options, tolerances(losses))
+    distillation = Distillation(args, world, folder, student, text, options, tolerances(losses))
     if found is not None:
         distillation.restore(found)
     return distillation
+
+
+def _student(args: argparse.Namespace, world: World) -> tuple[Student, Text, Any]:
+    """Who learns, from what, and a little of it to split experts by."""
+    chosen = torch.Generator().manual_seed(seed_of("experts", args.seed))
+    task = task_asked(args)
+    if task is not None:
+        if args.stream:
+            raise RunError("--stream: an encoder's data is read whole; leave the option out")
+        encoder = ElasticEncoder.load(args.base, dtype=args.dtype, device=world.device, task=task)
+        train = read_examples(args.data, encoder)
+        sha256, held, held_W1 = train.sha256, None, None
+        if args.held_out:
+            train, held = train.split(args.held_out)
+            held_W1 = numbers(held)[:HELD_OUT_EXAMPLES]
+        some = torch.randperm(len(train.each), generator=chosen)[:EXPERT_EXAMPLES]
+        items = train.items(some)
+        sample = encoder.collate(items)
+        # What a plan spends is judged at their mean length.
+        args.window = round(sum(len(item.ids) for item in items) / len(items))
+        args.batch_tokens = args.batch_items * args.window
+        train_W1 = numbers(train)
+        text = Text(sha256, train_W1, held_W1, Windows(train_W1, args.seed))
+        return ItemStudent(encoder, train, held), text, sample
+    model = ElasticModel.load(args.base, dtype=args.dtype, device=world.device)
+    if args.window > model.context:
+        raise RunError(f"--window {args.window}: the context of this model is {model.context}")
+    text = read_text(args, tokenizer_of(model))
+    windows = torch.randperm(len(text.train_WT), generator=chosen)[:EXPERT_WINDOWS]
+    return TextStudent(model), text, text.train_WT[windows]
 
 
 def _refuse_mixing(
@@ -227,11 +275,9 @@ def _refuse_mixing(
             raise RunError("\n".join(["this is not the run that was stopped:", *changed]))
 
 
-def blank_adapter(args: argparse.Namespace, model: ElasticModel, text: Text) -> Adapter:
+def blank_adapter(args: argparse.Namespace, model: Elastic, sample: Any) -> Adapter:
     """The untrained adapter that the options ask for."""
     torch.manual_seed(seed_of("weights", args.seed))
-    chosen = torch.Generator().manual_seed(seed_of("experts", args.seed))
-    windows = torch.randperm(len(text.train_WT), generator=chosen)[:EXPERT_WINDOWS]
     return model.blank_adapter(
         units=args.units,
         experts=args.experts if Unit.EXPERTS in args.units else 0,
@@ -242,7 +288,7 @@ def blank_adapter(args: argparse.Namespace, model: ElasticModel, text: Text) -> 
         lora_rank=args.lora_rank,
         lora_parts=tuple(args.lora_modules.split(",")) if args.lora_rank else (),
         lora_phases=args.lora_phases,
-        calibration_ids=text.train_WT[windows],
+        calibration_ids=sample,
     )
 
 

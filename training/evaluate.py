@@ -36,6 +36,8 @@ from training.baselines import (
 )
 from training.calibrate import CAPACITIES, capacities
 from training.data import Corpus, Windows, pack, read_corpus
+from training.encoder_calibrate import add_item_arguments, task_asked
+from training.encoder_evaluate import evaluate_items
 from training.files import DataError
 from training.progress import track
 from training.quality import (
@@ -60,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="text that was never seen")
     parser.add_argument("--out", required=True, type=Path, help="folder of the report")
     parser.add_argument("--capacities", type=capacities, default=capacities(CAPACITIES))
+    add_item_arguments(parser)
     parser.add_argument("--windows", type=int, default=6, help="texts")
     parser.add_argument("--window", type=int, default=192, help="tokens of a text")
     parser.add_argument(
@@ -98,6 +101,8 @@ def baselines(text: str) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    if (task := task_asked(args)) is not None:
+        return evaluate_items(args, task)
     started = time.monotonic()
     model = ElasticModel.load(args.base, args.adapter, dtype=args.dtype, device=args.device)
     adapter, calibration = model.adapter, model.calibration

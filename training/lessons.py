@@ -73,14 +73,14 @@ class Teacher:
             prompt_tokens,
             prompt=self.prompt_plan(rng, lowest) if routed_prompt else dense,
             output=(
-                self.plan(rng, self._capacity(rng, lowest), self.output_units)
+                self.plan(rng, self.capacity(rng, lowest), self.output_units)
                 if routed_output
                 else dense
             ),
         )
 
     def prompt_plan(self, rng: random.Random, lowest: bool) -> Plan:
-        capacity = self._capacity(rng, lowest)
+        capacity = self.capacity(rng, lowest)
         fields = [name for name in TOKEN_FIELDS if name in self.prompt_units]
         if not self.prompt_units:
             fields = list(TOKEN_FIELDS)  # whole sub-layers need no unit
@@ -129,7 +129,7 @@ class Teacher:
             for layer in range(len(self.shape.layers))
         ]
 
-    def _capacity(self, rng: random.Random, lowest: bool) -> float:
+    def capacity(self, rng: random.Random, lowest: bool) -> float:
         return self.least if lowest else rng.uniform(self.least, 1.0)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastiformer import ElasticModel, Selection
+from elastiformer import Selection
 from training.checkpoint import (
     Checkpoint,
     copy_weights,
@@ -35,7 +35,7 @@ from training.processes import World, sum_gradients
 from training.progress import Log
 from training.signals import Stop
 from training.stream import StreamedWindows
-from training.student import Objective, Whole, held_out_kl, learn
+from training.student import Objective, Student, Whole
 
 PARTS = ("distil", "balance", "agreement", "total")  # of the losses
 VERSIONS = ("torch", "transformers")
@@ -71,12 +71,14 @@ class Distillation:
         args: argparse.Namespace,
         world: World,
         folder: Path,
-        model: ElasticModel,
+        student: Student,
         text: Text,
         options: Mapping[str, object],
         tolerance: Mapping[tuple[int, str], float],
     ) -> None:
+        model = student.model
         self._args, self._world, self._folder, self._model = args, world, folder, model
+        self._student = student
         self._text, self._options = text, options
         self._parameters: dict[str, nn.Parameter] = dict(model.trainable())
         self._optimizer = torch.optim.AdamW(
@@ -140,12 +142,14 @@ class Distillation:
     def _step(self) -> dict[str, float]:
         args, world = self._args, self._world
         ids_BT = self._windows.take(self._rows)
-        lessons = [self._teacher.lesson(self._done, row, self._rows) for row in range(self._rows)]
+        lessons = [
+            self._student.lesson(self._teacher, self._done, row, self._rows)
+            for row in range(self._rows)
+        ]
         whole = Whole.of(self._model, lessons, args.window)
         mine = shard(range(self._rows), world.rank, world.size)
         self._optimizer.zero_grad()
-        parts_4 = learn(
-            self._model,
+        parts_4 = self._student.learn(
             ids_BT[mine],
             [lessons[row] for row in mine],
             self._objective,
@@ -177,8 +181,8 @@ class Distillation:
             return False
         rows = len(held_WT)
         teacher = replace(self._teacher, seed=seed_of("held out", self._args.seed))
-        lessons = [teacher.lesson(0, row, rows) for row in range(rows)]
-        self._held_out.append(held_out_kl(self._model, held_WT, lessons, self._rows_at_once))
+        lessons = [self._student.lesson(teacher, 0, row, rows) for row in range(rows)]
+        self._held_out.append(self._student.held_out(held_WT, lessons, self._rows_at_once))
         return True
 
     def _save(self) -> None:
@@ -202,7 +206,7 @@ class Distillation:
         adapter.training = {
             "data": Path(args.data).name,
             "tokens": args.steps * args.batch_tokens,
-            "held_out_kl": measured,
+            self._student.measure: measured,
             **self._options,
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         }
@@ -215,7 +219,7 @@ class Distillation:
             "steps": args.steps,
             "tokens": args.steps * args.batch_tokens,
             "parameters": sum(p.numel() for p in self._parameters.values()),
-            "held_out_kl": measured,
+            self._student.measure: measured,
             "data_sha256": self._text.sha256,
             "run": str(self._folder),
         }

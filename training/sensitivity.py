@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -282,8 +282,15 @@ def about(adapter: Adapter, ids_WT: Tensor, prompt_tokens: int) -> dict[Phase, s
     return found
 
 
+class Judge(Protocol):
+    """Says what a plan loses."""
+
+    def kl(self, phase: Phase, plan: Plan, first_layer: int = 0) -> float:
+        """What is lost when the tokens of `phase` run under `plan`, whole below `first_layer`."""
+
+
 def ask(
-    meter: Meter, notebook: Notebook, asked: Sequence[Probe], layers: int, until: float, label: str
+    meter: Judge, notebook: Notebook, asked: Sequence[Probe], layers: int, until: float, label: str
 ) -> int:
     """Answer what the notebook lacks, a few at least, until the clock reads `until`.
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from elastiformer import ElasticModel
+from elastiformer.elastic import Elastic
 from elastiformer.masked import Selection
 from elastiformer.routers import TOKEN_UNITS
-from training.lessons import Lesson
+from training.lessons import Lesson, Teacher
 from training.losses import Divergence, Losses, Weights, kl_divergence, router_losses
 
 
@@ -29,6 +31,34 @@ class Objective:
     selection: Selection
 
 
+class Student(Protocol):
+    """What a run trains: what its rows are, and what they lose. A row is named by its numbers."""
+
+    @property
+    def model(self) -> Elastic:
+        """The model whose adapter learns."""
+
+    @property
+    def measure(self) -> str:
+        """What is measured on held-out rows."""
+
+    def lesson(self, teacher: Teacher, step: int, row: int, rows: int) -> Lesson:
+        """How one row of the whole batch of `rows` runs."""
+
+    def learn(
+        self,
+        ids_RT: Tensor,
+        lessons: Sequence[Lesson],
+        objective: Objective,
+        whole: Whole,
+        rows_at_once: int,
+    ) -> Tensor:
+        """Add these rows' part of the gradient; the parts of the losses, [4], not yet summed."""
+
+    def held_out(self, ids_WT: Tensor, lessons: Sequence[Lesson], rows_at_once: int) -> float:
+        """What is lost on held-out rows under lessons of their own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Whole:
     """The whole batch, of which a pass or a process holds a part: what losses are divided by."""
@@ -39,7 +69,7 @@ class Whole:
     part_routers: int
 
     @classmethod
-    def of(cls, model: ElasticModel, lessons: Sequence[Lesson], window: int) -> Whole:
+    def of(cls, model: Elastic, lessons: Sequence[Lesson], window: int) -> Whole:
         adapter = model.adapter
         assert adapter is not None, "a student without an adapter"
         layers, units = len(model.shape.layers), adapter.routers.units
@@ -100,6 +130,30 @@ def learn(
             losses.total.backward()  # type: ignore[no-untyped-call]
         parts += torch.stack([part.detach().float() for part in losses.parts])
     return parts
+
+
+@dataclass(frozen=True, slots=True)
+class TextStudent:
+    """A causal model, which learns from windows of text."""
+
+    model: ElasticModel
+    measure: str = "held_out_kl"
+
+    def lesson(self, teacher: Teacher, step: int, row: int, rows: int) -> Lesson:
+        return teacher.lesson(step, row, rows)
+
+    def learn(
+        self,
+        ids_RT: Tensor,
+        lessons: Sequence[Lesson],
+        objective: Objective,
+        whole: Whole,
+        rows_at_once: int,
+    ) -> Tensor:
+        return learn(self.model, ids_RT, lessons, objective, whole, rows_at_once)
+
+    def held_out(self, ids_WT: Tensor, lessons: Sequence[Lesson], rows_at_once: int) -> float:
+        return held_out_kl(self.model, ids_WT, lessons, rows_at_once)
 
 
 @torch.no_grad()

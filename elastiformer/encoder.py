@@ -1,0 +1,295 @@
+"""ElasticEncoder: a pretrained encoder whose every item runs under its own plan.
+
+It reads whole texts or images and answers each in one step: `step` runs the sparse form, for
+serving; `masked` the differentiable one, for training; `teacher` the base itself. A head that
+reads the class token alone leaves the other tokens in phase prompt: they owe keys and values.
+
+Shape letters: B items   T tokens, padded   D width
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from elastiformer.adapter import Adapter, SavedAdapter, blank
+from elastiformer.capacity import DENSE, Capacity, Plan
+from elastiformer.costs import CostTable
+from elastiformer.elastic import NO_ROUTING, Elastic
+from elastiformer.encoder_inputs import ImageItems, TextItems
+from elastiformer.encoder_weights import load_encoder
+from elastiformer.encoders import EncoderLayout, Reads, describe_encoder
+from elastiformer.encoding import EncoderForm, Pooling
+from elastiformer.errors import InputError
+from elastiformer.masked import MaskedPass, PlanGrid, Route, Selection
+from elastiformer.sequence import Chunk, Item, WholeSequence
+from elastiformer.sparse import SparseForm
+from elastiformer.tasks import Task
+from elastiformer.weights import BaseIdentity
+
+_FIRST_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Items side by side, padded, as the base takes them.
+
+    `mask_BT` is False on padding, `output_BT` True where what the last layer leaves is read.
+    """
+
+    inputs: dict[str, Tensor]
+    mask_BT: Tensor
+    output_BT: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """What the masked form gives: logits [B, O] or [B, T, O], features [B, T, D]; its routes."""
+
+    outputs: Tensor
+    routes: list[Route]
+
+
+class ElasticEncoder(Elastic):
+    """An encoder with its head and, perhaps, an adapter. Not thread-safe: one thread owns it."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        adapter: Adapter | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        images: Any = None,
+        identity: BaseIdentity | None = None,
+        pooling: Pooling | None = None,
+        normalized: bool = False,
+        most_tokens: int | None = None,
+    ) -> None:
+        """
+        Args:
+            images: the image processor of a model that reads images.
+            pooling: of features; if None, the class token of images, the mean of texts.
+            normalized: whether features are made unit length, as their model was trained.
+            most_tokens: of a text, where the model's own files ask for less than it can take.
+        """
+        self.encoder: EncoderLayout = describe_encoder(base)
+        self.task = self.encoder.task.value
+        default = Pooling.CLASS if self.encoder.reads_images else Pooling.MEAN
+        self.pooling = pooling or default
+        self.normalized, self.images, self._most_tokens = normalized, images, most_tokens
+        super().__init__(base, self.encoder.layers, adapter, tokenizer, identity)
+
+    @classmethod
+    def load(
+        cls,
+        base: str,
+        adapter: str | os.PathLike[str] | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        task: Task | None = None,
+    ) -> ElasticEncoder:
+        """Load a base (a folder, a Hub id, or an embedded name) and its adapter.
+
+        Args:
+            task: what to load it for; if None, what its config says that it is.
+
+        Raises:
+            BaseModelError, UnsupportedModel, AdapterError: each saying what is wrong.
+        """
+        loaded = load_encoder(base, task, dtype, device)
+        model = cls(
+            loaded.model,
+            tokenizer=loaded.tokenizer,
+            images=loaded.images,
+            identity=loaded.identity,
+            pooling=None if loaded.pooling is None else Pooling(loaded.pooling),
+            normalized=loaded.normalized,
+            most_tokens=loaded.most_tokens,
+        )
+        if adapter is not None:
+            model.attach(SavedAdapter.load(adapter).fit(model.layout, model.identity))
+        return model
+
+    @cached_property
+    def _sparse(self) -> SparseForm:
+        return EncoderForm(self.encoder, self.adapter, self.shape, self.pooling, self.normalized)
+
+    @property
+    def context(self) -> int:
+        """The most tokens of one text, or the tokens of an image."""
+        if self.encoder.reads_images:
+            side = self.config.image_size
+            height, width = (side, side) if isinstance(side, int) else side
+            return self.encoder.class_tokens + self._patches(height, width)
+        tokens = int(self.config.max_position_embeddings)
+        # RoBERTa counts positions from behind the padding's.
+        first = getattr(self.encoder.embeddings, "padding_idx", None)
+        tokens -= 0 if first is None else first + 1
+        return min(tokens, self._most_tokens or tokens)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the head's outputs, in order."""
+        names = self.config.id2label
+        return tuple(str(names[place]) for place in range(self.config.num_labels))
+
+    @property
+    def _outputs(self) -> int | None:
+        """How many tokens in front are read of the last layer; None: all."""
+        if self.encoder.task is Task.FEATURES:
+            return 1 if self.pooling is Pooling.CLASS else None
+        return self.encoder.class_tokens if self.encoder.reads is Reads.CLASS else None
+
+    @property
+    def reads_class(self) -> bool:
+        """Whether only class tokens are read, so that all others owe keys and values alone."""
+        return self._outputs is not None
+
+    # Items.
+
+    @cached_property
+    def inputs(self) -> TextItems | ImageItems:
+        """What makes items of that which callers send."""
+        if self.encoder.reads_images:
+            assert self.images is not None, "a model that reads images without their processor"
+            return ImageItems(self.images, self.config.num_channels, self.image)
+        assert self.tokenizer is not None, "a model that reads texts without a tokenizer"
+        return TextItems(self.tokenizer, self.context)
+
+    def image(self, pixels_CHW: Tensor) -> Item:
+        """A processed image as an item."""
+        _, height, width = pixels_CHW.shape
+        tokens = self.encoder.class_tokens + self._patches(height, width)
+        return Item(tuple(range(tokens)), pixels_CHW=pixels_CHW)
+
+    def _patches(self, height: int, width: int) -> int:
+        (patch,) = self.encoder.patches
+        return (height // patch.stride[0]) * (width // patch.stride[1])
+
+    # The sparse form: packed, whole items, each under its own plan.
+
+    def sequence(self, capacity: Capacity, item: Item) -> WholeSequence:
+        """A new request; its one chunk is all of its ids.
+
+        Raises:
+            CapacityError: below the calibrated range, or a unit that the adapter lacks.
+            InputError: no token, or more than the model takes.
+        """
+        tokens = len(item.ids)
+        if not 1 <= tokens <= self.context:
+            raise InputError(f"input: {tokens} tokens; this model takes 1 to {self.context}")
+        capacity = self._spread(capacity, tokens)
+        self._planner.check(capacity, tokens, tokens, self._outputs is None)
+        return WholeSequence(self._planner.plan_at(capacity, tokens), item, self._outputs)
+
+    def blocks_for(
+        self, capacity: Capacity, prompt_tokens: int, most_tokens: int, scored: bool = False
+    ) -> int:
+        """None, as no keys are kept; raises CapacityError as `sequence`."""
+        capacity = self._spread(capacity, prompt_tokens)
+        self._planner.check(capacity, prompt_tokens, prompt_tokens, self._outputs is None)
+        return 0
+
+    def _spread(self, capacity: Capacity, tokens: int) -> Capacity:
+        """Under one number for all, the class tokens run whole and the others make up for it."""
+        share = capacity.prompt
+        if self._outputs is None or share != capacity.output or not isinstance(share, float):
+            return capacity
+        if share < self.lowest:
+            return capacity  # which is refused
+        others = tokens - self._outputs
+        if share == 1.0 or others < 1:
+            return DENSE
+        return Capacity(max((share * tokens - self._outputs) / others, self.lowest), 1.0)
+
+    def encode(self, items: Many[Item], capacities: Many[Capacity]) -> list[Tensor]:
+        """Run whole items in one step; what is read of each, in float32."""
+        sequences = [self.sequence(*pair) for pair in zip(capacities, items, strict=True)]
+        return self.step([Chunk(each, list(each.item.ids)) for each in sequences])
+
+    def step(self, chunks: Many[Chunk]) -> list[Tensor]:
+        """Run any mix of items, each whole.
+
+        Returns:
+            For each chunk, in float32: the head's outputs [O], of every token [T, O], or pooled
+            features [D].
+        """
+        for chunk in chunks:
+            assert len(chunk.ids) == chunk.sequence.most_tokens, "an encoder reads whole items"
+        return super().step(chunks)
+
+    def measure_costs(self, seconds: float = 1.0) -> CostTable:
+        """Lay out the weights now, and measure from how many rows on a dense product is faster.
+
+        A step is run as well: what is compiled or loaded at its first use then is.
+        """
+        costs = super().measure_costs(seconds)
+        item = Item((0,) * min(_FIRST_TOKENS, self.context))
+        if self.encoder.reads_images:
+            side = self.config.image_size
+            height, width = (side, side) if isinstance(side, int) else side
+            item = self.image(torch.zeros(self.config.num_channels, height, width))
+        self.encode([item, item], [DENSE, Capacity(self.lowest, self.lowest)])
+        return costs
+
+    # The masked form, and the base itself: whole batches.
+
+    def collate(self, items: Many[Item]) -> Batch:
+        """Items of one kind as a batch."""
+        longest = max(len(item.ids) for item in items)
+        counts_B1 = torch.tensor([[len(item.ids)] for item in items], device=self.device)
+        at_T = torch.arange(longest, device=self.device)
+        mask_BT = at_T < counts_B1
+        output_BT = mask_BT if self._outputs is None else (at_T < self._outputs) & mask_BT
+        if self.encoder.reads_images:
+            pixels = [item.pixels_CHW for item in items if item.pixels_CHW is not None]
+            pixels_BCHW = torch.stack(pixels).to(self.device, self.dtype)
+            return Batch({"pixel_values": pixels_BCHW}, mask_BT, output_BT)
+        pad = self.config.pad_token_id or 0
+        inputs = {"input_ids": _padded([item.ids for item in items], pad, longest)}
+        inputs["attention_mask"] = mask_BT.long()
+        if self.encoder.takes_types:
+            types = [item.types or (0,) * len(item.ids) for item in items]
+            inputs["token_type_ids"] = _padded(types, 0, longest)
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        return Batch(inputs, mask_BT, output_BT)
+
+    def masked(self, batch: Batch, plans: PlanGrid | Many[tuple[Plan, Plan]]) -> Encoded:
+        """One differentiable forward; tokens are chosen by rank, as in serving.
+
+        Args:
+            plans: a plan for each token, or one (prompt plan, output plan) for each item.
+        """
+        grid = plans if isinstance(plans, PlanGrid) else PlanGrid.by_phase(plans, batch.output_BT)
+        adapter = self.adapter or blank(NO_ROUTING, self.layout, self.identity)
+        masked = MaskedPass(
+            self.layout,
+            self.shape,
+            adapter,
+            grid,
+            batch.output_BT,
+            Selection.RANK,
+            None if bool(batch.mask_BT.all()) else batch.mask_BT,
+        )
+        with masked.hooked():
+            outputs = self.teacher(batch)
+        return Encoded(outputs, masked.routes)
+
+    def teacher(self, batch: Batch, mask_BT: Tensor | None = None) -> Tensor:
+        """The untouched base's logits, or the features of every token."""
+        given = self.base(**batch.inputs)
+        outputs: Tensor = (
+            given.last_hidden_state if self.encoder.task is Task.FEATURES else given.logits
+        )
+        return outputs
+
+
+def _padded(rows: Many[Many[int]], filler: int, length: int) -> Tensor:
+    return torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows])

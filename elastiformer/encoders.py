@@ -1,0 +1,313 @@
+"""Where each encoder of Transformers keeps its modules, and what its head reads.
+
+`describe_encoder(base)` gives the same `Layout` as for causal models: layers under one set of
+names, so that the forms, the routers and the accounting are those of families.py. What comes
+before the layers (tokens, patches, positions) and after them (pooler, head) is the base's own
+code, called and never copied.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from elastiformer.accounting import LayerShape
+from elastiformer.errors import UnsupportedModel
+from elastiformer.families import Layer, Layout, has_module, optional_module, split
+from elastiformer.tasks import Task
+
+
+class Reads(StrEnum):
+    """What is read of that which the last layer leaves."""
+
+    CLASS = "class"  # the tokens in front that stand for the whole
+    TOKENS = "tokens"  # every token, each by itself
+    ALL = "all"  # all tokens together
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderFamily:
+    """Paths of one architecture's modules; those of a layer start at the layer."""
+
+    layers: str
+    attention: str = "attention"
+    attention_norm: str | None = None
+    after_attention: str | None = None
+    attention_close: str | None = None
+    queries: tuple[str, ...] = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+    out: str = "attention.o_proj"
+    mlp: str = "mlp"
+    mlp_norm: str | None = None
+    after_mlp: str | None = None
+    mlp_close: str | None = None
+    front: str = "mlp.fc1"
+    gated: bool = False  # gate and up are fused in `front`
+    down: str = "mlp.fc2"
+    activation: str = "mlp.activation_fn"
+    final_norm: str | None = None
+    rotary: str | None = None
+    reads_images: bool = False
+    takes_types: bool = False  # token types, which tell the two texts of a pair apart
+    class_tokens: int = 1  # in front, that stand for the whole
+
+
+_BERT = EncoderFamily(
+    layers="encoder.layer",
+    attention="attention.self",
+    attention_close="attention.output.LayerNorm",
+    queries=("attention.self.query", "attention.self.key", "attention.self.value"),
+    out="attention.output.dense",
+    mlp="intermediate",
+    mlp_close="output.LayerNorm",
+    front="intermediate.dense",
+    down="output.dense",
+    activation="intermediate.intermediate_act_fn",
+    takes_types=True,
+)
+_VIT = EncoderFamily(
+    layers="layers",
+    attention_norm="layernorm_before",
+    mlp_norm="layernorm_after",
+    final_norm="layernorm",
+    reads_images=True,
+)
+
+# By the model under the head.
+ENCODERS: dict[str, EncoderFamily] = {
+    "BertModel": _BERT,
+    "RobertaModel": _BERT,
+    "XLMRobertaModel": _BERT,
+    "DistilBertModel": EncoderFamily(
+        layers="transformer.layer",
+        attention_close="sa_layer_norm",
+        queries=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        out="attention.out_lin",
+        mlp="ffn",
+        mlp_close="output_layer_norm",
+        front="ffn.lin1",
+        down="ffn.lin2",
+        activation="ffn.activation",
+    ),
+    "ModernBertModel": EncoderFamily(
+        layers="layers",
+        attention="attn",
+        attention_norm="attn_norm",
+        queries=("attn.Wqkv",),
+        out="attn.Wo",
+        mlp_norm="mlp_norm",
+        front="mlp.Wi",
+        gated=True,
+        down="mlp.Wo",
+        activation="mlp.act",
+        final_norm="final_norm",
+        rotary="rotary_emb",
+    ),
+    "ViTModel": _VIT,
+    "DeiTModel": EncoderFamily(
+        layers="layers",
+        attention_norm="layernorm_before",
+        mlp_norm="layernorm_after",
+        final_norm="layernorm",
+        reads_images=True,
+        class_tokens=2,
+    ),
+    "Dinov2Model": EncoderFamily(
+        layers="encoder.layer",
+        attention_norm="norm1",
+        after_attention="layer_scale1",
+        mlp_norm="norm2",
+        after_mlp="layer_scale2",
+        final_norm="layernorm",
+        reads_images=True,
+    ),
+}
+
+# By the whole model; one without a head gives features.
+HEADS: dict[str, tuple[Task, Reads]] = {
+    **{
+        f"{name}ForSequenceClassification": (Task.TEXT_CLASSIFICATION, Reads.CLASS)
+        for name in ("Bert", "Roberta", "XLMRoberta", "DistilBert", "ModernBert")
+    },
+    **{
+        f"{name}ForTokenClassification": (Task.TOKEN_CLASSIFICATION, Reads.TOKENS)
+        for name in ("Bert", "Roberta", "XLMRoberta", "DistilBert", "ModernBert")
+    },
+    "ViTForImageClassification": (Task.IMAGE_CLASSIFICATION, Reads.CLASS),
+    "DeiTForImageClassification": (Task.IMAGE_CLASSIFICATION, Reads.CLASS),
+    "DeiTForImageClassificationWithTeacher": (Task.IMAGE_CLASSIFICATION, Reads.CLASS),
+    "Dinov2ForImageClassification": (Task.IMAGE_CLASSIFICATION, Reads.ALL),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncoderLayout:
+    """An encoder's layers, and what stands before and after them."""
+
+    layers: Layout
+    outer: PreTrainedModel
+    inner: PreTrainedModel  # the model under the head; itself where there is none
+    embeddings: nn.Module
+    task: Task
+    reads: Reads
+    reads_images: bool
+    takes_types: bool
+    class_tokens: int
+
+    @property
+    def head_modules(self) -> list[nn.Linear]:
+        """The matrices between the last layer and the answer."""
+        under = {id(module) for module in self.inner.modules()}
+        outside = [m for m in self.outer.modules() if id(m) not in under]
+        if self.pooler is not None:
+            outside += self.pooler.modules()
+        return [module for module in outside if isinstance(module, nn.Linear)]
+
+    @property
+    def pooler(self) -> nn.Module | None:
+        """The base's own pooler, where its head reads it."""
+        pooler = getattr(self.inner, "pooler", None)
+        return None if self.outer is self.inner else pooler
+
+    @property
+    def patches(self) -> list[nn.Conv2d]:
+        """What turns an image into tokens."""
+        return [m for m in self.embeddings.modules() if isinstance(m, nn.Conv2d)]
+
+
+def describe_encoder(base: PreTrainedModel) -> EncoderLayout:
+    """The layout of a pretrained encoder, with a head or without.
+
+    Raises:
+        UnsupportedModel: naming the architecture, and what of it is not known.
+    """
+    inner: PreTrainedModel = base.base_model
+    family = ENCODERS.get(type(inner).__name__)
+    if family is None:
+        raise UnsupportedModel(
+            f"{type(inner).__name__} has no entry in elastiformer/encoders.py (known: "
+            f"{', '.join(sorted(ENCODERS))})"
+        )
+    task, reads = Task.FEATURES, Reads.TOKENS
+    if inner is not base:
+        if type(base).__name__ not in HEADS:
+            raise UnsupportedModel(
+                f"{type(base).__name__}: its head is not known (known: {', '.join(sorted(HEADS))})"
+            )
+        task, reads = HEADS[type(base).__name__]
+    config: Any = base.config
+    if reads is Reads.CLASS and getattr(config, "classifier_pooling", "cls") == "mean":
+        reads = Reads.ALL
+    if missing := _missing(inner, family):
+        raise UnsupportedModel(f"{type(inner).__name__}: this model lacks {', '.join(missing)}")
+    if getattr(config, "is_decoder", False):
+        raise UnsupportedModel(f"{type(base).__name__}: its config makes it a decoder")
+    layers = tuple(
+        _layer(inner, family, module, index)
+        for index, module in enumerate(inner.get_submodule(family.layers).children())
+    )
+    prefix = "" if inner is base else f"{base.base_model_prefix}."
+    return EncoderLayout(
+        layers=Layout(
+            embedding=inner.embeddings,
+            positions=None,
+            rotary=inner.get_submodule(family.rotary) if family.rotary else None,
+            rotary_by_layer_type=family.rotary is not None,
+            rotary_by_length=False,
+            layers=layers,
+            layers_path=prefix + family.layers,
+            final_norm=optional_module(inner, family.final_norm) or nn.Identity(),
+            head=None,
+            logit_softcap=None,
+            width=layers[0].shape.width,
+            vocabulary=0,
+            causal=False,
+        ),
+        outer=base,
+        inner=inner,
+        embeddings=inner.embeddings,
+        task=task,
+        reads=reads,
+        reads_images=family.reads_images,
+        takes_types=family.takes_types and config.type_vocab_size > 1,
+        class_tokens=family.class_tokens,
+    )
+
+
+def _layer(inner: PreTrainedModel, family: EncoderFamily, layer: nn.Module, index: int) -> Layer:
+    config: Any = inner.config
+    attention = layer.get_submodule(family.attention)
+    heads: int = config.num_attention_heads
+    (out,) = split(layer, "", (family.out,), {"out": config.hidden_size})
+    size = out.weight_OI.shape[1]
+    query, key, value = split(
+        layer, "", family.queries, {"query": size, "key": size, "value": size}
+    )
+    (down,) = split(layer, "", (family.down,), {"down": config.hidden_size})
+    mlp_width: int = down.weight_OI.shape[1]
+    sizes = {"gate": mlp_width, "up": mlp_width} if family.gated else {"up": mlp_width}
+    front = split(layer, "", (family.front,), sizes)
+    types = getattr(config, "layer_types", None)
+    return Layer(
+        index=index,
+        shape=LayerShape(
+            width=config.hidden_size,
+            heads=heads,
+            kv_heads=heads,
+            head_dim=size // heads,
+            mlp_width=mlp_width,
+            gated=family.gated,
+        ),
+        attention=attention,
+        attention_norm=optional_module(layer, family.attention_norm) or nn.Identity(),
+        after_attention=optional_module(layer, family.after_attention),
+        query=query,
+        key=key,
+        value=value,
+        out=out,
+        query_norm=None,
+        key_norm=None,
+        scale=(size // heads) ** -0.5,
+        window=getattr(attention, "sliding_window", None),
+        softcap=None,
+        rotate=(
+            sys.modules[type(attention).__module__].apply_rotary_pos_emb if family.rotary else None
+        ),
+        layer_type=types[index] if types is not None else None,
+        mlp=layer.get_submodule(family.mlp),
+        mlp_norm=optional_module(layer, family.mlp_norm) or nn.Identity(),
+        after_mlp=optional_module(layer, family.after_mlp),
+        gate=front[0] if family.gated else None,
+        up=front[-1],
+        down=down,
+        activation=layer.get_submodule(family.activation),
+        attention_close=optional_module(layer, family.attention_close),
+        mlp_close=optional_module(layer, family.mlp_close),
+    )
+
+
+def _missing(inner: nn.Module, family: EncoderFamily) -> list[str]:
+    """The modules of `family` that this model does not have."""
+    outer = ["embeddings", family.layers, family.final_norm, family.rotary]
+    inside = [
+        family.attention,
+        family.attention_norm,
+        family.after_attention,
+        family.attention_close,
+        *family.queries,
+        family.out,
+        family.mlp,
+        family.mlp_norm,
+        family.after_mlp,
+        family.mlp_close,
+        family.front,
+        family.down,
+        family.activation,
+    ]
+    wanted = [path for path in outer if path]
+    wanted += [f"{family.layers}.0.{path}" for path in inside if path]
+    return [path for path in wanted if not has_module(inner, path)]

@@ -1,0 +1,503 @@
+"""Encoders behind the server: what Transformers' pipelines say, at any capacity, in any company."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from openai import OpenAI
+from PIL import Image
+from transformers import pipeline
+
+from elastiformer.encoder import ElasticEncoder
+from elastiformer.tasks import Task
+from service.metrics import Metrics
+from service.served import load, load_model
+from service.settings import TASKS, ModelSpec, Settings
+from tests.elastiformer.test_encoders import calibrated, elastic_encoder
+from tests.service.conftest import House, build, elastic_model, in_house
+from tests.tiny_encoders import (
+    LABELS,
+    SIDE,
+    TEXT_FAMILIES,
+    TEXT_TOKENS,
+    WIDTH,
+    save_tiny_encoder,
+    tiny_encoder,
+    tiny_image_processor,
+    tiny_word_tokenizer,
+)
+
+TEXTS = ["a good film", "it was not very dull and the days", "bad", "my long bright film is one"]
+CLOSE = {"abs": 1e-5, "rel": 1e-4}
+
+
+def of_text(task: str = "text-classification", family: str = "bert", **changes) -> ElasticEncoder:
+    base = tiny_encoder(family, task, **changes)
+    return ElasticEncoder(base, tokenizer=tiny_word_tokenizer())
+
+
+def of_images(family: str = "vit", task: str = "image-classification") -> ElasticEncoder:
+    return ElasticEncoder(tiny_encoder(family, task), images=tiny_image_processor(family))
+
+
+def routed(task: str | None = None, family: str = "bert") -> ElasticEncoder:
+    """A calibrated encoder whose routers have opinions."""
+    model = calibrated(elastic_encoder(family, task))
+    model.tokenizer = tiny_word_tokenizer()
+    model.images = tiny_image_processor(family) if model.encoder.reads_images else None
+    return model
+
+
+def picture(seed: int = 0, width: int = 33, height: int = 47, mode: str = "RGB") -> Image.Image:
+    shape = (height, width, 3) if mode == "RGB" else (height, width)
+    numbers = np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8)
+    return Image.fromarray(numbers)
+
+
+def content(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    into = io.BytesIO()
+    image.save(into, kind, **options)
+    return into.getvalue()
+
+
+def uri(raw: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+
+
+def visit(model: ElasticEncoder, talk, **options) -> None:
+    in_house(talk, models={"tiny": model}, **options)
+
+
+# What the pipelines say.
+
+
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+@pytest.mark.parametrize("problem", [None, "multi_label_classification", "regression"])
+def test_classify_and_predict_say_what_the_text_pipeline_says(family, problem):
+    changes = {"problem_type": problem}
+    if problem == "regression":
+        changes["id2label"] = {0: "rating"}
+    model = of_text(family=family, **changes)
+    said = pipeline("text-classification", model=model.base, tokenizer=model.tokenizer)
+    expected = [{e["label"]: e["score"] for e in said(text, top_k=None)} for text in TEXTS]
+
+    async def talk(house: House) -> None:
+        answer = (await house.post("/v1/classify", input=TEXTS)).json()
+        predicted = (await house.post("/predict", inputs=TEXTS)).json()
+        one = (await house.post("/classify", input=TEXTS[0])).json()
+        raw = (await house.post("/predict", inputs=TEXTS[0], raw_scores=True)).json()
+        with torch.inference_mode():
+            logits = model.base(**model.tokenizer(TEXTS[0], return_tensors="pt")).logits[0]
+        for entry, scores, listed in zip(answer["data"], expected, predicted, strict=True):
+            got = dict(zip(entry["labels"], entry["probs"], strict=True))
+            assert got == pytest.approx(scores, **CLOSE)
+            assert entry["label"] == max(scores, key=scores.get)
+            assert entry["num_classes"] == len(scores)
+            assert {each["label"]: each["score"] for each in listed} == pytest.approx(
+                scores, **CLOSE
+            )
+            assert listed[0]["score"] == max(each["score"] for each in listed)
+        assert one["data"][0]["probs"] == pytest.approx(answer["data"][0]["probs"], **CLOSE)
+        assert sorted(each["score"] for each in raw) == pytest.approx(
+            sorted(logits.tolist()), **CLOSE
+        )
+        tokens = sum(len(model.tokenizer(text).input_ids) for text in TEXTS)
+        assert answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] == tokens
+        assert answer["usage"]["completion_tokens"] == 0
+        assert answer["elasti"]["capacity_applied"] == 1.0
+
+    visit(model, talk)
+
+
+def test_pairs_are_read_as_the_pipeline_reads_them():
+    model = of_text()
+    said = pipeline("text-classification", model=model.base, tokenizer=model.tokenizer)
+    pair = {"text": "a good film", "text_pair": "it was dull"}
+    (expected,) = said([pair], top_k=None)
+
+    async def talk(house: House) -> None:
+        answer = (await house.post("/v1/classify", input=[pair, TEXTS[0]])).json()
+        alone = (await house.post("/v1/classify", input=pair)).json()
+        for entry in (answer["data"][0], alone["data"][0]):
+            got = dict(zip(entry["labels"], entry["probs"], strict=True))
+            assert got == pytest.approx({e["label"]: e["score"] for e in expected}, **CLOSE)
+
+    visit(model, talk)
+
+
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_tokens_are_labelled_as_the_pipeline_labels_them(family):
+    names = {place: "O" if place == 2 else f"B-{place}" for place in range(LABELS)}
+    model = of_text("token-classification", family, id2label=names)
+    said = pipeline("token-classification", model=model.base, tokenizer=model.tokenizer)
+    expected = [said(text) for text in TEXTS]
+
+    async def talk(house: House) -> None:
+        predicted = (await house.post("/predict", inputs=TEXTS)).json()
+        answer = (await house.post("/v1/classify", input=TEXTS)).json()
+        for text, got, wanted, entry in zip(
+            TEXTS, predicted, expected, answer["data"], strict=True
+        ):
+            assert len(entry["tokens"]) == len(text.split())
+            assert [text[t["start"] : t["end"]] for t in entry["tokens"]] == text.split()
+            assert [{**each, "score": 0} for each in got] == [
+                {**each, "score": 0} for each in wanted
+            ]
+            assert [each["score"] for each in got] == pytest.approx(
+                [float(each["score"]) for each in wanted], **CLOSE
+            )
+
+    visit(model, talk)
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "dinov2"])
+def test_images_are_classified_as_the_pipeline_classifies_them(family):
+    model = of_images(family)
+    images = [picture(1), picture(2, 20, 20), picture(3, 64, 17)]
+    said = pipeline("image-classification", model=model.base, image_processor=model.images)
+    expected = [{e["label"]: e["score"] for e in said(image, top_k=LABELS)} for image in images]
+
+    async def talk(house: House) -> None:
+        given = [{"image": uri(content(image))} for image in images]
+        answer = (await house.post("/v1/classify", input=given)).json()
+        predicted = (await house.post("/predict", inputs=given[0])).json()
+        for entry, scores in zip(answer["data"], expected, strict=True):
+            got = dict(zip(entry["labels"], entry["probs"], strict=True))
+            assert got == pytest.approx(scores, **CLOSE)
+        assert {e["label"]: e["score"] for e in predicted} == pytest.approx(expected[0], **CLOSE)
+        assert answer["usage"]["prompt_tokens"] == 3 * model.context
+
+    visit(model, talk)
+
+
+def test_embeddings_are_the_pooled_features_of_the_pipeline_as_the_folder_says(tmp_path):
+    said = None
+    for pooling in ("mean", "cls"):
+        folder = save_tiny_encoder(tmp_path / pooling, tiny_encoder("bert", "features"), pooling)
+        model = load_model(ModelSpec("tiny", str(folder)), Settings(dtype="float32"))
+        assert isinstance(model, ElasticEncoder) and model.task == "features"
+        said = pipeline("feature-extraction", model=str(folder), dtype=torch.float32)
+        rows = [torch.tensor(said(text)[0]) for text in TEXTS]
+        pooled = [each.mean(0) if pooling == "mean" else each[0] for each in rows]
+        expected = [each / each.norm() for each in pooled]
+
+        async def talk(house: House, model=model, expected=expected) -> None:
+            answer = (await house.post("/v1/embeddings", input=TEXTS)).json()
+            assert answer["object"] == "list"
+            for entry, vector in zip(answer["data"], expected, strict=True):
+                assert entry["object"] == "embedding"
+                assert entry["embedding"] == pytest.approx(vector.tolist(), **CLOSE)
+            ids = model.tokenizer(TEXTS).input_ids
+            by_ids = (await house.post("/v1/embeddings", input=ids)).json()
+            first = (await house.post("/v1/embeddings", input=ids[0])).json()
+            assert by_ids["data"] == answer["data"]
+            assert first["data"][0]["embedding"] == pytest.approx(expected[0].tolist(), **CLOSE)
+
+        visit(model, talk)
+
+
+def test_image_features_are_those_of_the_class_token():
+    model = of_images(task="features")
+    image = picture(5)
+    with torch.inference_mode():
+        given = model.images(images=image, return_tensors="pt")
+        expected = model.base(**given).last_hidden_state[0, 0]
+
+    async def talk(house: House) -> None:
+        answer = (await house.post("/v1/embeddings", input={"image": uri(content(image))})).json()
+        assert answer["data"][0]["embedding"] == pytest.approx(expected.tolist(), **CLOSE)
+
+    visit(model, talk)
+
+
+def test_the_openai_client_gets_its_embeddings(street):
+    """It asks for base64 and reads it as float32, without being told."""
+    model = of_text("features")
+    app = build(models={"tiny": model})
+    client = OpenAI(base_url=f"{street(app)}/v1", api_key="none")
+    by_default = client.embeddings.create(model="tiny", input=TEXTS)
+    as_floats = client.embeddings.create(model="tiny", input=TEXTS, encoding_format="float")
+    for one, other in zip(by_default.data, as_floats.data, strict=True):
+        assert len(one.embedding) == WIDTH
+        assert one.embedding == pytest.approx(other.embedding, **CLOSE)
+    assert by_default.usage.total_tokens == as_floats.usage.prompt_tokens
+    assert by_default.elasti["capacity_spent"] == 1.0
+
+
+# Mixed capacities, usage and metrics.
+
+
+@pytest.mark.parametrize(("task", "family"), [(None, "bert"), ("features", "bert"), (None, "vit")])
+def test_requests_of_any_capacity_run_together_and_are_as_they_are_alone(task, family):
+    model = routed(task, family)
+    images = model.encoder.reads_images
+    given = [{"image": uri(content(picture(n)))} for n in range(6)] if images else TEXTS + TEXTS[:2]
+    path = "/v1/embeddings" if task == "features" else "/v1/classify"
+    asked = [1.0, 0.5, 0.7, {"heads": 0.5, "mlp_tokens": 0.5}, {"prompt": 0.5, "output": 1.0}, 0.6]
+    key = "embedding" if task == "features" else "probs"
+
+    async def talk(house: House) -> None:
+        pairs = list(zip(given, asked, strict=True))
+        alone = [(await house.post(path, input=g, capacity=c)).json() for g, c in pairs]
+        steps: list[int] = []
+        step = model.step
+        model.step = lambda chunks: steps.append(len(chunks)) or step(chunks)
+        together = await asyncio.gather(
+            *(house.post(path, input=g, capacity=c) for g, c in pairs * 3)
+        )
+        assert max(steps) > 1  # they did share steps
+        for answer, one in zip(together, alone * 3, strict=True):
+            body = answer.json()
+            assert body["data"][0][key] == pytest.approx(one["data"][0][key], **CLOSE)
+            assert body["usage"] == one["usage"]
+            spent = body["elasti"]["capacity_spent"]
+            assert answer.headers["X-Elasti-Capacity-Spent"] == f"{spent:.4f}"
+        half, whole = alone[1]["usage"]["compute"], alone[0]["usage"]["compute"]
+        assert half["block_flops"] < 0.75 * half["dense_block_flops"]
+        assert half["tokens_skipped"]["mlp_tokens"] or half["heads_skipped"]
+        assert whole["tokens_skipped"] == {"attention_tokens": 0, "mlp_tokens": 0}
+
+    visit(model, talk)
+
+
+def test_what_encoders_spend_is_in_the_metrics():
+    model = routed()
+
+    async def talk(house: House) -> None:
+        compute = []
+        for capacity in (1.0, 0.6):
+            answer = await house.post("/v1/classify", input=TEXTS, capacity=capacity)
+            compute.append(answer.json()["usage"]["compute"])
+        await house.until_idle()
+        assert house.value("elasti_request_success_total", finished_reason="stop") == 8
+        assert house.value("elasti_flops_total") == sum(each["flops"] for each in compute)
+        skipped = house.value("elasti_router_tokens_skipped_total", unit="mlp_tokens")
+        assert skipped == compute[1]["tokens_skipped"]["mlp_tokens"]
+        assert house.value("elasti_prompt_tokens_total") > 0
+        assert house.value("elasti_generation_tokens_total") == 0
+
+    visit(model, talk)
+
+
+def test_an_item_longer_than_a_step_runs_alone_and_whole():
+    model = of_text()
+
+    async def talk(house: House) -> None:
+        texts = [" ".join(["good"] * n) for n in (40, 2, 30, 3)]
+        answer = (await house.post("/v1/classify", input=texts)).json()
+        one = (await house.post("/v1/classify", input=texts[0])).json()
+        assert answer["data"][0]["probs"] == pytest.approx(one["data"][0]["probs"], **CLOSE)
+        assert len(answer["data"]) == 4
+
+    visit(model, talk, max_step_tokens=16)
+
+
+def test_a_model_is_described_with_its_task_and_labels():
+    async def talk(house: House) -> None:
+        data = (await house.client.get("/v1/models")).json()["data"]
+        (own,) = [each for each in data if each["id"] == "tiny"]
+        assert own["meta"]["task"] == "text-classification"
+        assert own["meta"]["labels"] == [f"label {place}" for place in range(LABELS)]
+        assert own["max_model_len"] == TEXT_TOKENS
+        assert {"tiny@0.9", "tiny@0.5"} <= {each["id"] for each in data}
+        version = (await house.client.get("/version")).json()
+        assert version["models"]["tiny"]["attention"] == "sdpa, both ways"
+
+    visit(routed(), talk)
+
+
+# Refusals.
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that says it is 60,000 pixels a side."""
+
+    def part(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    packed = zlib.compress(b"\0" * 1_000)
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", packed) + part(b"IEND", b"")
+
+
+WRONG_IMAGES = {
+    "a truncated PNG": (uri(content(picture())[:900]), "the image cannot be read"),
+    "a truncated JPEG": (uri(content(picture(), "JPEG")[:500], "jpeg"), "cannot be read"),
+    "a decompression bomb": (uri(bomb()), "pixels"),
+    "1 x 1": (uri(content(picture(0, 1, 1))), "8 to 10000 pixels; got 1 x 1"),
+    "20,000 pixels wide": (uri(content(picture(0, 20_000, 9))), "got 20000 x 9"),
+    "a format that is not read": (uri(content(picture(), "PPM")), "PNG, JPEG, WEBP, GIF, BMP"),
+    "no image": (uri(b"<svg></svg>", "svg+xml"), "not an image in a format"),
+    "nothing": (uri(b""), "not an image in a format"),
+    "an address": ("http://example.com/cat.png", "fetches no addresses; got 'http://example.com"),
+    "a file": ("file:///etc/passwd", "fetches no addresses"),
+    "no base64": ("data:image/png;base64,@@@", "is not base64"),
+    "plain text": ("data:text/plain,hello", "an image is a data URI"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_IMAGES)
+def test_an_image_that_cannot_be_read_is_refused_by_name_and_harms_nobody(wrong):
+    given, told = WRONG_IMAGES[wrong]
+    model = of_images()
+
+    async def talk(house: House) -> None:
+        fine = {"image": uri(content(picture()))}
+        expected = (await house.post("/v1/classify", input=fine)).json()["data"]
+        for path, body in (
+            ("/v1/classify", {"input": [fine, {"image": given}]}),
+            ("/predict", {"inputs": {"image": given}}),
+        ):
+            answer = await house.post(path, **body)
+            error = answer.json()["error"]
+            assert answer.status_code == 400, answer.text
+            assert told in error["message"], error["message"]
+            assert error["code"] == "invalid_input"
+            assert error["message"].startswith(("input.1:", "inputs:"))
+        assert (await house.post("/v1/classify", input=fine)).json()["data"] == expected
+
+    visit(model, talk)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP", "PNG"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_every_format_and_colour_is_read_as_pillow_reads_it(kind, mode):
+    from elastiformer.images import decode
+
+    image = picture(7).convert(mode if not (kind == "JPEG" and mode in ("RGBA", "P")) else "L")
+    raw = content(image, kind)
+    expected = Image.open(io.BytesIO(raw)).convert("RGB")
+    assert np.array_equal(np.array(decode(uri(raw, kind.lower()))), np.array(expected))
+
+
+def test_texts_and_fields_that_do_not_fit_are_refused_with_the_bound():
+    long = " ".join(["good"] * 100)
+    classifier, features = of_text(), of_text("features")
+
+    async def talk(house: House) -> None:
+        async def refused(path: str, told: str, param: str | None = None, **body) -> None:
+            answer = await house.post(path, **body)
+            assert answer.status_code == 400, answer.text
+            error = answer.json()["error"]
+            assert told in error["message"], error["message"]
+            assert param is None or error["param"] == param
+
+        for path, field, model in (
+            ("/v1/classify", "input", "tiny"),
+            ("/predict", "inputs", "tiny"),
+            ("/v1/embeddings", "input", "vectors"),
+        ):
+            told = f"{field}: 102 tokens are more than the {TEXT_TOKENS} that this model takes"
+            await refused(path, told, model=model, **{field: long})
+            cut = await house.post(path, model=model, truncate=True, **{field: long})
+            assert cut.status_code == 200, cut.text
+        image = {"image": uri(content(picture()))}
+        await refused("/v1/classify", "input: this model reads text only", input=image)
+        await refused("/v1/classify", "has labels of its own", "labels", input="a", labels=["x"])
+        await refused("/v1/classify", "no calibration, so only 1.0", input="a", capacity=0.5)
+        await refused("/v1/classify", "/v1/embeddings", "model", model="vectors", input="a")
+        await refused("/v1/embeddings", "gives no features", "model", input="a")
+        await refused("/v1/embeddings", "gives no features", "model", model="writer", input="a")
+        await refused("/v1/completions", "writes no text", "model", prompt="a")
+        chat = [{"role": "user", "content": "a"}]
+        await refused("/v1/chat/completions", "writes no text", "model", messages=chat)
+        pair = {"text": "a", "text_pair": "b"}
+        await refused(
+            "/v1/classify", "reads no pairs", model="writer", input=[pair], labels=["x", "y"]
+        )
+        vectors = {"model": "vectors"}
+        await refused(
+            "/v1/embeddings", "24 and no other", "dimensions", input="a", dimensions=8, **vectors
+        )
+        await refused("/v1/embeddings", "outside the vocabulary", input=[1, 99_999], **vectors)
+        await refused(
+            "/v1/embeddings", "encoding_format", input="a", encoding_format="int8", **vectors
+        )
+        await refused("/v1/embeddings", "input", "input", input=[], **vectors)
+        same = await house.post("/v1/embeddings", input="a", dimensions=WIDTH, **vectors)
+        assert same.status_code == 200
+        docs = (await house.client.get("/openapi.json")).json()
+        assert "/v1/embeddings" in docs["paths"]
+
+    in_house(talk, models={"tiny": classifier, "vectors": features, "writer": elastic_model()})
+
+
+def test_an_output_that_is_no_number_fails_its_request_alone():
+    model = routed()
+
+    async def talk(house: House) -> None:
+        real = model.step
+
+        def poisoned(chunks):
+            outputs = real(chunks)
+            return [
+                o * torch.nan if len(c.ids) == 3 else o
+                for c, o in zip(chunks, outputs, strict=True)
+            ]
+
+        model.step = poisoned
+        bad, good = await asyncio.gather(
+            house.post("/v1/classify", input=["a good film", "bad"]),
+            house.post("/v1/classify", input="a good film"),
+        )
+        assert bad.status_code == 500 and "not finite" in bad.json()["error"]["message"]
+        assert good.status_code == 200
+        await house.until_idle()
+
+    visit(model, talk)
+
+
+# From folders.
+
+
+def test_a_folder_is_served_for_the_task_that_its_config_names(tmp_path):
+    folder = save_tiny_encoder(tmp_path / "labels", tiny_encoder("roberta"))
+    pictures = save_tiny_encoder(tmp_path / "pictures", tiny_encoder("vit"))
+    told: list[str] = []
+    settings = Settings(models=f"a={folder};b={folder},task=features;c={pictures}", dtype="float32")
+    catalogue = load(settings, Metrics(), told.append)
+    assert [served.task for served in catalogue] == [
+        "text-classification",
+        "features",
+        "image-classification",
+    ]
+    assert any("attention by sdpa, both ways" in line for line in told)
+
+
+def test_the_tasks_of_the_settings_are_those_of_the_library():
+    assert {task.value for task in Task} < set(TASKS)
+    for task in Task:
+        assert ModelSpec.parse(f"a=b,task={task}").task == task
+    with pytest.raises(ValueError, match="task is one of"):
+        ModelSpec.parse("a=b,task=poetry")
+
+
+def test_a_greyscale_model_reads_greyscale():
+    model = ElasticEncoder(
+        tiny_encoder("vit", num_channels=1),
+        images=type(tiny_image_processor())(
+            size={"height": SIDE, "width": SIDE}, image_mean=[0.5], image_std=[0.5]
+        ),
+    )
+    image = picture(4, 28, 28, mode="L")
+    resized = np.array(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR), dtype=np.float32)
+    pixels_CHW = torch.from_numpy((resized / 255 - 0.5) / 0.5)[None]
+    with torch.inference_mode():
+        expected = model.base(pixel_values=pixels_CHW[None]).logits[0].softmax(-1)
+
+    async def talk(house: House) -> None:
+        answer = (await house.post("/v1/classify", input={"image": uri(content(image))})).json()
+        assert answer["data"][0]["probs"] == pytest.approx(expected.tolist(), abs=1e-4)
+        assert json.dumps(answer)
+
+    visit(model, talk)

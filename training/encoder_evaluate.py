@@ -1,0 +1,199 @@
+"""The report of an encoder: quality, cost and time at each capacity, beside baselines.
+
+Baselines spend the same: `uniform` lowers every share alike in all layers (the paper's recipe),
+`random` runs the calibrated plans with routers that know nothing. All are measured through the
+form that is served; times are the medians of whole passes, capacities taking turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+
+from elastiformer import AdapterError, CapacityError, Phase
+from elastiformer.calibration import DataRecord
+from elastiformer.encoder import ElasticEncoder
+from elastiformer.tasks import Task
+from training.allotment import fields_of, uniform
+from training.data import seed_of
+from training.encoder_calibrate import labels_of, load, recalibrate, some
+from training.encoder_quality import ItemQuality, Judged, measure_items
+from training.examples import Examples, read_examples
+from training.files import write_atomically, write_json
+from training.progress import track
+
+ITEM_BASELINES = ("uniform", "random")
+
+
+def evaluate_items(args: argparse.Namespace, task: Task) -> dict[str, Any]:
+    """One report, from the data to its files."""
+    started = time.monotonic()
+    model = load(args, task)
+    adapter, calibration = model.adapter, model.calibration
+    if adapter is None or calibration is None:
+        raise AdapterError(f"{args.adapter}: not calibrated; run python -m training calibrate")
+    examples = some(read_examples(args.data, model), args.items)
+    given = Judged.of(model, examples.items(range(len(examples.each))), labels_of(examples))
+    served = [each for each in args.capacities if each >= calibration.lowest - 1e-9]
+    ours = [measure_items(model, given, capacity) for capacity in track(served, label="quality")]
+    times = _times(model, given, served, args.repeats)
+    names = ITEM_BASELINES if args.baselines else ()
+    beside = {name: _baseline(model, name, given, served, args.seed) for name in names}
+    report = {
+        "about": _about(model, examples, args),
+        "ours": [asdict(row) for row in ours],
+        "time_ratio": times,
+        "baselines": {name: [asdict(row) for row in rows] for name, rows in beside.items()},
+        "refused": [each for each in args.capacities if each not in served],
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "report.json", report)
+    write_atomically(args.out / "report.md", _markdown(model, ours, times, beside).encode())
+    if args.update_adapter:
+        problem = model.config.problem_type
+        rows = [(row.measured(model.task, problem), times.get(f"{row.capacity:g}")) for row in ours]
+        adapter.calibration = replace(
+            calibration,
+            measured=tuple(replace(row, time_ratio=ratio) for row, ratio in rows),
+            data=DataRecord(
+                Path(examples.source).name,
+                examples.sha256,
+                len(examples.each),
+                calibration.context,
+                args.seed,
+            ),
+        )
+        adapter.save(args.adapter)
+    return {
+        "report": str(args.out),
+        "files": ["report.json", "report.md"],
+        "adapter": adapter.identity,
+        "capacities": served,
+        "distance": {f"{row.capacity:g}": row.distance for row in ours},
+        "accuracy": {f"{row.capacity:g}": row.accuracy for row in ours},
+        "time_ratio": times,
+        "worst_miss": max(row.missed for row in ours),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _times(
+    model: ElasticEncoder, given: Judged, served: Sequence[float], repeats: int
+) -> dict[str, float]:
+    """Each capacity's time over that at 1.0: whatever else runs here falls on all of them."""
+    taken: dict[float, list[float]] = {capacity: [] for capacity in served}
+    for _ in range(repeats):
+        for capacity in served:
+            taken[capacity].append(measure_items(model, given, capacity).seconds)
+    if not repeats:
+        return {}
+    whole = median(taken[1.0])
+    return {f"{capacity:g}": round(median(each) / whole, 4) for capacity, each in taken.items()}
+
+
+def _baseline(
+    model: ElasticEncoder, name: str, given: Judged, served: Sequence[float], seed: int
+) -> list[ItemQuality]:
+    """A baseline's rows; a capacity that it cannot reach has none."""
+    rows = []
+    context = _uniform(model) if name == "uniform" else _random_routers(model, seed)
+    with context:
+        for capacity in track([each for each in served if each < 1], label=f"baseline {name}"):
+            try:
+                rows.append(measure_items(model, given, capacity))
+            except CapacityError:
+                continue
+    return rows
+
+
+@contextmanager
+def _uniform(model: ElasticEncoder) -> Iterator[None]:
+    adapter, own = model.adapter, model.calibration
+    assert adapter is not None and own is not None
+    path = uniform(model.shape, fields_of(adapter.units))
+    paths = {phase: path if own.paths[phase] else () for phase in Phase}
+    recalibrate(model, replace(own, lowest=0.01, paths=paths))
+    try:
+        yield
+    finally:
+        recalibrate(model, own)
+
+
+@contextmanager
+def _random_routers(model: ElasticEncoder, seed: int) -> Iterator[None]:
+    adapter = model.adapter
+    assert adapter is not None
+    own = {name: tensor.clone() for name, tensor in adapter.routers.state_dict().items()}
+    draw = torch.Generator().manual_seed(seed_of("random routers", seed))
+    try:
+        for parameter in adapter.routers.parameters():
+            noise = torch.randn(parameter.shape, generator=draw)
+            parameter.data.copy_(noise.to(parameter.device))
+        model.attach(adapter)
+        yield
+    finally:
+        adapter.routers.load_state_dict(own)
+        model.attach(adapter)
+
+
+def _about(model: ElasticEncoder, examples: Examples, args: argparse.Namespace) -> dict[str, Any]:
+    assert model.adapter is not None and model.calibration is not None
+    return {
+        "base": asdict(model.adapter.base),
+        "adapter": model.adapter.identity,
+        "task": model.task,
+        "units": [unit.value for unit in model.adapter.units],
+        "lowest": model.calibration.lowest,
+        "data": {"name": Path(examples.source).name, "sha256": examples.sha256},
+        "items": len(examples.each),
+        "seed": args.seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _markdown(
+    model: ElasticEncoder,
+    ours: Sequence[ItemQuality],
+    times: Mapping[str, float],
+    beside: Mapping[str, Sequence[ItemQuality]],
+) -> str:
+    distance = "1 - cosine" if model.task == Task.FEATURES else "distance"
+    heads = ["capacity", "spent", distance, "same label", "accuracy", "time / full"]
+    heads += [f"{name}: {distance}" for name in beside]
+    lines = ["# Quality and cost", "", _row(heads), _row(["---"] * len(heads))]
+    for row in ours:
+        others = [
+            next((each.distance for each in rows if each.capacity == row.capacity), None)
+            for rows in beside.values()
+        ]
+        numbers = [row.spent, row.distance, row.same_label, row.accuracy]
+        numbers += [times.get(f"{row.capacity:g}"), *others]
+        lines.append(_row([f"{row.capacity:g}", *map(_number, numbers)]))
+    lines += ["", "Both baselines spend as much: `uniform` lowers all layers alike, `random` has"]
+    lines += ["the calibrated plans with routers that know nothing.", ""]
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
