@@ -20,6 +20,7 @@ from training.checkpoint import latest_checkpoint
 ROOT = Path(__file__).parents[2]
 WINDOW, ROWS = 24, 4
 SIZES = ["--window", str(WINDOW), "--batch-tokens", str(WINDOW * ROWS), "--experts", "8"]
+SIZES += ["--dtype", "float32"]  # on every processor
 QUICK = [*SIZES, "--probe-windows", "0", "--held-out", "0"]
 TEXT = (
     "The routers of a model learn which of its parts a token can do without, and the part that "

@@ -120,7 +120,7 @@ def test_prompts_that_cannot_be_used_are_named(synthesize, tmp_path, name, conte
 
 
 def test_greedy_answers_are_those_of_transformers(tiny_folder):
-    model = ElasticModel.load(str(tiny_folder))
+    model = ElasticModel.load(str(tiny_folder), dtype="float32")
     asked = [Prompt(text="What is"), Prompt(text="A longer prompt than the other one")]
 
     written = answers(model, asked, Style(0.0, 1.0, 0, most_new=12), first=0)
