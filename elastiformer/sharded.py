@@ -95,7 +95,7 @@ def divided(layout: Layout, rank: int, size: int) -> Layout:
     return replace(
         layout,
         layers=tuple(_of_layer(layer, rank, size) for layer in layout.layers),
-        head=_whole(layout.head),
+        head=None if layout.head is None else _whole(layout.head),
         _norms={},
     )
 
