@@ -151,9 +151,12 @@ class Decoding:
         if not isinstance(gate, CompiledGate):
             return None
         own = (layer.query_norm, layer.key_norm, layer.after_attention, layer.after_mlp)
-        if any(module is not None for module in own) or layer.softcap is not None:
+        closes = (layer.attention_close, layer.mlp_close)
+        if any(module is not None for module in own + closes) or layer.softcap is not None:
             return None
         if not tools.at_site(layer, Site.MLP_IN).has_tiles or tools.kv != "complete":
+            return None
+        if not tools.layout.causal:
             return None
         weights = {}
         for site in SITES:
