@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,13 @@ def joined() -> Iterator[World]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpu:
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    store, rank, size = next(rendezvous("env://"))
+    # A restart gets the store of the run before it, where it would find the addresses of processes
+    # that are gone. With several hosts the counts may differ; there the launcher must part them.
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield World(dist.get_rank(), size, f"cuda:{local}" if on_gpu else "cpu")
     finally:

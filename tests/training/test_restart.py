@@ -30,8 +30,7 @@ def launch(tiny_folder, tmp_path):
 
     def start(out):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        # More than one: a worker may come back while the other still looks for the lost one.
-        command += ["--nproc-per-node", "2", "--max-restarts", "3", "-m", "training", "distill"]
+        command += ["--nproc-per-node", "2", "--max-restarts", "1", "-m", "training", "distill"]
         command += ["--base", str(tiny_folder), "--data", str(data), "--out", str(tmp_path / out)]
         return subprocess.Popen(
             [*command, *OPTIONS],
