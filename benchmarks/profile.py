@@ -189,8 +189,8 @@ def _report(args: argparse.Namespace, model: ElasticModel, measured: list[Measur
         ],
         notes=(
             "Operators by their own time under the profiler; `Python and dispatch` is what they "
-            "leave of the step's time without it, so what the profiler adds to operators is "
-            "missing there."
+            "leave of the step's time without it: compiled kernels, which the profiler does not "
+            "see, count there, and what it adds to operators is missing."
         ),
         draw=lambda figure: _draw(figure, measured, names),
         size=(9, 1.2 + 0.7 * len(measured)),

@@ -5,6 +5,8 @@ What a kind computes, and of what, is its own business: model.py (causal), encod
 
 from __future__ import annotations
 
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence as Many
 from functools import cached_property, partial
 from typing import Any
@@ -14,7 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastiformer.accounting import KVPolicy, ModelShape
-from elastiformer.adapter import Adapter, AdapterSpec, ExpertSplit, blank, elastic_shape
+from elastiformer.adapter import (
+    Adapter,
+    AdapterSpec,
+    ExpertSplit,
+    SavedAdapter,
+    blank,
+    elastic_shape,
+)
 from elastiformer.calibration import Calibration
 from elastiformer.capacity import Capacity, Plan, Unit
 from elastiformer.costs import CostTable
@@ -33,7 +42,7 @@ from elastiformer.weights import BaseIdentity, config_hash
 NO_ROUTING = AdapterSpec(units=())
 
 
-class Elastic:
+class Elastic(ABC):
     """A base model and, perhaps, an adapter. Not thread-safe: one thread owns it."""
 
     task = "text-generation"
@@ -76,6 +85,15 @@ class Elastic:
         for made_before in ("_sparse", "_growing", "_cache_shape"):
             self.__dict__.pop(made_before, None)
 
+    def attach_saved(self, adapter: str | os.PathLike[str] | None) -> None:
+        """Use the adapter in this folder or of this Hub id, if one is named.
+
+        Raises:
+            AdapterError: naming every misfit.
+        """
+        if adapter is not None:
+            self.attach(SavedAdapter.load(adapter).fit(self.layout, self.identity))
+
     @cached_property
     def _sparse(self) -> SparseForm:
         return SparseForm(self.layout, self.adapter, self.shape)
@@ -108,6 +126,7 @@ class Elastic:
         """The lowest capacity that was calibrated; 1.0 without a calibration."""
         return self.calibration.lowest if self.calibration is not None else 1.0
 
+    @abstractmethod
     def blocks_for(
         self, capacity: Capacity, prompt_tokens: int, most_tokens: int, scored: bool = False
     ) -> int:
@@ -116,16 +135,14 @@ class Elastic:
         Raises:
             CapacityError: below the calibrated range, or a unit that the adapter lacks.
         """
-        self._planner.check(capacity, prompt_tokens, most_tokens, scored)
-        return 0
 
     def step(self, chunks: Many[Chunk]) -> list[Tensor]:
         """Run the next tokens of any mix of sequences; what is read of each, in float32."""
         return self._sparse.step(chunks)
 
+    @abstractmethod
     def teacher(self, batch: Any, mask_BT: Tensor | None = None) -> Tensor:
         """What the untouched base makes of a batch."""
-        raise NotImplementedError
 
     def measure_costs(self, seconds: float = 1.0) -> CostTable:
         """Lay out the weights now, and measure from how many rows on a dense product is faster."""

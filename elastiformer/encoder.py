@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from elastiformer.adapter import Adapter, SavedAdapter, blank
+from elastiformer.adapter import Adapter, blank
 from elastiformer.capacity import DENSE, Capacity, Plan
 from elastiformer.costs import CostTable
 from elastiformer.elastic import NO_ROUTING, Elastic
@@ -113,8 +113,7 @@ class ElasticEncoder(Elastic):
             normalized=loaded.normalized,
             most_tokens=loaded.most_tokens,
         )
-        if adapter is not None:
-            model.attach(SavedAdapter.load(adapter).fit(model.layout, model.identity))
+        model.attach_saved(adapter)
         return model
 
     @cached_property

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence as Many
 from functools import cached_property
+from typing import Self
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from elastiformer.adapter import Adapter, SavedAdapter, blank
+from elastiformer.adapter import Adapter, blank
 from elastiformer.cache import CacheShape, SequenceCache, blocks_of
 from elastiformer.capacity import Capacity, Plan
 from elastiformer.costs import CostTable
@@ -24,7 +25,7 @@ from elastiformer.masked import MaskedResult, PlanGrid, Selection, run_masked
 from elastiformer.pool import Pool
 from elastiformer.prefixes import PrefixStore
 from elastiformer.sequence import Chunk, Sequence
-from elastiformer.weights import BaseIdentity, load_base
+from elastiformer.weights import BaseIdentity, LoadedBase, load_base
 
 _FIRST_TOKENS = 8  # more rows than one thread does alone (row_kernels.py)
 
@@ -49,16 +50,18 @@ class ElasticModel(Elastic):
         adapter: str | os.PathLike[str] | None = None,
         dtype: str = "auto",
         device: str = "auto",
-    ) -> ElasticModel:
+    ) -> Self:
         """Load a base (a folder, a Hub id, or an embedded name) and its adapter.
 
         Raises:
             BaseModelError, UnsupportedModel, AdapterError: each saying what is wrong.
         """
-        loaded = load_base(base, dtype, device)
+        return cls._of(load_base(base, dtype, device), adapter)
+
+    @classmethod
+    def _of(cls, loaded: LoadedBase, adapter: str | os.PathLike[str] | None) -> Self:
         model = cls(loaded.model, tokenizer=loaded.tokenizer, identity=loaded.identity)
-        if adapter is not None:
-            model.attach(SavedAdapter.load(adapter).fit(model.layout, model.identity))
+        model.attach_saved(adapter)
         return model
 
     @cached_property

@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from functools import cached_property
+from typing import Self
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from elastiformer.adapter import Adapter, SavedAdapter, elastic_shape
+from elastiformer.adapter import Adapter, elastic_shape
 from elastiformer.cache import CacheShape
 from elastiformer.capacity import Unit
 from elastiformer.errors import AdapterError, UnsupportedModel
@@ -43,7 +44,7 @@ class ShardedModel(ElasticModel):
         adapter: str | os.PathLike[str] | None = None,
         dtype: str = "auto",
         device: str = "auto",
-    ) -> ShardedModel:
+    ) -> Self:
         """As `ElasticModel.load`, in each process of a group that stands.
 
         Raises:
@@ -53,10 +54,7 @@ class ShardedModel(ElasticModel):
             AdapterError: units that would decide over what is divided, or a repair.
         """
         loaded = load_base(base, dtype, device, processes=dist.get_world_size())
-        model = cls(loaded.model, tokenizer=loaded.tokenizer, identity=loaded.identity)
-        if adapter is not None:
-            model.attach(SavedAdapter.load(adapter).fit(model.layout, model.identity))
-        return model
+        return cls._of(loaded, adapter)
 
     def attach(self, adapter: Adapter | None) -> None:
         if adapter is not None:

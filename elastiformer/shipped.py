@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from elastiformer.errors import BaseModelError
-from elastiformer.unpacking import check_sha256, installed_file, made_once
+from elastiformer.unpacking import check_sha256, installed_file, made_once, sha256_of
 
 MODELS = Path(__file__).parent / "models"
 DOWN, UP = ".down_RF", ".up_GR"  # a weight's change is the second times the first
@@ -59,9 +59,9 @@ def shipped(name: str) -> tuple[Path, str]:
     """
     folder, base = MODELS / name, SHIPPED[name]
     if base is None:
-        return folder, f"sha256:{_sha256(folder / 'model.safetensors')}"
+        return folder, f"sha256:{sha256_of(folder / 'model.safetensors')}"
     revision = hashlib.sha256(
-        f"{base.sha256} {_sha256(folder / 'changes.safetensors')}".encode()
+        f"{base.sha256} {sha256_of(folder / 'changes.safetensors')}".encode()
     ).hexdigest()
 
     def write(into: Path) -> None:
@@ -111,8 +111,3 @@ def added(weights: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[
         elif not name.endswith(UP):
             done[name] = change.float()
     return {name: tensor.to(torch.float32).contiguous() for name, tensor in done.items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

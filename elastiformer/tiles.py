@@ -45,7 +45,10 @@ class Picks(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiles:
-    """One weight. `steps` and `lows` [S, G, C, W] are of the grid, where there is one."""
+    """One weight; of a grid of 16 two outputs share a byte, [S, I, C, W / 2].
+
+    `steps` and `lows` [S, G, C, W] are of the grid, where there is one.
+    """
 
     outputs: int
     weight_SICW: np.ndarray

@@ -71,10 +71,14 @@ def installed_file(name: str, requirement: str, package: str, file: str) -> Path
     )
 
 
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_sha256(name: str, path: Path, expected: str, requirement: str) -> None:
     """Raises BaseModelError where a file is not the one that was pinned."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     if found != expected:
         raise BaseModelError(
             f"base model '{name}': {path.name} has sha256 {found}, not {expected}; "

@@ -16,6 +16,7 @@ from deploy.dashboards.panels import WIDTH, Scale
 from deploy.dashboards.pictures import shown
 from deploy.dashboards.queries import RANGE, RATE, VARIABLES, Window
 from tests.deploy.promql import exported, names_in
+from tests.deploy.test_rules import needs_promtool
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = sorted((ROOT / JSON).glob("*.json"))
@@ -152,7 +153,7 @@ def test_every_metric_in_a_query_is_exported_by_the_service(committed):
         assert names <= exported() | PROMETHEUS_OWN, expr
 
 
-@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
+@needs_promtool
 def test_every_query_is_promql(committed, tmp_path):
     exprs = [WINDOW.filled(expr) for expr in queries(committed)]
     assert not any("$" in expr for expr in exprs)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 
 import pytest
 import yaml
@@ -15,7 +14,7 @@ import yaml
 from deploy.drill import main, scenes
 from deploy.stage import Stage
 from deploy.watch import Watch, shortened
-from tests.deploy.test_rules import ALERTS, RULE_FILES, promtool
+from tests.deploy.test_rules import ALERTS, RULE_FILES, needs_promtool, promtool
 
 
 def test_every_alert_is_drilled(tmp_path):
@@ -42,7 +41,7 @@ def test_a_drill_shortens_windows_offsets_and_patience_and_no_name():
     )
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+@needs_promtool
 @pytest.mark.parametrize("path", RULE_FILES, ids=lambda path: path.name)
 def test_the_shortened_rules_are_rules(path, tmp_path):
     (tmp_path / path.name).write_text(shortened(path.read_text("utf-8"), 60), "utf-8")

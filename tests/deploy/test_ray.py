@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
 import httpx
@@ -21,7 +20,7 @@ from pydantic import ValidationError
 from deploy.ray.fleet import LISTENER, REPLICA, TARGETS, Fleet
 from deploy.ray.targets import FORGOTTEN_SECONDS, Target, Targets, open_page
 from service.metrics import Metrics
-from tests.deploy.test_rules import PROMETHEUS, promtool
+from tests.deploy.test_rules import PROMETHEUS, needs_promtool, promtool
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = ROOT / "deploy" / "ray"
@@ -114,7 +113,7 @@ def test_every_argument_and_what_it_adds_is_in_the_guide():
     assert REPLICA in told and TARGETS in told
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+@needs_promtool
 def test_prometheus_understands_its_settings():
     done = promtool("check", "config", RAY / "prometheus.yml", cwd=PROMETHEUS)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
-import json
-import struct
-import zlib
 
-import numpy as np
 import pytest
 import torch
 from openai import OpenAI
-from PIL import Image
 from transformers import pipeline
 
 from elastiformer.encoder import ElasticEncoder
@@ -21,59 +14,19 @@ from elastiformer.tasks import Task
 from service.metrics import Metrics
 from service.served import load, load_model
 from service.settings import TASKS, ModelSpec, Settings
-from tests.elastiformer.test_encoders import calibrated, elastic_encoder
 from tests.service.conftest import House, build, elastic_model, in_house
+from tests.service.encoders import content, of_images, of_text, picture, routed, uri, visit
 from tests.tiny_encoders import (
     LABELS,
-    SIDE,
     TEXT_FAMILIES,
     TEXT_TOKENS,
     WIDTH,
     save_tiny_encoder,
     tiny_encoder,
-    tiny_image_processor,
-    tiny_word_tokenizer,
 )
 
 TEXTS = ["a good film", "it was not very dull and the days", "bad", "my long bright film is one"]
 CLOSE = {"abs": 1e-5, "rel": 1e-4}
-
-
-def of_text(task: str = "text-classification", family: str = "bert", **changes) -> ElasticEncoder:
-    base = tiny_encoder(family, task, **changes)
-    return ElasticEncoder(base, tokenizer=tiny_word_tokenizer())
-
-
-def of_images(family: str = "vit", task: str = "image-classification") -> ElasticEncoder:
-    return ElasticEncoder(tiny_encoder(family, task), images=tiny_image_processor(family))
-
-
-def routed(task: str | None = None, family: str = "bert") -> ElasticEncoder:
-    """A calibrated encoder whose routers have opinions."""
-    model = calibrated(elastic_encoder(family, task))
-    model.tokenizer = tiny_word_tokenizer()
-    model.images = tiny_image_processor(family) if model.encoder.reads_images else None
-    return model
-
-
-def picture(seed: int = 0, width: int = 33, height: int = 47, mode: str = "RGB") -> Image.Image:
-    shape = (height, width, 3) if mode == "RGB" else (height, width)
-    numbers = np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8)
-    return Image.fromarray(numbers)
-
-
-def content(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    into = io.BytesIO()
-    image.save(into, kind, **options)
-    return into.getvalue()
-
-
-def uri(raw: bytes, kind: str = "png") -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
-
-
-def visit(model: ElasticEncoder, talk, **options) -> None:
-    in_house(talk, models={"tiny": model}, **options)
 
 
 # What the pipelines say.
@@ -317,69 +270,6 @@ def test_a_model_is_described_with_its_task_and_labels():
 # Refusals.
 
 
-def bomb() -> bytes:
-    """A PNG of a few bytes that says it is 60,000 pixels a side."""
-
-    def part(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    packed = zlib.compress(b"\0" * 1_000)
-    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", packed) + part(b"IEND", b"")
-
-
-WRONG_IMAGES = {
-    "a truncated PNG": (uri(content(picture())[:900]), "the image cannot be read"),
-    "a truncated JPEG": (uri(content(picture(), "JPEG")[:500], "jpeg"), "cannot be read"),
-    "a decompression bomb": (uri(bomb()), "pixels"),
-    "1 x 1": (uri(content(picture(0, 1, 1))), "8 to 10000 pixels; got 1 x 1"),
-    "20,000 pixels wide": (uri(content(picture(0, 20_000, 9))), "got 20000 x 9"),
-    "a format that is not read": (uri(content(picture(), "PPM")), "PNG, JPEG, WEBP, GIF, BMP"),
-    "no image": (uri(b"<svg></svg>", "svg+xml"), "not an image in a format"),
-    "nothing": (uri(b""), "not an image in a format"),
-    "an address": ("http://example.com/cat.png", "fetches no addresses; got 'http://example.com"),
-    "a file": ("file:///etc/passwd", "fetches no addresses"),
-    "no base64": ("data:image/png;base64,@@@", "is not base64"),
-    "plain text": ("data:text/plain,hello", "an image is a data URI"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_IMAGES)
-def test_an_image_that_cannot_be_read_is_refused_by_name_and_harms_nobody(wrong):
-    given, told = WRONG_IMAGES[wrong]
-    model = of_images()
-
-    async def talk(house: House) -> None:
-        fine = {"image": uri(content(picture()))}
-        expected = (await house.post("/v1/classify", input=fine)).json()["data"]
-        for path, body in (
-            ("/v1/classify", {"input": [fine, {"image": given}]}),
-            ("/predict", {"inputs": {"image": given}}),
-        ):
-            answer = await house.post(path, **body)
-            error = answer.json()["error"]
-            assert answer.status_code == 400, answer.text
-            assert told in error["message"], error["message"]
-            assert error["code"] == "invalid_input"
-            assert error["message"].startswith(("input.1:", "inputs:"))
-        assert (await house.post("/v1/classify", input=fine)).json()["data"] == expected
-
-    visit(model, talk)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP", "PNG"])
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
-def test_every_format_and_colour_is_read_as_pillow_reads_it(kind, mode):
-    from elastiformer.images import decode
-
-    image = picture(7).convert(mode if not (kind == "JPEG" and mode in ("RGBA", "P")) else "L")
-    raw = content(image, kind)
-    expected = Image.open(io.BytesIO(raw)).convert("RGB")
-    assert np.array_equal(np.array(decode(uri(raw, kind.lower()))), np.array(expected))
-
-
 def test_texts_and_fields_that_do_not_fit_are_refused_with_the_bound():
     long = " ".join(["good"] * 100)
     classifier, features = of_text(), of_text("features")
@@ -480,24 +370,3 @@ def test_the_tasks_of_the_settings_are_those_of_the_library():
         assert ModelSpec.parse(f"a=b,task={task}").task == task
     with pytest.raises(ValueError, match="task is one of"):
         ModelSpec.parse("a=b,task=poetry")
-
-
-def test_a_greyscale_model_reads_greyscale():
-    model = ElasticEncoder(
-        tiny_encoder("vit", num_channels=1),
-        images=type(tiny_image_processor())(
-            size={"height": SIDE, "width": SIDE}, image_mean=[0.5], image_std=[0.5]
-        ),
-    )
-    image = picture(4, 28, 28, mode="L")
-    resized = np.array(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR), dtype=np.float32)
-    pixels_CHW = torch.from_numpy((resized / 255 - 0.5) / 0.5)[None]
-    with torch.inference_mode():
-        expected = model.base(pixel_values=pixels_CHW[None]).logits[0].softmax(-1)
-
-    async def talk(house: House) -> None:
-        answer = (await house.post("/v1/classify", input={"image": uri(content(image))})).json()
-        assert answer["data"][0]["probs"] == pytest.approx(expected.tolist(), abs=1e-4)
-        assert json.dumps(answer)
-
-    visit(model, talk)
