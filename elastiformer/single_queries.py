@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from elastiformer.kernels import TURN, compiled
+from elastiformer.row_kernels import _exponential
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,27 +80,13 @@ def _wide(typing: Any, stored: Any) -> Any:
 
 @compiled(fastmath={"contract", "reassoc", "nsz"})
 def _exponentials(score_K: Any) -> Any:
-    """exp(score - largest) in place, and their sum; by Cephes' polynomial, to a bit or two."""
+    """exp(score - largest) in place, and their sum."""
     largest = score_K[0]
     for k in range(len(score_K)):
         largest = max(largest, score_K[k])
-    power_K = np.empty(len(score_K), dtype=np.int32)
-    for k in range(len(score_K)):
-        x = max(score_K[k] - largest, np.float32(-87))
-        n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
-        r = x - n * np.float32(0.6931471805599453)
-        p = np.float32(1.9875691500e-4)
-        p = p * r + np.float32(1.3981999507e-3)
-        p = p * r + np.float32(8.3334519073e-3)
-        p = p * r + np.float32(4.1665795894e-2)
-        p = p * r + np.float32(1.6666665459e-1)
-        p = p * r + np.float32(5.0000001201e-1)
-        score_K[k] = p * r * r + r + np.float32(1)
-        power_K[k] = (np.int32(n) + np.int32(127)) << np.int32(23)
-    two_to_K = power_K.view(np.float32)
     total = np.float32(0)
     for k in range(len(score_K)):
-        score_K[k] *= two_to_K[k]
+        score_K[k] = _exponential(score_K[k] - largest)
         total += score_K[k]
     return total
 
