@@ -109,6 +109,11 @@ class House:
             if sample.name == name and labels.items() <= sample.labels.items()
         )
 
+    async def until_running(self, request: asyncio.Task[Any]) -> None:
+        while not self.value("elasti_num_requests_running"):
+            assert not request.done(), "it ended before it was seen to run"
+            await asyncio.sleep(0.005)
+
     async def until_idle(self) -> None:
         async with asyncio.timeout(20):
             # The gauges follow when the turn that ended the last request ends.

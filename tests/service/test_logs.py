@@ -139,16 +139,18 @@ def test_a_probe_is_told_to_who_debugs():
 
 
 def test_who_leaves_and_who_is_late_are_told_with_what_they_spent():
-    async def visit(house):
+    async def is_late(house):
         await house.post("/v1/completions", **LONG | {"max_tokens": 300})
+
+    async def leaves(house):
         leaving = asyncio.create_task(house.post("/v1/completions", **LONG | {"max_tokens": 300}))
-        while not house.value("elasti_num_requests_running"):
-            await asyncio.sleep(0.005)
+        await house.until_running(leaving)
         leaving.cancel()
         await house.until_idle()
 
     with written() as lines:
-        in_house(visit, models={"tiny": Watched(step_seconds=0.02)}, request_timeout_seconds=1)
+        in_house(is_late, models={"tiny": Watched(step_seconds=0.02)}, request_timeout_seconds=1)
+        in_house(leaves, models={"tiny": Watched(step_seconds=0.02)})
     late, left = map(json.loads, lines)
     assert (late["status"], late["error"]) == (503, "timeout")
     assert (left["status"], left["error"]) == (499, "cancelled")
