@@ -24,6 +24,8 @@ _STAMP = tuple(
     for name in _FILES
     for status in [Path(__file__).with_name(name).stat()]
 )
+_COARSE = 16  # bits that a guess does without, so that a sum of many numbers fits
+_INTERPOLATED = 12  # passes, after which the search bisects
 _ROWS_ALONE = 4  # so few rows are searched faster by one thread
 
 # Numba must find the OpenMP library that PyTorch brought along: two pools of threads would stand
@@ -108,26 +110,68 @@ def _weigh(x_I, norms_I):  # type: ignore[no-untyped-def]
 
 
 @compiled()
+def _count_from(bits_I, least):  # type: ignore[no-untyped-def]
+    count = np.int32(0)
+    for i in range(len(bits_I)):
+        count += np.int32(bits_I[i] >= least)
+    return count
+
+
+@compiled()
+def _first_guess(bits_I, wanted):  # type: ignore[no-untyped-def]
+    """Where the least of the `wanted` largest would be among numbers of a normal distribution."""
+    total = np.uint32(0)
+    for i in range(len(bits_I)):
+        total += np.uint32(bits_I[i]) >> np.uint32(_COARSE)
+    # The mean of numbers' bits is about the bits of their geometric mean.
+    mean = np.empty(1, dtype=np.int32)
+    mean[0] = np.int32(np.int64(total) // len(bits_I)) << np.int32(_COARSE)
+    left_out = np.float32(len(bits_I) - wanted) / np.float32(len(bits_I))
+    return mean.view(np.float32)[0] * np.float32(2.6) * left_out
+
+
+@compiled()
 def _least_kept(bits_I, wanted):  # type: ignore[no-untyped-def]
     """The least of the `wanted` largest, and how many that equal it are among them.
 
-    Bisected, in passes that only count, which processors do eight at a time.
+    Found in passes that only count, which processors do many at a time: a third as many as of
+    bisection, since each guess interpolates between the counts that are known (regula falsi in
+    the Illinois form). Bisected where that does not get there. What is found is the same.
     """
+    inputs = np.int32(len(bits_I))
     least, over = np.int32(0), np.int32(2**31 - 1)
-    as_large = np.int32(len(bits_I))
+    as_large = inputs
+    point = np.empty(1, dtype=np.float32)
+    bits = point.view(np.int32)
+    point[0] = _first_guess(bits_I, wanted)
+    low, above_low = np.float32(0), np.float32(inputs - wanted) + np.float32(0.5)
+    high, below_high = np.float32(0), np.float32(0)
+    passes, side = 0, 0
     while over - least > 1 and as_large != wanted:
-        middle = least + (over - least) // np.int32(2)
-        count = np.int32(0)
-        for i in range(len(bits_I)):
-            count += np.int32(bits_I[i] >= middle)
+        passes += 1
+        if passes > _INTERPOLATED or not least < bits[0] < over:
+            bits[0] = least + (over - least) // np.int32(2)
+        count = _count_from(bits_I, bits[0])
+        excess = np.float32(count - wanted) + np.float32(0.5)
         if count >= wanted:
-            least, as_large = middle, count
+            least, as_large = bits[0], count
+            low, above_low = point[0], excess
+            below_high *= np.float32(0.5 if side > 0 else 1)
+            side = 1
         else:
-            over = middle
-    equal = np.int32(0)
-    for i in range(len(bits_I)):
-        equal += np.int32(bits_I[i] == least)
-    return least, np.int32(equal - (as_large - wanted)), as_large == wanted
+            over = bits[0]
+            high, below_high = point[0], -excess
+            above_low *= np.float32(0.5 if side < 0 else 1)
+            side = -1
+        if below_high > 0:
+            point[0] = low + (high - low) * above_low / (above_low + below_high)
+        else:  # beyond what is wanted, along the line from zero
+            point[0] *= np.float32(1) + np.float32(1.5) * excess / np.float32(
+                max(inputs - count, np.int32(1))
+            )
+    if as_large == wanted:
+        return least, np.int32(0), True
+    return least, np.int32(wanted - _count_from(bits_I, least + np.int32(1))), False
 
 
 @compiled()
@@ -141,15 +185,21 @@ def _search_row(x_RI, norms_I, index_P, value_P, start_S, row):  # type: ignore[
             value_P[begin + i] = x_RI[row, i]
         return
     bits_I = _weigh(x_RI[row], norms_I)
-    least, missing, _ = _least_kept(bits_I, wanted)
+    least, missing, has_all = _least_kept(bits_I, wanted)
     index_K = np.empty(inputs, dtype=np.int32)
     kept = np.int32(0)
-    for i in range(inputs):  # without a branch, which would be guessed wrong half the time
-        index_K[kept] = i
-        ties = np.int32(bits_I[i] == least)
-        keeps = np.int32(bits_I[i] > least) | (ties & np.int32(missing > 0))
-        missing -= ties
-        kept += keeps
+    # Without branches, which would be guessed wrong half the time.
+    if has_all:
+        for i in range(inputs):
+            index_K[kept] = i
+            kept += np.int32(bits_I[i] >= least)
+    else:
+        for i in range(inputs):
+            index_K[kept] = i
+            ties = np.int32(bits_I[i] == least)
+            keeps = np.int32(bits_I[i] > least) | (ties & np.int32(missing > 0))
+            missing -= ties
+            kept += keeps
     for k in range(wanted):
         index_P[begin + k] = index_K[k]
         value_P[begin + k] = x_RI[row, index_K[k]]
@@ -164,8 +214,8 @@ def _keep_largest(x_RI, norms_I, start_S, only_RI):  # type: ignore[no-untyped-d
             only_I[:] = x_I
             continue
         bits_I = _weigh(x_I, norms_I)
-        least, missing, all_equal = _least_kept(bits_I, wanted)
-        if all_equal:  # of those that equal the least
+        least, missing, has_all = _least_kept(bits_I, wanted)
+        if has_all:
             for i in range(len(x_I)):
                 only_I[i] = x_I[i] if bits_I[i] >= least else np.float32(0)
             continue

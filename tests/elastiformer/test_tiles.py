@@ -73,7 +73,7 @@ def test_row_by_row_and_at_once_give_the_same_bits(kind, rows, share, inputs):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
-@pytest.mark.parametrize("values", ["any", "few", "zeros", "infinite"])
+@pytest.mark.parametrize("values", ["any", "few", "zeros", "infinite", "heavy", "tiny"])
 def test_the_search_finds_what_a_stable_sort_finds(rows, values):
     generator = np.random.default_rng(rows)
     x_RI = generator.standard_normal((rows, 150), dtype=np.float32)
@@ -83,6 +83,10 @@ def test_the_search_finds_what_a_stable_sort_finds(rows, values):
         x_RI[:, 20:] *= 0
     elif values == "infinite":
         x_RI[:, ::7] = np.inf
+    elif values == "heavy":
+        x_RI *= np.exp(9 * generator.standard_normal((rows, 150), dtype=np.float32))
+    elif values == "tiny":
+        x_RI *= np.float32(1e-38)  # with less than all bits
     norms_I = np.ones(150, dtype=np.float32) if values != "any" else np.abs(x_RI[0]) + 1
     counts_R = generator.integers(0, 151, rows)
     start_S = np.concatenate([[0], np.cumsum(counts_R)]).astype(np.int64)
