@@ -44,7 +44,8 @@ class Pool:
         grows: bool = False,
     ) -> None:
         self.total_blocks, self.block_rows = blocks, block_rows
-        self.rows = torch.empty(blocks * block_rows, width, dtype=dtype, device=device)
+        # Written to, so that memory is the pool's from now on and not only when it is first used.
+        self.rows = torch.empty(blocks * block_rows, width, dtype=dtype, device=device).zero_()
         self._grows = grows
         self._held: list[Extent] = []  # by place
         self._dropped: deque[Extent] = deque()  # by holders that nobody released
