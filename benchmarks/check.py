@@ -1,30 +1,39 @@
-"""What was planned, held against a load generator: the same rates for the same time, both ways."""
+"""What was planned, held against a server: the same requests at the same moments, both ways."""
 
 from __future__ import annotations
 
+import math
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from benchmarks import guidellm
-from benchmarks.simulation import Fate, Host, Promise, StepTimes, crossing, poisson, simulate
+from benchmarks.sender import Sender
+from benchmarks.simulation import (
+    Fate,
+    Host,
+    Promise,
+    StepTimes,
+    crossing,
+    moments,
+    poisson,
+    simulate,
+)
 from service.scheduler import Job
 from training.progress import track
 
 AROUND = (0.6, 0.8, 1.0, 1.2, 1.4)  # times the planned rate: what is checked
-SEEDS = 12  # simulations of the time that is checked: as short as that, each is another story
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """One rate, as the load generator saw it and as the simulation has it."""
+    """One rate, as the sender saw it and as the simulation has it."""
 
     rate: float
     sent: int
     finished: int
-    kept: float  # share of the finished requests
+    finished_on_paper: int
+    failed: int
+    kept: float  # share of those that finished or failed
     kept_on_paper: float
     first_token_ms: float | None  # median
     first_token_ms_on_paper: float | None
@@ -55,35 +64,31 @@ def check(
     jobs: Sequence[Job],
     mix: Sequence[float],
     promise: Promise,
-    program: str,
-    load: guidellm.Load,
+    sender: Sender,
+    seconds: float,
 ) -> Planned:
-    """Rates around the planned one: sent by a load generator, and on paper."""
+    """Rates around the planned one: sent to a server, and on paper."""
     points = []
     around = planned.rate or planned.saturated  # where nothing is held, the most there is
-    with tempfile.TemporaryDirectory() as folder:
-        for part in track(AROUND, label=planned.mode):
-            rate = round(part * around, 3)
-            phase = guidellm.at_rate(program, load, mix, rate, Path(folder))
-            finished = [each for each in phase.requests if each.ended is not None]
-            stories = [
-                times_of(simulate_at(host, jobs, rate, load.seconds, seed)) for seed in range(SEEDS)
-            ]
-            points.append(
-                Checked(
-                    rate=rate,
-                    sent=len(phase.requests),
-                    finished=len(finished),
-                    kept=promise.share_kept(
-                        (each.to_first_token, each.between_tokens) for each in finished
-                    ),
-                    kept_on_paper=statistics.mean(map(promise.share_kept, stories)),
-                    first_token_ms=_median_ms([each.to_first_token for each in finished]),
-                    first_token_ms_on_paper=_median_ms(
-                        [first for story in stories for first, _ in story]
-                    ),
-                )
+    for seed, part in enumerate(track(AROUND, label=planned.mode)):
+        rate = round(part * around, 3)
+        phase = sender.at(moments(rate, seconds, seed), mix, seconds)
+        seen = [(each.to_first_token, each.between_tokens) for each in phase.finished]
+        failed = sum(each.failed for each in phase.requests)
+        paper = times_of(simulate_at(host, jobs, rate, seconds, seed))
+        points.append(
+            Checked(
+                rate=rate,
+                sent=len(phase.requests),
+                finished=len(seen),
+                finished_on_paper=len(paper),
+                failed=failed,
+                kept=promise.share_kept([*seen, *[(math.inf, None)] * failed]),
+                kept_on_paper=promise.share_kept(paper),
+                first_token_ms=_median_ms([first for first, _ in seen]),
+                first_token_ms_on_paper=_median_ms([first for first, _ in paper]),
             )
+        )
     return replace(
         planned,
         checked=tuple(points),

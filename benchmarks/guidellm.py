@@ -1,12 +1,16 @@
 """GuideLLM, an existing load generator, run as the program that it is and read back.
 
+It says whether our own sender (`benchmarks/sender.py`) is to be believed: the same moments and
+prompts, as a trace that it replays. A run of it sends requests of one capacity only, and several
+side by side starve each other and the server on a small machine, so mixes are our sender's alone.
+Its own arrivals at random are not used: where its worker is quicker than its first process, release
+0.8.1 takes them to be due since 1970, and sends all at once.
+
 It has needs of its own that do not go with ours, so it lives in an environment of its own:
 
     python -m venv guidellm && guidellm/bin/pip install guidellm==0.8.1
 
-and --guidellm guidellm/bin/guidellm names it. One run sends requests of one capacity; a mix of
-capacities is several runs side by side, each at its part of the rate, and what counts is the
-time that all of them share.
+and --guidellm guidellm/bin/guidellm names it.
 """
 
 from __future__ import annotations
@@ -14,16 +18,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.sender import PATH, Due, Phase, Sent
+from benchmarks.server import NAME
 from elastiformer.errors import ElastiError
 
 INSTALL = "python -m venv guidellm && guidellm/bin/pip install guidellm==0.8.1"
-_START_SECONDS = 180.0  # a run loads large libraries, twice
+_START_SECONDS = 180.0  # a run loads large libraries, several times
 
 # One process sends what a small machine can bear; more would take the server's cores.
 _SETTINGS = {
@@ -38,167 +47,104 @@ class LoadError(ElastiError):
     """A load generator that is missing or fails; the message says what it said."""
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What is sent: requests of these sizes, for so long at each rate."""
-
-    address: str
-    model: str
-    tokenizer: Path
-    prompt_tokens: int
-    output_tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """One request, as its sender saw it; times of the wall clock, in seconds."""
-
-    started: float
-    first_token: float | None
-    ended: float | None  # None: cut off when the time was over
-    output_tokens: int
-    failed: bool
-
-    @property
-    def to_first_token(self) -> float | None:
-        return None if self.first_token is None else self.first_token - self.started
-
-    @property
-    def between_tokens(self) -> float | None:
-        """The mean over the request."""
-        if self.ended is None or self.first_token is None or self.output_tokens < 2:
-            return None
-        return (self.ended - self.first_token) / (self.output_tokens - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """Everything sent at one rate, while all runs sent."""
-
-    seconds: float
-    requests: tuple[Sent, ...]
-
-
 def find(named: str | None) -> str:
     """Raises LoadError, saying how to install it."""
     found = shutil.which(named or "guidellm")
     if found is None:
         raise LoadError(f"{named or 'guidellm'} is not there; install it: {INSTALL}")
-    return found
+    return str(Path(found).absolute())
 
 
-def at_rate(
-    program: str, load: Load, capacities: Sequence[object], rate: float, scratch: Path
-) -> Phase:
-    """Poisson arrivals at so many requests per second, spread over the capacities.
-
-    Raises:
-        LoadError: a run failed.
-    """
-    profile = {"kind": "poisson", "rate": [rate / len(capacities)]}
-    return _together(program, load, capacities, profile, scratch)
-
-
-def at_streams(program: str, load: Load, capacity: object, streams: int, scratch: Path) -> Phase:
-    """So many requests open at all times; raises LoadError."""
-    profile = {"kind": "concurrent", "streams": [streams]}
-    return _together(program, load, [capacity], profile, scratch)
-
-
-def _together(
+def replay(
     program: str,
-    load: Load,
-    capacities: Sequence[object],
-    profile: Mapping[str, object],
+    address: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dues: Sequence[Due],
+    tokens: int,
+    seconds: float,
     scratch: Path,
 ) -> Phase:
-    """One run for each capacity, side by side, begun together."""
-    runs = []
-    for place, capacity in enumerate(capacities):
-        said = scratch / f"run-{place}.json"
-        said.unlink(missing_ok=True)
-        plan = scratch / f"plan-{place}.json"
-        plan.write_text(json.dumps(_plan(load, capacity, profile, said, place)))
-        command = [program, "run", "--config", str(plan), "--disable-console"]
-        runs.append((said, _start(command, scratch)))
-    limit = load.seconds + _START_SECONDS
-    read = []
-    try:
-        for said, process in runs:
-            told, _ = process.communicate(timeout=limit)
-            if process.returncode or not said.exists():
-                raise LoadError(f"guidellm failed:\n{told[-2000:]}")
-            (run,) = json.loads(said.read_text())["benchmarks"]
-            read.append(run)
-    except subprocess.TimeoutExpired:
-        raise LoadError(f"guidellm did not end within {limit:.0f} seconds") from None
-    finally:
-        for _, process in runs:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
-    return phase_of(read)
+    """What is due, all of one capacity, cut off `seconds` after the first moment.
 
-
-def _start(command: Sequence[str], scratch: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command,
-        cwd=scratch,
-        env=os.environ | _SETTINGS,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def _plan(
-    load: Load,
-    capacity: object,
-    profile: Mapping[str, object],
-    said: Path,
-    seed: int,
-) -> dict[str, Any]:
-    return {
-        "metadata": {"name": "load"},
-        "spec": {
-            "backend": {
-                "kind": "openai_http",
-                "target": load.address,
-                "model": load.model,
-                "request_format": "/v1/completions",
-                "http2": False,
-                "extras": {"body": {"capacity": capacity, "temperature": 0}},
-            },
-            "tokenizer": {"kind": "huggingface_auto", "model": str(load.tokenizer)},
-            "data": [
-                {
-                    "kind": "synthetic_text",
-                    "prompt_tokens": load.prompt_tokens,
-                    "output_tokens": load.output_tokens,
-                }
-            ],
-            "constraints": [{"kind": "max_duration", "seconds": load.seconds}],
-            "seed": {"kind": "static", "value": seed},
-            "outputs": [{"kind": "json", "path": str(said)}],
-            "profile": profile,
-        },
-        "benchmarks": [{}],
-    }
-
-
-def phase_of(runs: Sequence[Mapping[str, Any]]) -> Phase:
-    began = max(run["scheduler_metrics"]["measure_start_time"] for run in runs)
-    ended = min(run["scheduler_metrics"]["measure_end_time"] for run in runs)
-    requests = [
-        _sent(entry, kind)
-        for run in runs
-        for kind in ("successful", "errored", "incomplete")
-        for entry in run["requests"][kind]
-        if entry["info"]["timings"]["request_start"] is not None
+    Raises:
+        LoadError: nothing is due, or the run failed.
+    """
+    if not dues:
+        raise LoadError(f"nothing is due within {seconds:g} seconds; guidellm needs a request")
+    (capacity,) = {json.dumps(due.capacity) for due in dues}
+    plan, trace, said = (scratch / name for name in ("plan.json", "trace.jsonl", "run.json"))
+    rows = [
+        {
+            "prompt": tokenizer.decode(list(due.prompt)),
+            "output_tokens_count": tokens,
+            "relative_timestamp": due.second,
+        }
+        for due in dues
     ]
-    inside = tuple(each for each in requests if began <= each.started < ended)
-    return Phase(max(ended - began, 0.0), inside)
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    said.unlink(missing_ok=True)
+    # Its time begins with the first request, and not with the first moment.
+    lasting = seconds - dues[0].second
+    backend = {
+        "kind": "openai_http",
+        "target": address,
+        "model": NAME,
+        "request_format": PATH,
+        "http2": False,
+        "extras": {"body": {"capacity": json.loads(capacity), "temperature": 0}},
+    }
+    spec = {
+        "backend": backend,
+        "tokenizer": {"kind": "huggingface_auto", "model": str(tokenizer.name_or_path)},
+        "data": [{"kind": "json_file", "path": str(trace)}],
+        "constraints": [{"kind": "max_duration", "seconds": lasting}],
+        "outputs": [{"kind": "json", "path": str(said)}],
+        "profile": {"kind": "replay", "schedule_turn": "timestamp"},
+    }
+    plan.write_text(json.dumps({"metadata": {"name": "load"}, "spec": spec, "benchmarks": [{}]}))
+    told = _run([program, "run", "--config", str(plan), "--disable-console"], scratch, seconds)
+    if not said.exists():
+        raise LoadError(f"guidellm failed:\n{told[-2000:]}")
+    (run,) = json.loads(said.read_text())["benchmarks"]
+    return Phase(seconds, tuple(_requests(run)))
+
+
+def _run(command: Sequence[str], scratch: Path, seconds: float) -> str:
+    """What it said; its processes end with it, whatever becomes of it."""
+    told = scratch / "said.txt"
+    limit = seconds + _START_SECONDS
+    with told.open("w") as lines:
+        # To a file: a process of its that outlived it would hold a pipe open for ever.
+        process = subprocess.Popen(
+            command,
+            cwd=scratch,
+            env=os.environ | _SETTINGS,
+            stdin=subprocess.DEVNULL,
+            stdout=lines,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise LoadError(f"guidellm did not end within {limit:.0f} seconds") from None
+        finally:
+            _end(process)
+    return told.read_text("utf-8", errors="replace")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):  # nobody is left
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _requests(run: Mapping[str, Any]) -> Iterator[Sent]:
+    """Those that went out."""
+    for kind in ("successful", "errored", "incomplete"):
+        for entry in run["requests"][kind]:
+            if entry["info"]["timings"]["request_start"] is not None:
+                yield _sent(entry, kind)
 
 
 def _sent(entry: Mapping[str, Any], kind: str) -> Sent:

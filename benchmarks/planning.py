@@ -6,33 +6,30 @@ capacities. Then the server's own scheduler runs over these step times with rand
 get their first token and the following ones in time. What HTTP and threads add is one factor: the
 same sixteen streams over HTTP, of the first mix, over the time that the simulation gives them.
 
-With --check, GuideLLM then sends requests at rates around the planned one, and the rate at which
-the promise breaks is compared with the simulation's over the same rates and the same time.
-GuideLLM lives in an environment of its own:
-
-    python -m venv guidellm && guidellm/bin/pip install guidellm==0.8.1
+With --check, requests are then sent at rates around the planned one, at the very moments that are
+simulated beside them, and the rates at which the promise breaks are compared.
 
 Takes `--seconds` for each of three mixes and a minute more: some four minutes on two cores with the
-default model. With --check also, for each of three mixes and five rates, `--check-seconds` and the
-generator's start: some twenty minutes more.
+default model. With --check also, for each of three mixes and five rates, `--check-seconds`: some
+eight minutes more.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from benchmarks import guidellm, models, server
+from benchmarks import models, server
 from benchmarks.check import Planned, check, simulate_at, times_of
 from benchmarks.paper import report
 from benchmarks.results import write
-from benchmarks.serving import MODES, over_http
+from benchmarks.sender import Sender
+from benchmarks.serving import MODES
 from benchmarks.simulation import (
     Arrival,
     Host,
@@ -41,9 +38,8 @@ from benchmarks.simulation import (
     simulate,
 )
 from benchmarks.steps import step_times
-from elastiformer import Capacity, ElasticModel
+from elastiformer import Capacity
 from elastiformer.sampling import GREEDY
-from elastiformer.weights import resolve
 from service.engine import Engine
 from service.knob import Resolved
 from service.metrics import Metrics
@@ -79,9 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--requests", type=whole(1), default=1500, help="simulated at each rate that is tried"
     )
-    parser.add_argument("--check", action="store_true", help="compare with a load generator")
-    parser.add_argument("--guidellm", help="the load generator's program; unset: on the PATH")
-    parser.add_argument("--check-seconds", type=real(above=0), default=40.0, help="at each rate")
+    parser.add_argument("--check", action="store_true", help="compare with a server under load")
+    parser.add_argument("--check-seconds", type=real(above=0), default=30.0, help="at each rate")
 
 
 def _mix(text: str) -> tuple[float, ...]:
@@ -99,7 +94,6 @@ def _mixes(args: argparse.Namespace) -> dict[str, tuple[float, ...]]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    program = guidellm.find(args.guidellm) if args.check else None
     model = models.load(args)
     models.check_context(model, args.prompt + args.tokens)
     wished: dict[str, Any] = {}  # what the environment says, as the server reads it
@@ -120,27 +114,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
         for mode in mixes
     }
-    needs_server = args.overhead is None or program is not None
+    needs_server = args.overhead is None or args.check
     with _server(args) if needs_server else nullcontext() as place:
         overhead = args.overhead
-        if overhead is None:
-            assert place is not None
-            first = next(iter(mixes))
-            overhead = _overhead(
-                args, model, hosts[first], jobs[first], mixes[first], place.address, starts
-            )
+        if place is not None:
+            ids = models.text_ids(model, 4096 + args.prompt)
+            sender = Sender(place.address, ids, starts, args.prompt, args.tokens)
+            if overhead is None:
+                first = next(iter(mixes))
+                overhead = _overhead(sender, hosts[first], jobs[first], mixes[first])
+        assert overhead is not None, "measured where it was not given"
         hosts = {mode: replace(host, overhead=overhead) for mode, host in hosts.items()}
         planned = [_plan(mode, hosts[mode], jobs[mode], promise, args.requests) for mode in mixes]
-        if program is not None:
-            assert place is not None
-            load = guidellm.Load(
-                address=place.address,
-                model=server.NAME,
-                tokenizer=resolve(args.base).path,
-                prompt_tokens=args.prompt,
-                output_tokens=args.tokens,
-                seconds=args.check_seconds,
-            )
+        if args.check:
             planned = [
                 check(
                     each,
@@ -148,8 +134,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     jobs[each.mode],
                     mixes[each.mode],
                     promise,
-                    program,
-                    load,
+                    sender,
+                    args.check_seconds,
                 )
                 for each in planned
             ]
@@ -172,26 +158,11 @@ def _job(args: argparse.Namespace, engine: Engine, capacity: Capacity) -> Job:
 # Over HTTP.
 
 
-def _overhead(
-    args: argparse.Namespace,
-    model: ElasticModel,
-    host: Host,
-    jobs: Sequence[Job],
-    mix: Sequence[float],
-    address: str,
-    starts: Iterator[int],
-) -> float:
+def _overhead(sender: Sender, host: Host, jobs: Sequence[Job], mix: Sequence[float]) -> float:
     """The same streams over HTTP, over what the simulation says; the median of three tries."""
     streams = host.limits.max_running
-    ids = models.text_ids(model, 4096 + args.prompt)
     on_paper = _last([Arrival(0.0, jobs[at % len(jobs)]) for at in range(streams)], host)
-    taken = []
-    for _ in range(4):
-        prompts = [
-            ids[start : start + args.prompt]
-            for start in (next(starts) % 4096 for _ in range(streams))
-        ]
-        taken.append(asyncio.run(over_http(address, prompts, args.tokens, mix)))
+    taken = [sender.at_once(streams, mix) for _ in range(4)]
     return statistics.median(taken[1:]) / on_paper  # the first one warms up
 
 

@@ -2,40 +2,41 @@
 
 Starts `python -m service` on a free loopback port. First sixteen streams over HTTP take turns with
 the same sixteen sequences driven in this process, step by step: the difference is the cost of HTTP
-and scheduling, this client's own reading included. Then GuideLLM, an existing load generator, sends
-requests at random moments (open loop) at rates up to and past saturation: all at capacity 1.0, all
-at 0.6, and mixed. GuideLLM lives in an environment of its own:
+and scheduling, this client's own reading included. Then requests are sent at random moments (open
+loop) at rates up to and past saturation: all at capacity 1.0, all at 0.6, and mixed.
+
+With --guidellm, that load generator also sends those at 1.0, at the same moments, so that one can
+be held against the other. GuideLLM lives in an environment of its own:
 
     python -m venv guidellm && guidellm/bin/pip install guidellm==0.8.1
 
 Client and server share the cores, so let waiting threads sleep: OMP_WAIT_POLICY=passive.
 
-Takes `--http-seconds`, and for each rate and mode `--seconds` and the generator's start: some seven
-minutes in all on two cores with the default model.
+Takes `--http-seconds`, and `--seconds` for each of three modes and four rates: some seven minutes
+in all on two cores with the default model; with --guidellm some five more.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 
 from benchmarks import guidellm, machine, models, server
 from benchmarks.results import Goal, Report, Table, told, write
 from benchmarks.runs import feed_prompts, timed
+from benchmarks.sender import Phase, Sender, at_once
+from benchmarks.simulation import moments
 from benchmarks.timing import Spread, ratios, take_turns
 from elastiformer import DENSE, Chunk, ElasticModel
 from elastiformer.sampling import GREEDY, Draw, sample
-from elastiformer.weights import resolve
 from training.options import real, whole
 from training.progress import track
 
@@ -47,13 +48,14 @@ MODES: dict[str, tuple[object, ...]] = {
 LOADS = (0.3, 0.6, 0.9, 1.2)  # of the rate at which the server is saturated
 PERCENTILES = (50, 95, 99)
 IN_PROCESS, OVER_HTTP = "in process", "over HTTP"
+OURS, GUIDELLM = "ours", "GuideLLM"  # who sends
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_model_arguments(parser)
-    parser.add_argument("--guidellm", help="the load generator's program; unset: on the PATH")
+    parser.add_argument("--guidellm", help="program that shall send the first mode's too")
     parser.add_argument("--no-load", action="store_true", help="only the cost of HTTP")
-    parser.add_argument("--seconds", type=real(above=0), default=12.0, help="at each rate")
+    parser.add_argument("--seconds", type=real(above=0), default=25.0, help="at each rate")
     parser.add_argument(
         "--rates", type=_rates, help="requests per second, such as 1,2,4; unset: measured"
     )
@@ -85,6 +87,7 @@ class HttpCost:
 class Point:
     """One mode at one rate; times in milliseconds at 50, 95 and 99 %."""
 
+    sender: str
     mode: str
     asked_per_second: float
     seconds: float
@@ -98,12 +101,14 @@ class Point:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    program = None if args.no_load else guidellm.find(args.guidellm)
+    program = guidellm.find(args.guidellm) if args.guidellm else None
     model = models.load(args)
+    if program and model.tokenizer is None:
+        raise guidellm.LoadError(f"guidellm sends texts; {args.base} has no tokenizer to make them")
     adapter = models.adapter_of(args)
     with server.running(args.base, adapter, args.dtype, args.device, args.threads) as place:
         cost = _http_cost(args, model, place.address)
-        points = [] if program is None else _loaded(args, program, place.address)
+        points = [] if args.no_load else _loaded(args, model, place.address, program)
     return write(_report(args, model, cost, points), args.out)
 
 
@@ -128,7 +133,9 @@ def _http_cost(args: argparse.Namespace, model: ElasticModel, address: str) -> H
     taken = take_turns(
         {
             IN_PROCESS: lambda: _in_process(model, prompts(IN_PROCESS), args.tokens),
-            OVER_HTTP: lambda: asyncio.run(over_http(address, prompts(OVER_HTTP), args.tokens)),
+            OVER_HTTP: lambda: asyncio.run(
+                at_once(address, prompts(OVER_HTTP), args.tokens, (1.0,))
+            ),
         },
         args.http_seconds,
         least=2,
@@ -164,73 +171,39 @@ def _in_process(model: ElasticModel, prompts: Sequence[Sequence[int]], tokens: i
     return seconds
 
 
-async def over_http(
-    address: str,
-    prompts: Sequence[Sequence[int]],
-    tokens: int,
-    capacities: Sequence[object] = (1.0,),
-) -> float:
-    """Seconds for one stream per prompt, all at once, the capacities in turn."""
-    limits = httpx.Limits(max_connections=len(prompts))
-    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
-        began = time.perf_counter()
-        made = await asyncio.gather(
-            *(
-                _stream(client, ids, tokens, capacities[place % len(capacities)])
-                for place, ids in enumerate(prompts)
-            )
-        )
-        seconds = time.perf_counter() - began
-    assert made == [tokens] * len(prompts), f"{made} tokens came back, not {tokens} each"
-    return seconds
-
-
-async def _stream(
-    client: httpx.AsyncClient, ids: Sequence[int], tokens: int, capacity: object
-) -> int:
-    """Reads one stream to its end; the tokens that its usage counts."""
-    body = {
-        "model": server.NAME,
-        "prompt": list(ids),
-        "max_tokens": tokens,
-        "capacity": capacity,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    made = 0
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
-        answer.raise_for_status()
-        async for line in answer.aiter_lines():
-            if '"completion_tokens"' in line:
-                made = json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
-    return made
-
-
 # Load.
 
 
-def _loaded(args: argparse.Namespace, program: str, address: str) -> list[Point]:
-    tokenizer = resolve(args.base).path
-    load = guidellm.Load(address, server.NAME, tokenizer, args.prompt, args.tokens, args.seconds)
+def _loaded(
+    args: argparse.Namespace, model: ElasticModel, address: str, program: str | None
+) -> list[Point]:
+    ids = models.text_ids(model, 4096 + args.prompt)
+    sender = Sender(address, ids, count(1, 3), args.prompt, args.tokens)
+    rates = args.rates
+    if rates is None:
+        streams = 4 * args.streams  # most of the time as many as run at once
+        most = streams / sender.at_once(streams, (1.0,))
+        rates = [round(most * part, 2) for part in LOADS]
     points = []
+    for mode, rate in track([(mode, rate) for mode in MODES for rate in rates], label="load"):
+        at = moments(rate, args.seconds, rates.index(rate))
+        points.append(_point(args, OURS, mode, rate, sender.at(at, MODES[mode], args.seconds)))
+    if program is None:
+        return points
+    mode, capacities = next(iter(MODES.items()))
+    assert model.tokenizer is not None, "checked before"
     with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        rates = args.rates
-        if rates is None:
-            full = guidellm.at_streams(program, load, 1.0, args.streams, scratch)
-            most = sum(each.ended is not None for each in full.requests) / full.seconds
-            rates = [round(most * part, 2) for part in LOADS]
-        asked = [(mode, rate) for mode in MODES for rate in rates]
-        for mode, rate in track(asked, label="load"):
-            phase = guidellm.at_rate(program, load, MODES[mode], rate, scratch)
-            points.append(_point(args, mode, rate, phase))
+        for seed, rate in enumerate(track(rates, label=GUIDELLM)):
+            dues = sender.dues(moments(rate, args.seconds, seed), capacities)
+            phase = guidellm.replay(
+                program, address, model.tokenizer, dues, args.tokens, args.seconds, Path(folder)
+            )
+            points.append(_point(args, GUIDELLM, mode, rate, phase))
     return points
 
 
-def _point(args: argparse.Namespace, mode: str, rate: float, phase: guidellm.Phase) -> Point:
-    finished = [each for each in phase.requests if each.ended is not None]
+def _point(args: argparse.Namespace, sender: str, mode: str, rate: float, phase: Phase) -> Point:
+    finished = phase.finished
     first = [1000 * s for each in phase.requests if (s := each.to_first_token) is not None]
     between = [1000 * s for each in finished if (s := each.between_tokens) is not None]
     good = [
@@ -241,6 +214,7 @@ def _point(args: argparse.Namespace, mode: str, rate: float, phase: guidellm.Pha
     ]
     seconds = max(phase.seconds, 1e-9)
     return Point(
+        sender=sender,
         mode=mode,
         asked_per_second=rate,
         seconds=phase.seconds,
@@ -295,7 +269,12 @@ def _report(
             "first token, ms: p50 / p95 / p99",
             "between tokens, ms: p50 / p95 / p99",
         )
-        tables.append(Table("Under load", columns, [_row(point) for point in points]))
+        rows = [_row(point) for point in points if point.sender == OURS]
+        tables.append(Table("Under load", columns, rows))
+        if args.guidellm:
+            columns = ("sent by", *columns[1:])
+            rows = [[point.sender, *_row(point)[1:]] for point in _sent_by_both(points)]
+            tables.append(Table(f"By both, {next(iter(MODES))}", columns, rows))
     return Report(
         name="serving",
         title=f"A server under load: {models.name_of(args)}",
@@ -315,7 +294,8 @@ def _report(
             "Arrivals are random and do not wait for answers. Goodput counts requests whose first "
             f"token came within {args.first_token_ms:g} ms and whose tokens followed each other "
             f"within {args.between_tokens_ms:g} ms on average. Times between tokens are means of "
-            "a request. The load generator and the client share the machine with the server."
+            "a request. What is not answered when the time is over is cut off. Who sends shares "
+            "the machine with the server."
         ),
         draw=lambda figure: _draw(figure, cost, points),
         goals=[
@@ -328,6 +308,12 @@ def _report(
         ],
         size=(13, 4),
     )
+
+
+def _sent_by_both(points: Sequence[Point]) -> list[Point]:
+    """The first mode's, at each rate one beside the other."""
+    mine = [point for point in points if point.mode == next(iter(MODES))]
+    return sorted(mine, key=lambda point: point.asked_per_second)
 
 
 def _row(point: Point) -> list[str]:
@@ -364,7 +350,7 @@ def _draw(figure: Any, cost: HttpCost, points: Sequence[Point]) -> None:
             mine = [
                 (point.asked_per_second, value)
                 for point, value in zip(points, values, strict=True)
-                if point.mode == mode and value is not None
+                if (point.sender, point.mode) == (OURS, mode) and value is not None
             ]
             axis.plot([at for at, _ in mine], [value for _, value in mine], "o-", label=mode)
         axis.set(title=title, xlabel="requests asked per second")

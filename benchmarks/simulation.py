@@ -90,15 +90,23 @@ class Fate:
         return (self.ended - self.first_token) / (self.tokens - 1)
 
 
-def poisson(jobs: Sequence[Job], rate: float, seconds: float, seed: int) -> list[Arrival]:
-    """Arrivals at random moments, the jobs in turn."""
+def moments(rate: float, seconds: float, seed: int) -> list[float]:
+    """When requests come that know nothing of each other, so many per second on average."""
     draw = random.Random(seed)
-    arrivals: list[Arrival] = []
+    found: list[float] = []
     now = draw.expovariate(rate)
     while now < seconds:
-        arrivals.append(Arrival(now, jobs[len(arrivals) % len(jobs)]))
+        found.append(now)
         now += draw.expovariate(rate)
-    return arrivals
+    return found
+
+
+def poisson(jobs: Sequence[Job], rate: float, seconds: float, seed: int) -> list[Arrival]:
+    """Arrivals at random moments, the jobs in turn."""
+    return [
+        Arrival(second, jobs[place % len(jobs)])
+        for place, second in enumerate(moments(rate, seconds, seed))
+    ]
 
 
 def simulate(host: Host, arrivals: Iterable[Arrival], until: float = float("inf")) -> list[Fate]:

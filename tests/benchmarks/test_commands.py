@@ -11,6 +11,7 @@ from benchmarks.dense import CONTINUOUS, OURS, PADDED
 from benchmarks.guidellm import INSTALL
 from benchmarks.overhead import WITH
 from benchmarks.saving import BATCHES
+from benchmarks.simulation import moments
 
 TOP = {"format", "benchmark", "setting", "parameters", "goals", "results"}
 SETTING = {
@@ -137,7 +138,24 @@ def test_serving_measures_the_cost_of_http_without_a_load_generator(run):
     assert written["results"]["load"] == []
 
 
-def test_serving_without_its_load_generator_says_how_to_install_it(tiny_options, capsys):
+def test_serving_tells_what_every_mode_got_at_every_rate(run):
+    written = run(
+        "serving",
+        *("--http-seconds", "0", "--streams", "3", "--prompt", "8", "--tokens", "4"),
+        *("--seconds", "1", "--rates", "8,20"),
+    )
+    check(written, "serving")
+    points = written["results"]["load"]
+    assert len(points) == 6  # three modes
+    for point in points:
+        assert 0 < point["finished"] <= point["sent"] and point["failed"] == 0
+        assert point["output_tokens_per_second"] == 4 * point["finished"] / point["seconds"]
+        assert 0 < point["first_token_ms"][0] <= point["first_token_ms"][-1]
+
+
+def test_serving_without_the_load_generator_that_was_named_says_how_to_install_it(
+    tiny_options, capsys
+):
     assert main(["serving", *tiny_options, "--guidellm", "no/such/program"]) == 1
     assert INSTALL in capsys.readouterr().err
 
@@ -179,17 +197,21 @@ def test_planning_says_what_each_mix_holds(run):
     assert len(written["results"]["planned"]) == 3 and not written["goals"]
 
 
-def test_planning_that_shall_be_checked_needs_its_load_generator(tiny_options, capsys):
-    assert main(["planning", *tiny_options, "--check", "--guidellm", "no/such/program"]) == 1
-    assert INSTALL in capsys.readouterr().err
-
-
-def test_planning_takes_a_mix_of_one_s_own(run):
+def test_a_plan_of_a_mix_is_checked_at_the_very_moments_that_are_simulated(run):
     written = run(
         "planning",
         *QUICK,
         *("--prompt", "40", "--tokens", "6", "--requests", "50", "--mix", "1.0,0.6"),
+        *("--check", "--check-seconds", "0.5"),
     )
+    assert written["results"]["overhead"] > 0  # measured over HTTP
     (planned,) = written["results"]["planned"]
     assert planned["mode"] == "1, 0.6"
-    assert written["results"]["overhead"] > 0  # measured over HTTP
+    assert len(planned["checked"]) == 5
+    assert sum(point["finished"] for point in planned["checked"]) > 0
+    for seed, point in enumerate(planned["checked"]):
+        assert point["sent"] == len(moments(point["rate"], 0.5, seed))
+        assert max(point["finished"], point["finished_on_paper"]) <= point["sent"]
+        assert point["failed"] == 0
+    (goal,) = written["goals"]
+    assert goal["wanted"] == 0.15

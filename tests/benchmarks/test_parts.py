@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -10,15 +13,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import gguf_file
-from benchmarks.guidellm import phase_of
 from benchmarks.machine import Limits
 from benchmarks.models import shaped, text_ids
 from benchmarks.profile import OTHER, family_of
 from benchmarks.results import Goal
 from benchmarks.roofline import Roofline
 from benchmarks.runs import generate
+from benchmarks.sender import Sender
+from benchmarks.server import ServerError
 from benchmarks.serving import percentiles
 from benchmarks.timing import Interval, Spread, take_turns
+from deploy.stage import free_port
 from elastiformer import DENSE, Capacity, ElasticModel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -92,26 +97,35 @@ def test_an_operator_belongs_to_one_family():
     assert family_of("aten::view") == OTHER
 
 
-def test_of_runs_side_by_side_only_the_time_that_all_share_counts():
-    def entry(started, ended):
-        timings = {
-            "request_start": started,
-            "first_token_iteration": started + 0.1,
-            "request_end": ended,
-        }
-        return {"info": {"timings": timings}, "output_tokens": 11}
+def test_requests_go_out_at_their_moments_and_who_is_refused_has_failed():
+    sender = Sender(f"http://127.0.0.1:{free_port()}", range(20), count(), prompt=8, tokens=4)
+    phase = sender.at([0.0, 0.1, 0.2], (1.0,), seconds=0.5)
+    starts = [each.started for each in phase.requests]
+    assert [later - starts[0] for later in starts] == pytest.approx([0.0, 0.1, 0.2])
+    assert all(each.failed and each.to_first_token is None for each in phase.requests)
+    assert phase.finished == []
 
-    def run_of(began, ended, *finished):
-        return {
-            "scheduler_metrics": {"measure_start_time": began, "measure_end_time": ended},
-            "requests": {"successful": list(finished), "errored": [], "incomplete": []},
-        }
 
-    phase = phase_of([run_of(0, 10, entry(1, 2), entry(5, 6.1)), run_of(4, 14, entry(12, 13))])
-    assert phase.seconds == 6
-    (only,) = phase.requests
-    assert only.to_first_token == pytest.approx(0.1)
-    assert only.between_tokens == pytest.approx(0.1)
+def test_a_request_that_is_wrong_ends_a_measurement_with_what_was_said():
+    class Refusing(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(400)
+            self.send_header("Content-Length", "12")
+            self.end_headers()
+            self.wfile.write(b"no such unit")
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as refusing:
+        threading.Thread(target=refusing.serve_forever).start()
+        address = f"http://127.0.0.1:{refusing.server_port}"
+        sender = Sender(address, range(20), count(), prompt=8, tokens=4)
+        try:
+            with pytest.raises(ServerError, match="no such unit"):
+                sender.at([0.0], ({"nothing": 0.5},), seconds=1)
+        finally:
+            refusing.shutdown()
 
 
 def test_a_gguf_file_holds_the_very_model(tmp_path, tiny_llama):
