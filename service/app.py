@@ -15,6 +15,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from elastiformer.errors import ElastiError
+from service.bench import helpers
 from service.build import version
 from service.desk import Desk
 from service.errors import (
@@ -60,6 +61,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_default_executor(helpers())
         for served in catalogue:
             served.engine.start()
         yield

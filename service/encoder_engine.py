@@ -1,6 +1,6 @@
 """The workshop of an encoder: whole texts and images, side by side in one step, then answered.
 
-Queue, thread, deadlines and endings are those of engine.py. A job is one item; it runs in one
+Queue, turns, deadlines and endings are those of engine.py. A job is one item; it runs in one
 step, and its answer is what the model's head makes of it.
 """
 
@@ -21,7 +21,7 @@ from service.scheduler import Job, Share
 
 
 class EncoderEngine(Engine):
-    """One encoder, its queue and its thread."""
+    """One encoder and its queue."""
 
     @property
     def encoder(self) -> ElasticEncoder:

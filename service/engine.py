@@ -1,22 +1,21 @@
-"""The workshop: one thread per served model that turns orders into events.
+"""The workshop of one served model: it turns orders into events, turn by turn on its bench.
 
 Each turn drops what was cancelled or is too late, admits what the cache has room for, runs one
 step over all running sequences of whatever capacity, chooses their next tokens and delivers them.
 A sequence begins after what stored prefixes hold of its prompt. Every order gets exactly one
 ending: `Done`, or `Failed` with the error that its caller is told. A step that raises fails the
-orders that were in it; the thread goes on. If the thread itself dies, every order fails and the
-engine says that it is dead.
+orders that were in it; the engine goes on. If a turn itself fails, the engine dies: every order
+fails and it says that it is dead.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ from elastiformer.elastic import Elastic
 from elastiformer.errors import ElastiError, InputError
 from elastiformer.inputs import Detokenizer, StopMatcher, TextInputs
 from elastiformer.sampling import BrokenLogits, Draw, Sampled, sample, score, side_by_side
+from service.bench import Bench
 from service.energy import Bill, Meter
 from service.errors import Cancelled, Draining, EngineDead, StepFailed, TimedOut
 from service.metrics import Finished, Metrics
@@ -43,7 +43,7 @@ log = logging.getLogger("elasti.engine")
 
 
 class Engine:
-    """One model, its queue and its thread. The model's cache is open, for nobody else."""
+    """One model and its queue. The model's cache is open, for nobody else."""
 
     def __init__(
         self,
@@ -55,7 +55,9 @@ class Engine:
         max_decode_delay_seconds: float = 0.25,
         clock: Callable[[], float] = time.monotonic,
         meter: Meter | None = None,
+        bench: Bench | None = None,
     ) -> None:
+        """An engine that gets turns on a bench, its own if none is named, once it has started."""
         self.name = name
         self.model = model
         self.limits = limits
@@ -75,20 +77,20 @@ class Engine:
         self._rows: dict[Entry, Row] = {}
         self._outbox: list[tuple[Ticket, Event]] = []
         self._ends = self._end_tokens()
-        self._wake = threading.Condition()
+        self._bench = bench or Bench(f"engine {name}")
+        self._wake = self._bench.wake
         self._stopping = False
         self._death: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name=f"engine {name}", daemon=True)
 
     def start(self) -> None:
         if self._meter is not None:
             self._meter.begin()
-        self._thread.start()
+        self._bench.add(self)
         self._series.alive.set(1)
 
     @property
     def alive(self) -> bool:
-        return self._death is None and self._thread.is_alive()
+        return self._death is None and self._bench.holds(self)
 
     @property
     def idle(self) -> bool:
@@ -173,36 +175,41 @@ class Engine:
             bill=Bill() if self._meter is not None else None,
         )
         with self._wake:
-            if self._death is not None or not self._thread.is_alive():
+            if not self.alive:
                 raise EngineDead(f"the engine of {self.name!r} has stopped working")
             if self.draining:
                 raise Draining("this server is about to stop and takes no new work")
             self._scheduler.add(request.entries)
             self._requests |= dict.fromkeys(request.entries, request)
             self._gauge()
-            self._wake.notify()
+            self._wake.notify_all()
         return ticket
 
     def stop(self) -> None:
-        """End the thread; what still runs fails."""
+        """Take no more turns; what still runs fails."""
         with self._wake:
             self.draining = self._stopping = True
-            self._wake.notify()
-        if self._thread.is_alive():
-            self._thread.join()
+            self._wake.notify_all()
+        self._bench.wait_for_end(self)
 
     def _cancel(self, request: Request) -> None:
         with self._wake:
             if not request.ended:
                 self._leaving.append(request)
-                self._wake.notify()
+                self._wake.notify_all()
 
-    # From here on: the engine's own thread.
+    # From here on: the bench's thread.
 
-    def _work(self) -> None:
+    @property
+    def has_work(self) -> bool:
+        return self._stopping or not self._scheduler.idle
+
+    def take_turn(self) -> bool:
+        """One turn; or, when the engine is to stop or has died, the end of all that runs."""
         try:
-            while self._has_work():
+            if not self._stopping:
                 self._turn()
+                return True
             self._fail_all(Draining("this server has stopped"))
         except BaseException as error:
             with self._wake:
@@ -210,14 +217,10 @@ class Engine:
             self._series.alive.set(0)
             log.critical("the engine of %r has died", self.name, exc_info=error)
             self._fail_all(EngineDead(f"the engine of {self.name!r} has stopped working"))
+        return False
 
-    def _has_work(self) -> bool:
-        """Wait for something to do; False when the engine is to stop."""
-        with self._wake:
-            idle = self._scheduler.idle
-            with self._meter.resting() if self._meter and idle else nullcontext():
-                self._wake.wait_for(lambda: self._stopping or not self._scheduler.idle)
-            return not self._stopping
+    def resting(self) -> AbstractContextManager[None]:
+        return self._meter.resting() if self._meter else nullcontext()
 
     def _turn(self) -> None:
         try:

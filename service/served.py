@@ -17,6 +17,7 @@ from elastiformer.elastic import Elastic
 from elastiformer.encoder import ElasticEncoder
 from elastiformer.encoder_weights import task_of
 from elastiformer.tasks import Task
+from service.bench import Bench, apart
 from service.build import hashes
 from service.encoder_engine import EncoderEngine
 from service.energy import Meter, meter_of
@@ -175,6 +176,11 @@ def load(
     Raises:
         ElastiError: a base or an adapter that cannot be loaded, or do not fit.
     """
+    return apart(lambda: _load(settings, metrics, say))
+
+
+def _load(settings: Settings, metrics: Metrics, say: Callable[[str], None]) -> Catalogue:
+    shared = Bench("engines")
     models: list[Served] = []
     meters: dict[str, Meter | None] = {}  # of each device one: engines share it
     for spec in settings.served:
@@ -186,7 +192,8 @@ def load(
         device = str(model.device)
         if device not in meters:
             meters[device] = meter_of(device)
-        served = serve(spec, model, settings, metrics, costs, meters[device])
+        bench = shared if device == "cpu" else None
+        served = serve(spec, model, settings, metrics, costs, meters[device], bench)
         models.append(served)
         taken = time.monotonic() - begun
         say(f"  {served.machinery}")
@@ -216,8 +223,13 @@ def serve(
     metrics: Metrics,
     costs: str | None = None,
     meter: Meter | None = None,
+    bench: Bench | None = None,
 ) -> Served:
-    """Put a model behind a name, with an engine of its own that is not started yet."""
+    """Put a model behind a name, with an engine of its own that is not started yet.
+
+    Args:
+        bench: where the engine works; unset: on one of its own.
+    """
     kind: type[Engine] = EncoderEngine
     if isinstance(model, ElasticModel):
         kind = Engine
@@ -236,6 +248,7 @@ def serve(
         settings.request_timeout_seconds,
         settings.max_decode_delay_seconds,
         meter=meter,
+        bench=bench,
     )
     machinery = Machinery.of(model, settings, costs, meter is not None)
     served = Served(spec, engine, machinery, model.adapter.identity if model.adapter else None)

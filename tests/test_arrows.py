@@ -23,8 +23,8 @@ LOW_TO_HIGH = """
         model sharded encoder __init__
 
     service: __init__ errors build settings schemas scheduler pace metrics knob orders energy rows
-        middleware engine encoder_engine served zero_shot items desk tracing logs answers readings
-        streams routes app server __main__
+        bench middleware engine encoder_engine served zero_shot items desk tracing logs answers
+        readings streams routes app server __main__
 
     training: __init__ files options signals progress processes packages data stream examples losses
         lessons student encoder_student checkpoint mixed fitting fashion_mnist convolutions vision
