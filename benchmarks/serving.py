@@ -10,8 +10,6 @@ be held against the other. GuideLLM lives in an environment of its own:
 
     python -m venv guidellm && guidellm/bin/pip install guidellm==0.8.1
 
-Client and server share the cores, so let waiting threads sleep: OMP_WAIT_POLICY=passive.
-
 Takes `--http-seconds`, and `--seconds` for each of three modes and four rates: some seven minutes
 in all on two cores with the default model; with --guidellm some five more.
 """

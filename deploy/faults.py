@@ -3,7 +3,7 @@
     python -m deploy.faults FOLDER --port 8123 --model mine=./llama
 
 What stands after FOLDER goes to `python -m service`. While FOLDER holds a file `hang`, no step
-ends; a file `die` ends the engine's thread at its next step. Neither happens by itself.
+ends; a file `die` ends the engine at its next step. Neither happens by itself.
 """
 
 from __future__ import annotations

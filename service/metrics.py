@@ -80,7 +80,7 @@ class Metrics:
         )
         self.alive = self._gauge(
             "elasti_engine_alive",
-            "1 while the engine's thread works, 0 once it has died: is the model served at all?",
+            "1 while the engine works, 0 once it has died: is the model served at all?",
             model,
         )
         self.running = self._gauge(

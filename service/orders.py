@@ -1,7 +1,7 @@
 """What passes between the desk and the workshop: an order in, events back, one ending.
 
 An `Order` is one request made concrete. Its `Ticket` lives on the asyncio side: it receives what
-the engine's thread delivers, and ends with exactly one `Done` or `Failed`. No torch, no HTTP.
+the engine delivers, and ends with exactly one `Done` or `Failed`. No torch, no HTTP.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ async def model(name: str, hall: TheHall, caller: TheCaller) -> Json:
 
 @router.get("/health")
 async def health(hall: TheHall) -> Response:
-    """Alive: every engine's thread works. 503 when one has died."""
+    """Alive: every engine works. 503 when one has died."""
     hall.catalogue.check_alive()
     return JSONResponse({"status": "ok"})
 

@@ -1,5 +1,5 @@
 """What the engine keeps of a request: how far it has come, and of each running sequence what its
-tokens pass through on their way to text. Only the engine's thread writes to it.
+tokens pass through on their way to text. Only the engine writes to it.
 """
 
 from __future__ import annotations

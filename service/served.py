@@ -152,7 +152,7 @@ class Catalogue:
         return next(iter(self._by_name.values()))
 
     def check_alive(self) -> None:
-        """Raises EngineDead, naming every model whose engine's thread has died."""
+        """Raises EngineDead, naming every model whose engine has died."""
         if dead := [served.name for served in self if not served.engine.alive]:
             raise EngineDead(f"the engine of {', '.join(dead)} has stopped working")
 

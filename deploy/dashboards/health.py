@@ -258,7 +258,7 @@ _WHAT = Row(
         ),
         Panel(
             "Engines alive",
-            "Has the thread of a model's engine died on a server? Then it is at 0, and every "
+            "Has a model's engine died on a server? Then it is at 0, and every "
             "request for that model is refused.",
             Kind.LINES,
             Scale.COUNT,
