@@ -24,6 +24,7 @@ from benchmarks.runs import feed_prompts, generate, timed
 from elastiformer import Capacity, Chunk, ElasticModel
 
 NO_END = -1  # as an end token: none is ever drawn
+VLLM_MEMORY = 0.2  # share of the memory, as vLLM takes it whole at start
 CONTEXT = 1024  # tokens that engines with a fixed size of cache are given room for
 
 
@@ -219,6 +220,7 @@ class Vllm:
             str(folder),
             dtype=str(dtype).removeprefix("torch."),
             max_model_len=CONTEXT,
+            gpu_memory_utilization=VLLM_MEMORY,
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
         )
