@@ -26,17 +26,22 @@ ITEMS_AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Held-out items, what the pretrained model makes of them, and their labels if known."""
+    """Held-out items, what the pretrained model makes of them, and their labels if known.
+
+    `most`: the share of the block FLOPs that each spends at 1.0; what nobody reads is not run.
+    """
 
     items: tuple[Item, ...]
     teacher: tuple[Tensor, ...]
+    most: tuple[float, ...]
     labels: tuple[int | None, ...]
 
     @classmethod
     def of(
         cls, model: ElasticEncoder, items: Sequence[Item], labels: Sequence[int | None]
     ) -> Judged:
-        return cls(tuple(items), tuple(_run(model, items, DENSE)[0]), tuple(labels))
+        outputs, spent = _run(model, items, DENSE)
+        return cls(tuple(items), tuple(outputs), tuple(spent), tuple(labels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +80,11 @@ def measure_items(model: ElasticEncoder, given: Judged, capacity: float) -> Item
     begun = time.perf_counter()
     outputs, spent = _run(model, given.items, Capacity(capacity, capacity))
     seconds = time.perf_counter() - begun
-    whole = _run(model, given.items, DENSE)[1] if capacity < 1 else spent
     width = outputs[0].shape[-1]
     teacher_NO = torch.cat([each.reshape(-1, width) for each in given.teacher])
     student_NO = torch.cat([each.reshape(-1, width) for each in outputs])
     missed = 0.0
-    for item, share, most in zip(given.items, spent, whole, strict=True):
+    for item, share, most in zip(given.items, spent, given.most, strict=True):
         off = max(share - capacity, min(capacity, most) - share)
         missed = max(missed, off - 1 / len(item.ids))
     return ItemQuality(
