@@ -30,7 +30,8 @@ LOW_TO_HIGH = """
         lessons student encoder_student checkpoint mixed fitting fashion_mnist convolutions vision
         reviews corpora sentiment canvases canvas_tower canvas_model build quality encoder_quality
         allotment tuning sensitivity baselines pictures stopwatch reports encoder_reports loop
-        encoder_calibrate encoder_evaluate distill repair ranks calibrate evaluate summarize synthesize __main__
+        encoder_calibrate encoder_evaluate distill repair ranks calibrate evaluate summarize
+        synthesize __main__
 """
 
 _COMPILED = {

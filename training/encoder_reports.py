@@ -67,7 +67,7 @@ def write_items(
     if model.encoder.reads_images and shown:
         names.append("patches.png")
         some = items[:SHOWN_IMAGES]
-        kept = {f"{each:g}": kept_patches(model, some, each) for each in shown}
+        kept = {f"{c:g}": kept_patches(model, some, Capacity(c, c)) for c in shown}
         draw_patches(folder / "patches.png", [_grey(item) for item in some], kept)
     write_atomically(folder / "report.md", _markdown(report, model.task, names).encode())
     write_json(folder / "report.json", report.as_json())
@@ -76,15 +76,14 @@ def write_items(
 
 @torch.inference_mode()
 def kept_patches(
-    model: ElasticEncoder, items: Sequence[Item], capacity: float
+    model: ElasticEncoder, items: Sequence[Item], capacity: Capacity
 ) -> list[list[list[float]]]:
     """For each image and patch, of how many sub-layers it kept its work: rows of shares, 0 to 1.
 
     The last layer does not count where a head reads class tokens alone: there nobody's is owed.
     """
     batch = model.collate(items)
-    asked = Capacity(capacity, capacity)
-    planned = [model.sequence(asked, item) for item in items]
+    planned = [model.sequence(capacity, item) for item in items]
     plans = [each.plan_at(at).plan for each in planned for at in range(len(each.item.ids))]
     known = list(dict.fromkeys(plans))
     number = {plan: at for at, plan in enumerate(known)}

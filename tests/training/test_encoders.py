@@ -141,8 +141,9 @@ def test_an_encoder_is_distilled_calibrated_and_evaluated(tmp_path, capsys, fami
 def test_of_every_image_as_many_patches_are_kept_as_are_due():
     model = elastic_encoder("vit")
     given = items(model)
-    assert torch.tensor(kept_patches(model, given, 1.0)).eq(1).all()
-    kept_BHW = torch.tensor(kept_patches(model, given, 0.6))
+    assert torch.tensor(kept_patches(model, given, DENSE)).eq(1).all()
+    shares = Capacity.parse({"attention_tokens": 0.6, "mlp_tokens": 0.4})
+    kept_BHW = torch.tensor(kept_patches(model, given, shares))
     side = SIDE // PATCH
     assert kept_BHW.shape == (len(given), side, side)
     means = kept_BHW.mean((1, 2))
