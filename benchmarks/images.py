@@ -30,6 +30,7 @@ from elastiformer.encoder import ElasticEncoder
 from elastiformer.errors import InputError
 from elastiformer.sequence import Item
 from elastiformer.tasks import Task
+from training.calibrate import CAPACITIES, capacities
 from training.encoder_calibrate import labels_of, some
 from training.examples import read_examples
 from training.options import real, whole
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_model_arguments(parser)
     parser.set_defaults(base=DEFAULT_BASE)
     parser.add_argument("--data", required=True, help="images with labels, never seen")
+    parser.add_argument("--capacities", type=capacities, default=capacities(CAPACITIES))
     parser.add_argument("--items", type=whole(2), default=2000, help="images, at most")
     parser.add_argument("--batch", type=whole(1), default=16, help="images of a step")
     parser.add_argument(
@@ -119,10 +121,10 @@ def _ways(model: ElasticEncoder, args: argparse.Namespace) -> dict[tuple[str, st
     """By way and strength; of `ROUTED` the strength is the capacity."""
     assert model.calibration is not None
     shrinking = ShrinkingEncoder(model.encoder)
-    capacities = [row.capacity for row in model.calibration.measured]
     ways: dict[tuple[str, str], Way] = {
         (ROUTED, f"{each:g}"): partial(_routed, model, each)
-        for each in sorted({1.0, *capacities}, reverse=True)
+        for each in args.capacities
+        if each >= model.calibration.lowest - 1e-9
     }
     patches = model.context - model.encoder.class_tokens
     layers = len(model.shape.layers) - 1

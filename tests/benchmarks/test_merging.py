@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from benchmarks.images import best_within
+from benchmarks.__main__ import main
+from benchmarks.images import AT_ONCE, DROPPED, MERGED, ROUTED, best_within
 from benchmarks.merging import ShrinkingEncoder, drop_random, merge_alike
+from elastiformer import Calibration, Phase, Step, Unit
+from elastiformer.encoder import ElasticEncoder
 from elastiformer.encoders import describe_encoder
 from elastiformer.errors import UnsupportedModel
-from tests.tiny_encoders import SIDE, tiny_encoder
+from tests.tiny_encoders import LAYERS, SIDE, save_tiny_encoder, tiny_encoder
+from tests.training.test_encoders import pictures
 
 
 def test_the_likest_pairs_merge_into_the_mean_of_their_patches():
@@ -77,3 +83,47 @@ def test_the_best_within_a_time_lies_between_two_strengths():
     assert best_within(curve, 0.5) == 0.7
     assert best_within(curve, 0.7) == pytest.approx(0.8)
     assert best_within(curve, 2.0) == 0.9
+
+
+@pytest.fixture
+def options(tmp_path):
+    """A tiny image model with a calibrated adapter, and pictures."""
+    base = save_tiny_encoder(tmp_path / "base", tiny_encoder("vit"))
+    model = ElasticEncoder.load(str(base), dtype="float32")
+    made = model.blank_adapter((Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS), lora_rank=0)
+    path = tuple(
+        Step(layer, unit.value, 0.0)
+        for layer in reversed(range(LAYERS))
+        for unit in (Unit.MLP_TOKENS, Unit.ATTENTION_TOKENS)
+    )
+    made.calibration = Calibration(
+        lowest=0.5,
+        context=model.context,
+        paths={Phase.PROMPT: path, Phase.OUTPUT: ()},
+        thresholds={},
+        measured=(),
+    )
+    made.save(tmp_path / "adapter")
+    data = pictures(tmp_path / "images", 8)
+    given = ["--base", base, "--adapter", tmp_path / "adapter", "--data", data, "--threads", "1"]
+    return [*map(str, given), "--dtype", "float32", "--out", str(tmp_path / "out")]
+
+
+def test_routing_is_held_against_merging_and_dropping_in_the_same_time(options, tmp_path, capsys):
+    quick = ["--seconds", "0", "--least", "1", "--less", "3", "--batch", "4"]
+    assert main(["images", *options, *quick, "--capacities", "1.0,0.5,0.3"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(last["goals"]) == 3
+    found = json.loads((tmp_path / "out" / "images.json").read_text())["results"]
+    settings = {row["way"]: set() for row in found["measured"]}
+    for row in found["measured"]:
+        settings[row["way"]].add(row["setting"])
+        assert 0 <= row["accuracy"] <= 1 and row["milliseconds"]["median"] > 0
+    assert settings[ROUTED] == {"1", "0.5"}  # 0.3 is below what was calibrated
+    assert settings[MERGED] == settings[DROPPED] == {f"{less} a layer" for less in range(4)}
+    whole = {
+        row["accuracy"] for row in found["measured"] if row["setting"] in ("1", "0 a layer", "0")
+    }
+    assert len(whole) == 1  # unchanged, all are one model
+    assert {each["capacity"] for each in found["equal_time"]} == {1.0, 0.5}
+    assert all(set(each["others"]) == {MERGED, DROPPED, AT_ONCE} for each in found["equal_time"])
