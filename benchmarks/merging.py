@@ -75,13 +75,9 @@ class ShrinkingEncoder:
     def __init__(self, encoder: EncoderLayout) -> None:
         """Raises UnsupportedModel: no vision transformer that norms before its sub-layers."""
         first = encoder.layers.layers[0]
-        plain = first.attention_close is None and first.gate is None and first.rotate is None
-        if (
-            not encoder.reads_images
-            or encoder.reads is not Reads.CLASS
-            or encoder.class_tokens > 1
-            or not plain
-        ):
+        unusual = (first.attention_close, first.after_attention, first.after_mlp, first.gate)
+        read = (encoder.reads_images, encoder.reads, encoder.class_tokens)
+        if read != (True, Reads.CLASS, 1) or any(each is not None for each in unusual):
             raise UnsupportedModel(
                 f"{type(encoder.outer).__name__}: tokens are merged in vision transformers that "
                 "read one class token"
@@ -128,7 +124,7 @@ def _attention(
 
     def heads(projection: Projection, of_BTD: Tensor) -> Tensor:
         flat = F.linear(of_BTD, projection.weight_OI, projection.bias_O)
-        return flat.unflatten(-1, (layer.shape.heads, layer.shape.head_dim)).transpose(1, 2)
+        return flat.view(*flat.shape[:2], layer.shape.heads, -1).transpose(1, 2)
 
     key_BHTK = heads(layer.key, normed_BTD)
     mixed_BHTK = F.scaled_dot_product_attention(
@@ -139,16 +135,12 @@ def _attention(
         scale=layer.scale,
     )
     mixed_BTD = mixed_BHTK.transpose(1, 2).flatten(2)
-    branch_BTD = F.linear(mixed_BTD, layer.out.weight_OI, layer.out.bias_O)
-    if layer.after_attention is not None:
-        branch_BTD = layer.after_attention(branch_BTD)
-    return branch_BTD, key_BHTK.mean(1)
+    return F.linear(mixed_BTD, layer.out.weight_OI, layer.out.bias_O), key_BHTK.mean(1)
 
 
 def _mlp(layer: Layer, x_BTD: Tensor) -> Tensor:
     up_BTI = F.linear(layer.mlp_norm(x_BTD), layer.up.weight_OI, layer.up.bias_O)
-    branch_BTD = F.linear(layer.activation(up_BTI), layer.down.weight_OI, layer.down.bias_O)
-    return branch_BTD if layer.after_mlp is None else layer.after_mlp(branch_BTD)
+    return F.linear(layer.activation(up_BTI), layer.down.weight_OI, layer.down.bias_O)
 
 
 def _rows(each_BTD: Tensor, index_BS: Tensor) -> Tensor:
