@@ -2,7 +2,7 @@
 
 Baselines spend the same: `uniform` lowers every share alike in all layers (the paper's recipe),
 `random` runs the calibrated plans with routers that know nothing. All are measured through the
-form that is served; times are the medians of whole passes, capacities taking turns.
+form that is served; for times, capacities take turns on every batch.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from operator import truediv
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from elastiformer.tasks import Task
 from training.allotment import fields_of, uniform
 from training.data import seed_of
 from training.encoder_calibrate import labels_of, load, recalibrate, some
-from training.encoder_quality import ItemQuality, Judged, measure_items
+from training.encoder_quality import ItemQuality, Judged, measure_items, time_items
 from training.encoder_reports import ItemReport, write_items
 from training.examples import Examples, read_examples
 from training.progress import track
@@ -47,7 +45,8 @@ def evaluate_items(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     given = Judged.of(model, examples.items(range(len(examples.each))), labels_of(examples))
     served = [each for each in args.capacities if each >= calibration.lowest - 1e-9]
     ours = [measure_items(model, given, capacity) for capacity in track(served, label="quality")]
-    times = _times(model, given, served, args.repeats)
+    timed = time_items(model, given, served, args.repeats) if args.repeats else {}
+    times = {f"{capacity:g}": round(ratio, 4) for capacity, ratio in timed.items()}
     names = ITEM_BASELINES if args.baselines else ()
     beside = {name: _baseline(model, name, given, served, args.seed) for name in names}
     report = ItemReport(
@@ -83,22 +82,6 @@ def evaluate_items(args: argparse.Namespace, task: Task) -> dict[str, Any]:
         "time_ratio": times,
         "worst_miss": max(row.missed for row in ours),
         "seconds": round(time.monotonic() - started, 1),
-    }
-
-
-def _times(
-    model: ElasticEncoder, given: Judged, served: Sequence[float], repeats: int
-) -> dict[str, float]:
-    """Each capacity's time over that at 1.0 in the same round, the median over rounds."""
-    if not repeats:
-        return {}
-    taken: dict[float, list[float]] = {capacity: [] for capacity in served}
-    for _ in track(range(repeats), label="timing"):
-        for capacity in served:
-            taken[capacity].append(measure_items(model, given, capacity).seconds)
-    return {
-        f"{capacity:g}": round(median(map(truediv, each, taken[1.0])), 4)
-        for capacity, each in taken.items()
     }
 
 

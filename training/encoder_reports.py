@@ -21,7 +21,7 @@ from elastiformer.masked import PlanGrid
 from elastiformer.routers import TOKEN_UNITS
 from elastiformer.sequence import Item
 from elastiformer.tasks import Task
-from training.encoder_quality import ItemQuality
+from training.encoder_quality import ITEMS_AT_ONCE, ItemQuality
 from training.files import write_atomically, write_json
 from training.pictures import Curve, draw_curves, draw_patches
 from training.reports import table
@@ -164,8 +164,8 @@ def _markdown(report: ItemReport, task: str, pictures: Sequence[str]) -> str:
         f"Data: {about['data']['name']} (sha256 `{about['data']['sha256'][:16]}`), "
         f"{about['items']} items, seed {about['seed']}.",
         "*Spent*: share of the dense block FLOPs, the mean over items; *worst miss*: of the item "
-        "farthest from its capacity, beyond one token's worth. *Time*: whole passes over all "
-        "items, ratios taken within a round of all capacities.",
+        "farthest from its capacity, beyond one token's worth. *Time*: of a batch of "
+        f"{ITEMS_AT_ONCE}, over that of the same batch at 1.0 just before or after; the median.",
         "",
         *table(heads, rows),
         "",
