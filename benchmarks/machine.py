@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from elastiformer import ElasticModel
+from elastiformer.elastic import Elastic
 
 _SETS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")
 _PACKAGES = ("torch", "transformers", "fastapi", "uvicorn", "numpy")
@@ -44,7 +44,7 @@ class Setting:
     command: str
 
 
-def setting(model: ElasticModel, command_line: Sequence[str]) -> Setting:
+def setting(model: Elastic, command_line: Sequence[str]) -> Setting:
     able = torch.cpu.get_capabilities()
     device = model.device
     return Setting(

@@ -28,7 +28,7 @@ from elastiformer import (
 )
 from elastiformer.accounting import KVPolicy
 from elastiformer.errors import CapacityError, InputError
-from elastiformer.weights import DTYPES, EMBEDDED
+from elastiformer.weights import DTYPES, comes_along
 from training.options import whole
 
 ROOT = Path(elastiformer.__file__).parent.parent
@@ -97,7 +97,7 @@ def name_of(args: argparse.Namespace) -> str:
     if getattr(args, "shape", None):
         layers = args.layers or SHAPES[args.shape].layers
         return f"{layers} random layers of {args.shape}'s shape"
-    return str(args.base) if args.base in EMBEDDED else Path(args.base).name
+    return str(args.base) if comes_along(args.base) else Path(args.base).name
 
 
 def adapter_of(args: argparse.Namespace) -> str | None:
@@ -106,7 +106,7 @@ def adapter_of(args: argparse.Namespace) -> str | None:
     if args.adapter:
         return str(args.adapter)
     embedded = ROOT / "elastiformer" / "adapters" / args.base
-    return str(embedded) if args.base in EMBEDDED and embedded.is_dir() else None
+    return str(embedded) if comes_along(args.base) and embedded.is_dir() else None
 
 
 def shaped(name: str, layers: int | None, dtype: str, device: str) -> ElasticModel:

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.machine import synchronize
 from elastiformer import Capacity, Chunk, ElasticModel, Usage
 from elastiformer import Sequence as Request
+from elastiformer.elastic import Elastic
 
 STEP_TOKENS = 512  # of one step: the server's default
 STAGGER = 8
@@ -35,7 +36,7 @@ class Flops:
         return Flops(self.blocks - other.blocks, self.all - other.all)
 
 
-def timed(model: ElasticModel, work: Callable[[], object]) -> float:
+def timed(model: Elastic, work: Callable[[], object]) -> float:
     """Seconds until the device has done it."""
     synchronize(model.device)
     began = time.perf_counter()

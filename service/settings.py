@@ -20,7 +20,12 @@ from elastiformer.errors import CapacityError
 from elastiformer.tasks import Task
 
 ADAPTERS = Path(__file__).resolve().parent.parent / "elastiformer" / "adapters"
-EMBEDDED_DEFAULTS = {"smollm2": "smollm2-135m-instruct"}
+# The first is the default of requests that name no model.
+EMBEDDED_DEFAULTS = {
+    "smollm2": "smollm2-135m-instruct",
+    "sentiment": "sentiment",
+    "fashion-mnist": "fashion-mnist",
+}
 TASKS = ("generate", "classify", *(task.value for task in Task))
 DEFAULT_EFFORT = {"low": 0.6, "medium": 0.8, "high": 1.0}
 

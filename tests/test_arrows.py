@@ -29,8 +29,9 @@ LOW_TO_HIGH = """
     training: __init__ files options signals progress processes packages data stream examples losses
         lessons student encoder_student checkpoint mixed fitting fashion_mnist convolutions vision
         reviews corpora sentiment canvases canvas_tower canvas_model build quality encoder_quality
-        allotment tuning sensitivity baselines pictures stopwatch reports loop encoder_calibrate
-        encoder_evaluate distill repair ranks calibrate evaluate summarize synthesize __main__
+        allotment tuning sensitivity baselines pictures stopwatch reports encoder_reports loop
+        encoder_calibrate encoder_evaluate distill repair ranks calibrate evaluate summarize
+        synthesize __main__
 """
 
 _COMPILED = {

@@ -2,7 +2,7 @@
 
 Baselines spend the same: `uniform` lowers every share alike in all layers (the paper's recipe),
 `random` runs the calibrated plans with routers that know nothing. All are measured through the
-form that is served; times are the medians of whole passes, capacities taking turns.
+form that is served; for times, capacities take turns on every batch.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -27,9 +26,9 @@ from elastiformer.tasks import Task
 from training.allotment import fields_of, uniform
 from training.data import seed_of
 from training.encoder_calibrate import labels_of, load, recalibrate, some
-from training.encoder_quality import ItemQuality, Judged, measure_items
+from training.encoder_quality import ItemQuality, Judged, measure_items, time_items
+from training.encoder_reports import ItemReport, write_items
 from training.examples import Examples, read_examples
-from training.files import write_atomically, write_json
 from training.progress import track
 
 ITEM_BASELINES = ("uniform", "random")
@@ -46,19 +45,18 @@ def evaluate_items(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     given = Judged.of(model, examples.items(range(len(examples.each))), labels_of(examples))
     served = [each for each in args.capacities if each >= calibration.lowest - 1e-9]
     ours = [measure_items(model, given, capacity) for capacity in track(served, label="quality")]
-    times = _times(model, given, served, args.repeats)
+    timed = time_items(model, given, served, args.repeats) if args.repeats else {}
+    times = {f"{capacity:g}": round(ratio, 4) for capacity, ratio in timed.items()}
     names = ITEM_BASELINES if args.baselines else ()
     beside = {name: _baseline(model, name, given, served, args.seed) for name in names}
-    report = {
-        "about": _about(model, examples, args),
-        "ours": [asdict(row) for row in ours],
-        "time_ratio": times,
-        "baselines": {name: [asdict(row) for row in rows] for name, rows in beside.items()},
-        "refused": [each for each in args.capacities if each not in served],
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "report.json", report)
-    write_atomically(args.out / "report.md", _markdown(model, ours, times, beside).encode())
+    report = ItemReport(
+        about=_about(model, examples, args),
+        ours=ours,
+        times=times,
+        baselines=beside,
+        refused=[each for each in args.capacities if each not in served],
+    )
+    files = write_items(args.out, report, model, given.items)
     if args.update_adapter:
         problem = model.config.problem_type
         rows = [(row.measured(model.task, problem), times.get(f"{row.capacity:g}")) for row in ours]
@@ -76,7 +74,7 @@ def evaluate_items(args: argparse.Namespace, task: Task) -> dict[str, Any]:
         adapter.save(args.adapter)
     return {
         "report": str(args.out),
-        "files": ["report.json", "report.md"],
+        "files": files,
         "adapter": adapter.identity,
         "capacities": served,
         "distance": {f"{row.capacity:g}": row.distance for row in ours},
@@ -85,20 +83,6 @@ def evaluate_items(args: argparse.Namespace, task: Task) -> dict[str, Any]:
         "worst_miss": max(row.missed for row in ours),
         "seconds": round(time.monotonic() - started, 1),
     }
-
-
-def _times(
-    model: ElasticEncoder, given: Judged, served: Sequence[float], repeats: int
-) -> dict[str, float]:
-    """Each capacity's time over that at 1.0: whatever else runs here falls on all of them."""
-    taken: dict[float, list[float]] = {capacity: [] for capacity in served}
-    for _ in range(repeats):
-        for capacity in served:
-            taken[capacity].append(measure_items(model, given, capacity).seconds)
-    if not repeats:
-        return {}
-    whole = median(taken[1.0])
-    return {f"{capacity:g}": round(median(each) / whole, 4) for capacity, each in taken.items()}
 
 
 def _baseline(
@@ -166,34 +150,3 @@ def _about(model: ElasticEncoder, examples: Examples, args: argparse.Namespace) 
             "transformers": transformers.__version__,
         },
     }
-
-
-def _markdown(
-    model: ElasticEncoder,
-    ours: Sequence[ItemQuality],
-    times: Mapping[str, float],
-    beside: Mapping[str, Sequence[ItemQuality]],
-) -> str:
-    distance = "1 - cosine" if model.task == Task.FEATURES else "distance"
-    heads = ["capacity", "spent", distance, "same label", "accuracy", "time / full"]
-    heads += [f"{name}: {distance}" for name in beside]
-    lines = ["# Quality and cost", "", _row(heads), _row(["---"] * len(heads))]
-    for row in ours:
-        others = [
-            next((each.distance for each in rows if each.capacity == row.capacity), None)
-            for rows in beside.values()
-        ]
-        numbers = [row.spent, row.distance, row.same_label, row.accuracy]
-        numbers += [times.get(f"{row.capacity:g}"), *others]
-        lines.append(_row([f"{row.capacity:g}", *map(_number, numbers)]))
-    lines += ["", "Both baselines spend as much: `uniform` lowers all layers alike, `random` has"]
-    lines += ["the calibrated plans with routers that know nothing.", ""]
-    return "\n".join(lines)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

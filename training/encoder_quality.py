@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -20,23 +21,29 @@ from elastiformer.masked import PlanGrid
 from elastiformer.sequence import Chunk, Item
 from elastiformer.tasks import Task
 from training.encoder_student import distances, judged
+from training.progress import track
 
 ITEMS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Held-out items, what the pretrained model makes of them, and their labels if known."""
+    """Held-out items, what the pretrained model makes of them, and their labels if known.
+
+    `most`: the share of the block FLOPs that each spends at 1.0; what nobody reads is not run.
+    """
 
     items: tuple[Item, ...]
     teacher: tuple[Tensor, ...]
+    most: tuple[float, ...]
     labels: tuple[int | None, ...]
 
     @classmethod
     def of(
         cls, model: ElasticEncoder, items: Sequence[Item], labels: Sequence[int | None]
     ) -> Judged:
-        return cls(tuple(items), tuple(_run(model, items, DENSE)[0]), tuple(labels))
+        outputs, spent = _run(model, items, DENSE)
+        return cls(tuple(items), tuple(outputs), tuple(spent), tuple(labels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,6 @@ class ItemQuality:
     accuracy: float | None
     spent: float  # the mean over items of their spent share
     missed: float  # by how much the worst item missed its capacity, beyond one token's worth
-    seconds: float
 
     def measured(self, task: str, problem: str | None) -> Measured:
         """The row of a calibration's table."""
@@ -72,15 +78,12 @@ def measure_items(model: ElasticEncoder, given: Judged, capacity: float) -> Item
     Raises:
         CapacityError: when the adapter cannot be run at this capacity.
     """
-    begun = time.perf_counter()
     outputs, spent = _run(model, given.items, Capacity(capacity, capacity))
-    seconds = time.perf_counter() - begun
-    whole = _run(model, given.items, DENSE)[1] if capacity < 1 else spent
     width = outputs[0].shape[-1]
     teacher_NO = torch.cat([each.reshape(-1, width) for each in given.teacher])
     student_NO = torch.cat([each.reshape(-1, width) for each in outputs])
     missed = 0.0
-    for item, share, most in zip(given.items, spent, whole, strict=True):
+    for item, share, most in zip(given.items, spent, given.most, strict=True):
         off = max(share - capacity, min(capacity, most) - share)
         missed = max(missed, off - 1 / len(item.ids))
     return ItemQuality(
@@ -91,8 +94,31 @@ def measure_items(model: ElasticEncoder, given: Judged, capacity: float) -> Item
         accuracy=_accuracy(model, outputs, given.labels),
         spent=sum(spent) / len(spent),
         missed=missed,
-        seconds=seconds,
     )
+
+
+@torch.inference_mode()
+def time_items(
+    model: ElasticEncoder, given: Judged, capacities: Sequence[float], repeats: int
+) -> dict[float, float]:
+    """Each capacity's time over that at 1.0, the median over batches; `capacities` hold 1.0.
+
+    Capacities take turns on every batch, so that whatever else runs here falls on all of them.
+    """
+    assert 1.0 in capacities, "ratios are over capacity 1.0"
+    ratios: dict[float, list[float]] = {capacity: [] for capacity in capacities}
+    starts = range(0, len(given.items), ITEMS_AT_ONCE)
+    for turn, start in enumerate(track([*starts] * repeats, label="timing")):
+        items = given.items[start : start + ITEMS_AT_ONCE]
+        taken: dict[float, float] = {}
+        first = turn % len(capacities)
+        for capacity in [*capacities[first:], *capacities[:first]]:
+            begun = time.perf_counter()
+            _run(model, items, Capacity(capacity, capacity))
+            taken[capacity] = time.perf_counter() - begun
+        for capacity, seconds in taken.items():
+            ratios[capacity].append(seconds / taken[1.0])
+    return {capacity: median(each) for capacity, each in ratios.items()}
 
 
 def _run(
@@ -105,7 +131,8 @@ def _run(
         sequences = [
             model.sequence(capacity, item) for item in items[start : start + ITEMS_AT_ONCE]
         ]
-        outputs += model.step([Chunk(each, list(each.item.ids)) for each in sequences])
+        stepped = model.step([Chunk(each, list(each.item.ids)) for each in sequences])
+        outputs += [each.cpu() for each in stepped]  # waits for the device, too
         spent += [each.usage.capacity_spent for each in sequences]
     return outputs, spent
 

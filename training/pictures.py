@@ -77,6 +77,41 @@ def draw_curves(
     _save(figure, path)
 
 
+def draw_patches(
+    path: Path,
+    pictures: Sequence[Sequence[Sequence[float]]],
+    kept: Mapping[str, Sequence[Sequence[Sequence[float]]]],
+) -> None:
+    """Each picture in the first column, and beside it what was kept of its patches.
+
+    Args:
+        pictures: grey levels in [0, 1], rows of pixels.
+        kept: by title, for each picture the kept share of each patch in [0, 1], rows of patches;
+            a patch that nothing was kept of is black.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(
+        len(pictures),
+        1 + len(kept),
+        squeeze=False,
+        figsize=(1.5 * (1 + len(kept)), 1.5 * len(pictures) + 0.4),
+        constrained_layout=True,
+    )
+    for row, picture in enumerate(pictures):
+        height, width = len(picture), len(picture[0])
+        across = (-0.5, width - 0.5, height - 0.5, -0.5)
+        for column, title in enumerate(("image", *kept)):
+            axis = axes[row][column]
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
+            if column:
+                # Laid over it: red where all was kept, black where nothing was.
+                axis.imshow(kept[title][row], cmap="hot", vmin=0, vmax=2, alpha=0.65, extent=across)
+            axis.set(xticks=[], yticks=[])
+            if row == 0:
+                axis.set_title(title, fontsize="small")
+    _save(figure, path)
+
+
 def kept_grid_of(plan: Plan) -> tuple[list[list[float]], list[str]]:
     """Rows of units, columns of layers; units that every layer keeps whole are left out."""
     labels = [name for name in FIELDS if any(getattr(layer, name) < 1 for layer in plan)]

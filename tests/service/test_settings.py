@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -56,9 +57,14 @@ def test_several_models_come_in_one_variable_or_many_flags(monkeypatch):
     assert Settings(models=vars(parser().parse_args(flags))["models"]).served == expected
 
 
-def test_without_models_the_embedded_one_is_served():
-    (spec,) = Settings().served
-    assert (spec.name, spec.base) == ("smollm2", "smollm2-135m-instruct")
+def test_without_models_the_embedded_ones_are_served_each_with_its_adapter():
+    served = Settings().served
+    assert [(spec.name, spec.base) for spec in served] == [
+        ("smollm2", "smollm2-135m-instruct"),
+        ("sentiment", "sentiment"),
+        ("fashion-mnist", "fashion-mnist"),
+    ]
+    assert all((Path(spec.adapter) / "calibration.json").is_file() for spec in served)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,17 @@ from PIL import Image
 from elastiformer import DENSE, Capacity
 from elastiformer.encoder import ElasticEncoder
 from tests.elastiformer.test_encoders import elastic_encoder, items
-from tests.tiny_encoders import LABELS, WORDS, save_tiny_encoder, tiny_encoder, tiny_word_tokenizer
+from tests.tiny_encoders import (
+    LABELS,
+    PATCH,
+    SIDE,
+    WORDS,
+    save_tiny_encoder,
+    tiny_encoder,
+    tiny_word_tokenizer,
+)
 from training.__main__ import main
+from training.encoder_reports import kept_patches
 from training.encoder_student import ItemStudent, distances, judged
 from training.examples import read_examples
 from training.files import DataError
@@ -111,7 +120,12 @@ def test_an_encoder_is_distilled_calibrated_and_evaluated(tmp_path, capsys, fami
     written = json.loads((report / "report.json").read_text())
     assert {row["capacity"] for row in written["ours"]} == {1.0, 0.8, 0.6}
     assert set(written["baselines"]) == {"uniform", "random"}
-    assert "| 0.6 |" in (report / "report.md").read_text()
+    page = (report / "report.md").read_text()
+    assert "| 0.6 |" in page
+    drawn = ["frontier.png", "patches.png"] if family == "vit" else ["frontier.png"]
+    assert evaluated["files"] == [*drawn, "report.md", "report.json"]
+    assert sorted(path.name for path in report.iterdir()) == sorted(evaluated["files"])
+    assert all(f"({name})" in page for name in drawn)
 
     served = ElasticEncoder.load(str(base), adapter, dtype="float32")
     assert served.lowest == 0.6 and served.task == (
@@ -122,6 +136,20 @@ def test_an_encoder_is_distilled_calibrated_and_evaluated(tmp_path, capsys, fami
     assert not sequence.plan_at(len(item.ids) - 1).is_dense
     card = (adapter / "README.md").read_text()
     assert "items of about" in card and f"Task: {served.task}" in card
+
+
+def test_of_every_image_as_many_patches_are_kept_as_are_due():
+    model = elastic_encoder("vit")
+    given = items(model)
+    assert torch.tensor(kept_patches(model, given, DENSE)).eq(1).all()
+    shares = Capacity.parse({"attention_tokens": 0.6, "mlp_tokens": 0.4})
+    kept_BHW = torch.tensor(kept_patches(model, given, shares))
+    side = SIDE // PATCH
+    assert kept_BHW.shape == (len(given), side, side)
+    means = kept_BHW.mean((1, 2))
+    assert means.min() > 0 and means.max() < 1
+    torch.testing.assert_close(means, means[:1].expand_as(means))
+    assert not torch.equal(kept_BHW[0], kept_BHW[1])
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(tmp_path, capsys, monkeypatch):
