@@ -17,7 +17,14 @@ from PIL import Image
 from elastiformer import DENSE, Capacity
 from elastiformer.encoder import ElasticEncoder
 from tests.elastiformer.test_encoders import elastic_encoder, items
-from tests.tiny_encoders import LABELS, WORDS, save_tiny_encoder, tiny_encoder, tiny_word_tokenizer
+from tests.tiny_encoders import (
+    IMAGE_FAMILIES,
+    LABELS,
+    WORDS,
+    save_tiny_encoder,
+    tiny_encoder,
+    tiny_word_tokenizer,
+)
 from training.__main__ import main
 from training.encoder_student import ItemStudent, distances, judged
 from training.examples import read_examples
@@ -70,11 +77,13 @@ def ran(capsys, command: str, *given: object) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("family", "task"), [("bert", None), ("distilbert", "features"), ("vit", None)]
+    ("family", "task"),
+    [("bert", None), ("distilbert", "features"), ("vit", None), ("siglip", "features")],
 )
 def test_an_encoder_is_distilled_calibrated_and_evaluated(tmp_path, capsys, family, task):
     base = save_tiny_encoder(tmp_path / "base", tiny_encoder(family, task))
-    data = pictures(tmp_path / "images") if family == "vit" else texts(tmp_path / "data.jsonl")
+    images = family in IMAGE_FAMILIES
+    data = pictures(tmp_path / "images") if images else texts(tmp_path / "data.jsonl")
     adapter, report = tmp_path / "adapter", tmp_path / "report"
     units = ["--units", "attention_tokens,mlp_tokens,heads"]
     distilled = ran(
@@ -115,7 +124,7 @@ def test_an_encoder_is_distilled_calibrated_and_evaluated(tmp_path, capsys, fami
 
     served = ElasticEncoder.load(str(base), adapter, dtype="float32")
     assert served.lowest == 0.6 and served.task == (
-        task or f"{'image' if family == 'vit' else 'text'}-classification"
+        task or f"{'image' if images else 'text'}-classification"
     )
     (item,) = read_examples(str(data), served).items([3])
     sequence = served.sequence(Capacity(0.6, 0.6), item)
