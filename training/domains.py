@@ -165,6 +165,9 @@ def write_domains(
         if not isinstance(record, dict) or by not in record:
             raise DataError(f'{source}, line {number}: an object with "{by}"')
         if (name := where.get(str(record[by]))) is not None:
+            image = record.get("image")
+            if isinstance(image, str) and not image.startswith("data:"):
+                line = json.dumps(record | {"image": str((source.parent / image).resolve())})
             lines[name].append(line)
             lines[EVERYTHING].append(line)
     if empty := [name for name, of_domain in lines.items() if len(of_domain) < 2]:

@@ -28,10 +28,15 @@ class Choice:
 
 @torch.inference_mode()
 def choice_of(model: ElasticEncoder, items: Sequence[Item], capacity: float) -> Choice:
-    """The tokens that the routers keep of these items, each under its own request's plan."""
+    """The tokens that the routers keep of these items, each under its own request's plan.
+
+    Where class tokens alone are read, what the last layer keeps of the others is no choice: nobody
+    reads it, and its routers have learnt nothing.
+    """
     batch = model.collate(items)
     found = model.masked(batch, plan_grid(model, items, capacity))
-    routes = [route for route in found.routes if route.unit in TOKEN_UNITS]
+    read = len(model.layout.layers) - model.reads_class
+    routes = [each for each in found.routes if each.unit in TOKEN_UNITS and each.layer < read]
     return Choice(
         tuple(route.kept & route.active_BT for route in routes),
         tuple(route.active_BT for route in routes),
@@ -52,12 +57,15 @@ def plan_grid(model: ElasticEncoder, items: Sequence[Item], capacity: float) -> 
 
 
 def jaccard(one: Choice, other: Choice) -> float:
-    """Tokens kept by both over tokens kept by either; the mean over layers, units and items."""
+    """Tokens kept by both over tokens kept by either; the mean over layers, units and items.
+
+    1 where nobody had a choice.
+    """
     shares = [
         _over_either((a_NT & b_NT).sum(1), (a_NT | b_NT).sum(1), asked_NT)
         for a_NT, b_NT, asked_NT in zip(one.kept, other.kept, one.asked, strict=True)
     ]
-    return float(torch.cat(shares).mean())
+    return _mean(shares)
 
 
 def by_chance(choice: Choice) -> float:
@@ -66,7 +74,12 @@ def by_chance(choice: Choice) -> float:
     for kept_NT, asked_NT in zip(choice.kept, choice.asked, strict=True):
         share_N = kept_NT.sum(1) / asked_NT.sum(1).clamp_min(1)
         shares.append((share_N / (2 - share_N))[asked_NT.any(1)])
-    return float(torch.cat(shares).mean())
+    return _mean(shares)
+
+
+def _mean(shares: Sequence[Tensor]) -> float:
+    every = torch.cat([torch.empty(0), *(each.cpu() for each in shares)])
+    return float(every.mean()) if len(every) else 1.0
 
 
 def _over_either(both_N: Tensor, either_N: Tensor, asked_NT: Tensor) -> Tensor:

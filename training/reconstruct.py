@@ -77,9 +77,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         RunError, AdapterError, DataError, BaseModelError: see their messages.
     """
     started = time.monotonic()
-    model = ElasticEncoder.load(args.base, args.adapter, dtype="float32", device=args.device)
+    model = ElasticEncoder.load(args.base, dtype="float32", device=args.device)
     if not model.encoder.hides_patches:
         raise RunError(f"--base {args.base}: not a masked autoencoder; nothing could be drawn")
+    model.attach_saved(args.adapter)
     if model.calibration is None or model.adapter is None:
         raise AdapterError(f"{args.adapter}: not calibrated; run python -m training calibrate")
     with as_base_model_error(args.base):

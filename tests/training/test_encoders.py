@@ -72,7 +72,9 @@ def pictures(folder: Path, count: int = 30) -> Path:
 
 
 def ran(capsys, command: str, *given: object) -> dict:
-    assert main([command, *OPTIONS[command], *map(str, given), "--dtype", "float32"]) == 0
+    options = OPTIONS.get(command, [])
+    given = given if command == "reconstruct" else (*given, "--dtype", "float32")
+    assert main([command, *options, *map(str, given)]) == 0
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
