@@ -152,7 +152,7 @@ def write_domains(
     where = {value: name for name, values in domains.items() for value in values}
     lines: dict[str, list[str]] = {name: [] for name in (*domains, EVERYTHING)}
     try:
-        written = source.read_text(encoding="utf-8").splitlines()
+        written = source.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{source}: cannot be read: {error}") from error
     for number, line in enumerate(written, start=1):
