@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from elastiformer.encoder import ElasticEncoder
+from elastiformer.sequence import Item
 from elastiformer.tasks import Task
 from training import distill
 from training.calibrate import capacities
@@ -41,7 +42,6 @@ from training.progress import track
 
 EVERYTHING = "all"
 OVERLAP_ITEMS = 64  # of each domain, on which the kept tokens are compared
-Runs = list[tuple[str, int]]  # domain and seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,13 +99,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         name: some(read_examples(str(folder / "test" / f"{name}.jsonl"), model), args.items)
         for name in domains
     }
-    cells = _measured(args, folder, model, runs, tests)
+    trained = _Trained(args, folder, model, tests)
     found = Robustness(
         about=_about(args, model, domains, tests),
         domains=list(domains),
         everything=EVERYTHING,
-        cells=cells,
-        overlaps=_overlaps(args, folder, model, runs, tests),
+        cells=trained.cells(),
+        overlaps=trained.overlaps(),
     )
     files = write_robustness(args.out, found)
     return {
@@ -207,73 +207,67 @@ def _train(args: argparse.Namespace, folder: Path, name: str, seed: int) -> bool
     return report is not None and bool(report["finished"])
 
 
-@contextmanager
-def _routers(
-    folder: Path, model: ElasticEncoder, name: str, seed: int, context: int
-) -> Iterator[None]:
-    """The model with the routers of one training, all layers lowered alike."""
-    untrained = name == UNTRAINED
-    model.attach_saved(folder / f"{EVERYTHING if untrained else name}-{seed}")
-    recalibrate(model, uniform_calibration(model, context))
-    if untrained:
-        with random_routers(model, seed):
+class _Trained:
+    """All trainings of a run, and the items that they are measured on."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        folder: Path,
+        model: ElasticEncoder,
+        tests: Mapping[str, Examples],
+    ) -> None:
+        self._folder, self._model, self._tests = folder, model, tests
+        self._capacities = [each for each in args.capacities if each < 1]
+        names = [*tests, EVERYTHING, UNTRAINED]
+        self._runs = list(itertools.product(names, range(args.seeds)))
+        few = self._items(OVERLAP_ITEMS)
+        self._context = round(sum(len(item.ids) for item in few) / len(few))
+
+    @contextmanager
+    def _routers(self, name: str, seed: int) -> Iterator[None]:
+        """The model with the routers of one training, all layers lowered alike."""
+        untrained = name == UNTRAINED
+        self._model.attach_saved(self._folder / f"{EVERYTHING if untrained else name}-{seed}")
+        recalibrate(self._model, uniform_calibration(self._model, self._context))
+        if untrained:
+            with random_routers(self._model, seed):
+                yield
+        else:
             yield
-    else:
-        yield
 
+    def _items(self, of_each: int) -> list[Item]:
+        """The first items of every domain."""
+        parts = self._tests.values()
+        return [item for part in parts for item in part.items(range(min(of_each, len(part.each))))]
 
-def _context(tests: Mapping[str, Examples]) -> int:
-    """The mean length of the items, in tokens."""
-    few = [item for test in tests.values() for item in test.items(range(min(64, len(test.each))))]
-    return round(sum(len(item.ids) for item in few) / len(few))
-
-
-def _measured(
-    args: argparse.Namespace,
-    folder: Path,
-    model: ElasticEncoder,
-    runs: Runs,
-    tests: Mapping[str, Examples],
-) -> list[Cell]:
-    given = {
-        name: Judged.of(model, test.items(range(len(test.each))), labels_of(test))
-        for name, test in tests.items()
-    }
-    cells = []
-    every = [*runs, *((UNTRAINED, seed) for seed in range(args.seeds))]
-    for name, seed in track(every, label="measuring"):
-        with _routers(folder, model, name, seed, _context(tests)):
-            for at, capacity in itertools.product(tests, args.capacities):
-                if capacity < 1:
-                    row = measure_items(model, given[at], capacity)
+    def cells(self) -> list[Cell]:
+        """What every training loses on every domain."""
+        given = {
+            name: Judged.of(self._model, test.items(range(len(test.each))), labels_of(test))
+            for name, test in self._tests.items()
+        }
+        cells = []
+        for name, seed in track(self._runs, label="measuring"):
+            with self._routers(name, seed):
+                for at, capacity in itertools.product(given, self._capacities):
+                    row = measure_items(self._model, given[at], capacity)
                     found = (row.distance, row.same_label, row.accuracy, row.spent)
                     cells.append(Cell(name, seed, at, capacity, *found))
-    return cells
+        return cells
 
-
-def _overlaps(
-    args: argparse.Namespace,
-    folder: Path,
-    model: ElasticEncoder,
-    runs: Runs,
-    tests: Mapping[str, Examples],
-) -> list[Overlap]:
-    items = [
-        item
-        for name, test in tests.items()
-        for item in test.items(range(min(OVERLAP_ITEMS, len(test.each))))
-    ]
-    every = [*runs, *((UNTRAINED, seed) for seed in range(args.seeds))]
-    found = []
-    for capacity in [each for each in args.capacities if each < 1]:
-        choices: dict[tuple[str, int], Choice] = {}
-        for name, seed in track(every, label=f"what is kept at {capacity:g}"):
-            with _routers(folder, model, name, seed, _context(tests)):
-                choices[name, seed] = choice_of(model, items, capacity)
-        for one, other in itertools.combinations(every, 2):
-            share = jaccard(choices[one], choices[other])
-            found.append(Overlap(*one, *other, capacity, share, by_chance(choices[one])))
-    return found
+    def overlaps(self) -> list[Overlap]:
+        """How alike every two trainings choose."""
+        items, found = self._items(OVERLAP_ITEMS), []
+        for capacity in self._capacities:
+            choices: dict[tuple[str, int], Choice] = {}
+            for name, seed in track(self._runs, label=f"what is kept at {capacity:g}"):
+                with self._routers(name, seed):
+                    choices[name, seed] = choice_of(self._model, items, capacity)
+            for one, other in itertools.combinations(self._runs, 2):
+                share = jaccard(choices[one], choices[other])
+                found.append(Overlap(*one, *other, capacity, share, by_chance(choices[one])))
+        return found
 
 
 def _about(
