@@ -184,9 +184,7 @@ class ElasticEncoder(Elastic):
     def _pixels(self) -> tuple[int, int, int]:
         """Channels, height and width of the images that it was made for."""
         config: Any = self.encoder.inner.config
-        side = config.image_size
-        height, width = (side, side) if isinstance(side, int) else side
-        return config.num_channels, height, width
+        return (config.num_channels, *self.encoder.image_sides)
 
     # The sparse form: packed, whole items, each under its own plan.
 

@@ -230,7 +230,7 @@ class EncoderLayout:
             yield
             return
         own = config.mask_ratio
-        whole = self.patch_count(config.image_size, config.image_size)
+        whole = self.patch_count(*self.image_sides)
         config.mask_ratio = 1 - (patches + 0.5) / whole  # which the base rounds down
         try:
             yield
@@ -251,6 +251,13 @@ class EncoderLayout:
         """Of the pooler: attention of one learned query over all of an item's tokens."""
         inside = [] if self.pooler is None else self.pooler.modules()
         return [module for module in inside if isinstance(module, nn.MultiheadAttention)]
+
+    @property
+    def image_sides(self) -> tuple[int, int]:
+        """Height and width of the images that it was made for, in pixels."""
+        config: Any = self.inner.config
+        side = config.image_size
+        return (side, side) if isinstance(side, int) else tuple(side)
 
     def patch_count(self, height: int, width: int) -> int:
         """The patches of an image of so many pixels."""
