@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     draw_images(args.out / "reconstructions.png", pictures)
     write_atomically(args.out / "report.md", _markdown(rows).encode())
     report = {
-        "base": args.base,
+        "base": Path(args.base).name,
         "adapter": model.adapter.identity,
         "units": [unit.value for unit in model.adapter.units],
         "images": len(examples.each),
