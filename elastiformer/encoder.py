@@ -25,8 +25,8 @@ from elastiformer.costs import CostTable
 from elastiformer.elastic import NO_ROUTING, Elastic
 from elastiformer.encoder_inputs import ImageItems, TextItems
 from elastiformer.encoder_weights import load_encoder
-from elastiformer.encoders import EncoderLayout, Reads, describe_encoder
-from elastiformer.encoding import EncoderForm, Pooling
+from elastiformer.encoders import EncoderLayout, Pooling, Reads, describe_encoder
+from elastiformer.encoding import EncoderForm, said
 from elastiformer.errors import InputError
 from elastiformer.masked import MaskedPass, PlanGrid, Route, Selection
 from elastiformer.sequence import Chunk, Item, WholeSequence
@@ -51,7 +51,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """What the masked form gives: logits [B, O] or [B, T, O], features [B, T, D]; its routes."""
+    """What the masked form gives, as `teacher`, and its routes."""
 
     outputs: Tensor
     routes: list[Route]
@@ -75,14 +75,13 @@ class ElasticEncoder(Elastic):
         """
         Args:
             images: the image processor of a model that reads images.
-            pooling: of features; if None, the class token of images, the mean of texts.
+            pooling: of features; if None, as its family's are.
             normalized: whether features are made unit length, as their model was trained.
             most_tokens: of a text, where the model's own files ask for less than it can take.
         """
         self.encoder: EncoderLayout = describe_encoder(base)
         self.task = self.encoder.task.value
-        default = Pooling.CLASS if self.encoder.reads_images else Pooling.MEAN
-        self.pooling = pooling or default
+        self.pooling = pooling or self.encoder.pooling
         self.normalized, self.images, self._most_tokens = normalized, images, most_tokens
         super().__init__(base, self.encoder.layers, adapter, tokenizer, identity)
 
@@ -124,9 +123,7 @@ class ElasticEncoder(Elastic):
     def context(self) -> int:
         """The most tokens of one text, or the tokens of an image."""
         if self.encoder.reads_images:
-            side = self.config.image_size
-            height, width = (side, side) if isinstance(side, int) else side
-            return self.encoder.class_tokens + self._patches(height, width)
+            return self.encoder.class_tokens + self.encoder.patch_count(*self._pixels[1:])
         tokens = int(self.config.max_position_embeddings)
         # RoBERTa counts positions from behind the padding's.
         first = getattr(self.encoder.embeddings, "padding_idx", None)
@@ -142,7 +139,7 @@ class ElasticEncoder(Elastic):
     @property
     def _outputs(self) -> int | None:
         """How many tokens in front are read of the last layer; None: all."""
-        if self.encoder.task is Task.FEATURES:
+        if self.encoder.task is Task.FEATURES and self.pooling is not Pooling.OWN:
             return 1 if self.pooling is Pooling.CLASS else None
         return self.encoder.class_tokens if self.encoder.reads is Reads.CLASS else None
 
@@ -158,19 +155,36 @@ class ElasticEncoder(Elastic):
         """What makes items of that which callers send."""
         if self.encoder.reads_images:
             assert self.images is not None, "a model that reads images without their processor"
-            return ImageItems(self.images, self.config.num_channels, self.image)
+            return ImageItems(self.images, self._pixels[0], self.image)
         assert self.tokenizer is not None, "a model that reads texts without a tokenizer"
         return TextItems(self.tokenizer, self.context)
 
-    def image(self, pixels_CHW: Tensor) -> Item:
-        """A processed image as an item."""
-        _, height, width = pixels_CHW.shape
-        tokens = self.encoder.class_tokens + self._patches(height, width)
-        return Item(tuple(range(tokens)), pixels_CHW=pixels_CHW)
+    def image(self, pixels_CHW: Tensor, seen: Many[int] | None = None) -> Item:
+        """A processed image as an item.
 
-    def _patches(self, height: int, width: int) -> int:
-        (patch,) = self.encoder.patches
-        return (height // patch.stride[0]) * (width // patch.stride[1])
+        Args:
+            seen: the patches that are shown to a masked autoencoder; if None, all.
+
+        Raises:
+            InputError: patches are hidden from a model that cannot do without.
+        """
+        first = self.encoder.class_tokens
+        if seen is None:
+            tokens = first + self.encoder.patch_count(*pixels_CHW.shape[1:])
+            return Item(tuple(range(tokens)), pixels_CHW=pixels_CHW)
+        if not self.encoder.hides_patches:
+            raise InputError(
+                f"image: {type(self.base).__name__} reads whole images; patches can be hidden "
+                "from masked autoencoders alone"
+            )
+        ids = (*range(first), *(first + patch for patch in sorted(seen)))
+        return Item(ids, pixels_CHW=pixels_CHW)
+
+    @property
+    def _pixels(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that it was made for."""
+        config: Any = self.encoder.inner.config
+        return (config.num_channels, *self.encoder.image_sides)
 
     # The sparse form: packed, whole items, each under its own plan.
 
@@ -232,9 +246,7 @@ class ElasticEncoder(Elastic):
         costs = super().measure_costs(seconds)
         item = Item((0,) * min(_FIRST_TOKENS, self.context))
         if self.encoder.reads_images:
-            side = self.config.image_size
-            height, width = (side, side) if isinstance(side, int) else side
-            item = self.image(torch.zeros(self.config.num_channels, height, width))
+            item = self.image(torch.zeros(self._pixels))
         self.encode([item, item], [DENSE, Capacity(self.lowest, self.lowest)])
         return costs
 
@@ -249,8 +261,11 @@ class ElasticEncoder(Elastic):
         output_BT = mask_BT if self._outputs is None else (at_T < self._outputs) & mask_BT
         if self.encoder.reads_images:
             pixels = [item.pixels_CHW for item in items if item.pixels_CHW is not None]
-            pixels_BCHW = torch.stack(pixels).to(self.device, self.dtype)
-            return Batch({"pixel_values": pixels_BCHW}, mask_BT, output_BT)
+            inputs = {"pixel_values": torch.stack(pixels).to(self.device, self.dtype)}
+            if self.encoder.hides_patches:
+                assert bool(mask_BT.all()), "side by side, images show as many patches"
+                inputs["noise"] = self._noise(items)
+            return Batch(inputs, mask_BT, output_BT)
         pad = self.config.pad_token_id or 0
         inputs = {"input_ids": _padded([item.ids for item in items], pad, longest)}
         inputs["attention_mask"] = mask_BT.long()
@@ -259,6 +274,15 @@ class ElasticEncoder(Elastic):
             inputs["token_type_ids"] = _padded(types, 0, longest)
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         return Batch(inputs, mask_BT, output_BT)
+
+    def _noise(self, items: Many[Item]) -> Tensor:
+        """What makes a masked autoencoder see each item's patches, in their order: [B, P]."""
+        first, patches = self.encoder.class_tokens, self.context - self.encoder.class_tokens
+        noise_BP = torch.ones(len(items), patches)
+        for noise_P, item in zip(noise_BP, items, strict=True):
+            seen = torch.tensor(item.ids[first:]) - first
+            noise_P[seen] = torch.arange(len(seen)) / patches
+        return noise_BP.to(self.device)
 
     def masked(self, batch: Batch, plans: PlanGrid | Many[tuple[Plan, Plan]]) -> Encoded:
         """One differentiable forward; tokens are chosen by rank, as in serving.
@@ -282,12 +306,16 @@ class ElasticEncoder(Elastic):
         return Encoded(outputs, masked.routes)
 
     def teacher(self, batch: Batch, mask_BT: Tensor | None = None) -> Tensor:
-        """The untouched base's logits, or the features of every token."""
-        given = self.base(**batch.inputs)
-        outputs: Tensor = (
-            given.last_hidden_state if self.encoder.task is Task.FEATURES else given.logits
-        )
-        return outputs
+        """The untouched base's logits [B, O] or [B, T, O], or features.
+
+        Features are those of every token [B, T, D], or [B, D] where the base pools them itself.
+        """
+        with self.encoder.seeing(batch.mask_BT.shape[1] - self.encoder.class_tokens):
+            given = self.base(**batch.inputs)
+        if self.encoder.task is Task.FEATURES and self.pooling is not Pooling.OWN:
+            features_BTD: Tensor = given.last_hidden_state
+            return features_BTD
+        return said(self.encoder, given)
 
 
 def _padded(rows: Many[Many[int]], filler: int, length: int) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -32,7 +33,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from elastiformer.encoders import ENCODERS, HEADS
+from elastiformer.encoders import ENCODERS, FEATURES_OF, HEADS
 from elastiformer.errors import BaseModelError, UnsupportedModel
 from elastiformer.tasks import Task
 from elastiformer.weights import (
@@ -120,17 +121,24 @@ def load_encoder(
 
 
 def _task_of(resolved: Resolved) -> Task | None:
-    config = read_json(resolved.path / "config.json", resolved.name)
-    architectures = config.get("architectures")
-    for name in architectures if isinstance(architectures, list) else ():
+    for name in _architectures(resolved):
         if name in HEADS:
             return HEADS[name][0]
-        if name in ENCODERS:
+        if name in ENCODERS or name in FEATURES_OF:
             return Task.FEATURES
     return None
 
 
+def _architectures(resolved: Resolved) -> list[str]:
+    """What the config names, usually one."""
+    named = read_json(resolved.path / "config.json", resolved.name).get("architectures")
+    return [str(name) for name in named] if isinstance(named, list) else []
+
+
 def _load_model(resolved: Resolved, task: Task, dtype: torch.dtype) -> PreTrainedModel:
+    parts = [FEATURES_OF[name] for name in _architectures(resolved) if name in FEATURES_OF]
+    if task is Task.FEATURES and parts:
+        return _load_part(resolved, parts[0], dtype)
     kind = read_json(resolved.path / "config.json", resolved.name).get("model_type")
     auto, known = _AUTO[task]
     if kind not in known:
@@ -146,18 +154,30 @@ def _load_model(resolved: Resolved, task: Task, dtype: torch.dtype) -> PreTraine
             built = inspect.signature(MODEL_MAPPING[type(config)].__init__)
             if "add_pooling_layer" in built.parameters:
                 extra["add_pooling_layer"] = False
-        model, report = auto.from_pretrained(
-            resolved.path,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **extra,
-        )
-    check_complete(report, resolved.name)
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+        loaded = auto.from_pretrained(resolved.path, config=config, **_how(dtype), **extra)
+    return _complete(loaded, resolved)
+
+
+def _load_part(resolved: Resolved, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of this name out of files that hold more; its config lies within theirs."""
+    with as_base_model_error(resolved.name):
+        loaded = getattr(transformers, name).from_pretrained(resolved.path, **_how(dtype))
+    return _complete(loaded, resolved)
+
+
+def _how(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "dtype": dtype,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+    }
+
+
+def _complete(loaded: tuple[PreTrainedModel, dict[str, set[str]]], of: Resolved) -> PreTrainedModel:
+    model, report = loaded
+    check_complete(report, of.name)
+    return model.eval()
 
 
 def _tokenizer(resolved: Resolved) -> PreTrainedTokenizerBase:
@@ -168,10 +188,9 @@ def _tokenizer(resolved: Resolved) -> PreTrainedTokenizerBase:
 
 
 def _image_processor(resolved: Resolved) -> Any:
-    if not (resolved.path / "preprocessor_config.json").is_file():
-        raise BaseModelError(
-            f"base model '{resolved.name}': the folder has no preprocessor_config.json"
-        )
+    names = ("preprocessor_config.json", "processor_config.json")
+    if not any((resolved.path / name).is_file() for name in names):
+        raise BaseModelError(f"base model '{resolved.name}': the folder has no {names[0]}")
     with as_base_model_error(resolved.name):
         return AutoImageProcessor.from_pretrained(
             resolved.path, backend="pil", trust_remote_code=False

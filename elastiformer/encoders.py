@@ -4,16 +4,21 @@
 names, so that the forms, the routers and the accounting are those of families.py. What comes
 before the layers (tokens, patches, positions) and after them (pooler, head) is the base's own
 code, called and never copied.
+
+Shape letters: B items   T tokens   D width   P patches
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elastiformer.accounting import LayerShape
@@ -28,6 +33,14 @@ class Reads(StrEnum):
     CLASS = "class"  # the tokens in front that stand for the whole
     TOKENS = "tokens"  # every token, each by itself
     ALL = "all"  # all tokens together
+
+
+class Pooling(StrEnum):
+    """How the features of an item's tokens become one."""
+
+    MEAN = "mean"
+    CLASS = "class"
+    OWN = "own"  # as the base itself does it
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,10 @@ class EncoderFamily:
     reads_images: bool = False
     takes_types: bool = False  # token types, which tell the two texts of a pair apart
     class_tokens: int = 1  # in front, that stand for the whole
+    pooling: Pooling = Pooling.MEAN  # of features, where a folder's files say nothing
+    opening: str | None = None  # a norm before the layers
+    pooler: str = "pooler"
+    hides_patches: bool = False  # a masked autoencoder: by noise, all but a share of them
 
 
 _BERT = EncoderFamily(
@@ -75,6 +92,18 @@ _VIT = EncoderFamily(
     mlp_norm="layernorm_after",
     final_norm="layernorm",
     reads_images=True,
+    pooling=Pooling.CLASS,
+)
+# CLIP's and SigLIP's towers.
+_TOWER = EncoderFamily(
+    layers="encoder.layers",
+    attention="self_attn",
+    attention_norm="layer_norm1",
+    queries=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.out_proj",
+    mlp_norm="layer_norm2",
+    reads_images=True,
+    pooling=Pooling.OWN,
 )
 
 # By the model under the head.
@@ -108,13 +137,12 @@ ENCODERS: dict[str, EncoderFamily] = {
         rotary="rotary_emb",
     ),
     "ViTModel": _VIT,
-    "DeiTModel": EncoderFamily(
-        layers="layers",
-        attention_norm="layernorm_before",
-        mlp_norm="layernorm_after",
-        final_norm="layernorm",
-        reads_images=True,
-        class_tokens=2,
+    "DeiTModel": replace(_VIT, class_tokens=2),
+    # A masked autoencoder's decoder reads every token, and its class token learns little.
+    "ViTMAEModel": replace(_VIT, pooling=Pooling.MEAN, hides_patches=True),
+    "CLIPVisionModel": replace(_TOWER, opening="pre_layrnorm", pooler="post_layernorm"),
+    "SiglipVisionModel": replace(
+        _TOWER, final_norm="post_layernorm", pooler="head", class_tokens=0
     ),
     "Dinov2Model": EncoderFamily(
         layers="encoder.layer",
@@ -124,6 +152,7 @@ ENCODERS: dict[str, EncoderFamily] = {
         after_mlp="layer_scale2",
         final_norm="layernorm",
         reads_images=True,
+        pooling=Pooling.CLASS,
     ),
 }
 
@@ -141,6 +170,19 @@ HEADS: dict[str, tuple[Task, Reads]] = {
     "DeiTForImageClassification": (Task.IMAGE_CLASSIFICATION, Reads.CLASS),
     "DeiTForImageClassificationWithTeacher": (Task.IMAGE_CLASSIFICATION, Reads.CLASS),
     "Dinov2ForImageClassification": (Task.IMAGE_CLASSIFICATION, Reads.ALL),
+    "CLIPForImageClassification": (Task.IMAGE_CLASSIFICATION, Reads.ALL),
+    "SiglipForImageClassification": (Task.IMAGE_CLASSIFICATION, Reads.ALL),
+    "CLIPVisionModelWithProjection": (Task.FEATURES, Reads.CLASS),
+}
+
+# What a folder may hold, and the model in it that gives features, where AutoModel loads another.
+FEATURES_OF = {
+    "CLIPModel": "CLIPVisionModelWithProjection",
+    "CLIPVisionModelWithProjection": "CLIPVisionModelWithProjection",
+    "CLIPForImageClassification": "CLIPVisionModel",
+    "SiglipModel": "SiglipVisionModel",
+    "SiglipForImageClassification": "SiglipVisionModel",
+    "ViTMAEForPreTraining": "ViTMAEModel",
 }
 
 
@@ -152,15 +194,52 @@ class EncoderLayout:
     outer: PreTrainedModel
     inner: PreTrainedModel  # the model under the head; itself where there is none
     embeddings: nn.Module
+    opening: nn.Module | None
+    pooler: nn.Module | None  # the base's own, where it is read
+    pooling: Pooling  # of features, where nobody says another
     task: Task
     reads: Reads
     reads_images: bool
     takes_types: bool
     class_tokens: int
+    hides_patches: bool
+
+    def embed(self, *given: Tensor, **more: Tensor) -> Tensor:
+        """What the first layer reads, [B, T, D]: of an image all patches, in their order."""
+        if self.hides_patches:
+            patches = self.patch_count(*given[0].shape[2:])
+            noise_BP = torch.arange(patches, device=given[0].device).expand(len(given[0]), -1)
+            with self.seeing(patches):
+                embedded_BTD: Tensor = self.embeddings(*given, noise=noise_BP)[0]
+            return embedded_BTD
+        embedded_BTD = self.embeddings(*given, **more)
+        return embedded_BTD if self.opening is None else self.opening(embedded_BTD)
+
+    def pooled(self, last_BTD: Tensor) -> Tensor | None:
+        """What the base's own pooler makes of the last layer's tokens, [B, D], where it is read."""
+        if self.pooler is None:
+            return None
+        pooled: Tensor = self.pooler(last_BTD)
+        return pooled[:, 0] if pooled.ndim == last_BTD.ndim else pooled
+
+    @contextmanager
+    def seeing(self, patches: int) -> Iterator[None]:
+        """Where patches are hidden by noise: those of the least noise are seen, and no others."""
+        config: Any = self.inner.config
+        if not self.hides_patches:
+            yield
+            return
+        own = config.mask_ratio
+        whole = self.patch_count(*self.image_sides)
+        config.mask_ratio = 1 - (patches + 0.5) / whole  # which the base rounds down
+        try:
+            yield
+        finally:
+            config.mask_ratio = own
 
     @property
     def head_modules(self) -> list[nn.Linear]:
-        """The matrices between the last layer and the answer."""
+        """The matrices between the last layer and the answer that one row of an item meets."""
         under = {id(module) for module in self.inner.modules()}
         outside = [m for m in self.outer.modules() if id(m) not in under]
         if self.pooler is not None:
@@ -168,10 +247,22 @@ class EncoderLayout:
         return [module for module in outside if isinstance(module, nn.Linear)]
 
     @property
-    def pooler(self) -> nn.Module | None:
-        """The base's own pooler, where its head reads it."""
-        pooler = getattr(self.inner, "pooler", None)
-        return None if self.outer is self.inner else pooler
+    def probes(self) -> list[nn.MultiheadAttention]:
+        """Of the pooler: attention of one learned query over all of an item's tokens."""
+        inside = [] if self.pooler is None else self.pooler.modules()
+        return [module for module in inside if isinstance(module, nn.MultiheadAttention)]
+
+    @property
+    def image_sides(self) -> tuple[int, int]:
+        """Height and width of the images that it was made for, in pixels."""
+        config: Any = self.inner.config
+        side = config.image_size
+        return (side, side) if isinstance(side, int) else tuple(side)
+
+    def patch_count(self, height: int, width: int) -> int:
+        """The patches of an image of so many pixels."""
+        (patch,) = self.patches
+        return (height // patch.stride[0]) * (width // patch.stride[1])
 
     @property
     def patches(self) -> list[nn.Conv2d]:
@@ -185,7 +276,7 @@ def describe_encoder(base: PreTrainedModel) -> EncoderLayout:
     Raises:
         UnsupportedModel: naming the architecture, and what of it is not known.
     """
-    inner: PreTrainedModel = base.base_model
+    inner: PreTrainedModel = getattr(base, "vision_model", base.base_model)
     family = ENCODERS.get(type(inner).__name__)
     if family is None:
         raise UnsupportedModel(
@@ -200,6 +291,12 @@ def describe_encoder(base: PreTrainedModel) -> EncoderLayout:
             )
         task, reads = HEADS[type(base).__name__]
     config: Any = base.config
+    own = family.pooling is Pooling.OWN
+    pooler = None
+    if task is Task.FEATURES if own else inner is not base:
+        pooler = getattr(inner, family.pooler, None)
+    if own and pooler is not None:
+        reads = Reads.CLASS if family.class_tokens else Reads.ALL
     if reads is Reads.CLASS and getattr(config, "classifier_pooling", "cls") == "mean":
         reads = Reads.ALL
     if missing := _missing(inner, family):
@@ -210,7 +307,7 @@ def describe_encoder(base: PreTrainedModel) -> EncoderLayout:
         _layer(inner, family, module, index)
         for index, module in enumerate(inner.get_submodule(family.layers).children())
     )
-    prefix = "" if inner is base else f"{base.base_model_prefix}."
+    prefix = "".join(f"{name}." for name, child in base.named_children() if child is inner)
     return EncoderLayout(
         layers=Layout(
             embedding=inner.embeddings,
@@ -230,11 +327,15 @@ def describe_encoder(base: PreTrainedModel) -> EncoderLayout:
         outer=base,
         inner=inner,
         embeddings=inner.embeddings,
+        opening=optional_module(inner, family.opening),
+        pooler=pooler,
+        pooling=Pooling.MEAN if own and pooler is None else family.pooling,
         task=task,
         reads=reads,
         reads_images=family.reads_images,
         takes_types=family.takes_types and config.type_vocab_size > 1,
         class_tokens=family.class_tokens,
+        hides_patches=family.hides_patches,
     )
 
 
@@ -292,7 +393,7 @@ def _layer(inner: PreTrainedModel, family: EncoderFamily, layer: nn.Module, inde
 
 def _missing(inner: nn.Module, family: EncoderFamily) -> list[str]:
     """The modules of `family` that this model does not have."""
-    outer = ["embeddings", family.layers, family.final_norm, family.rotary]
+    outer = ["embeddings", family.layers, family.final_norm, family.rotary, family.opening]
     inside = [
         family.attention,
         family.attention_norm,

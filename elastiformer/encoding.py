@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from enum import StrEnum
 from itertools import groupby
 from typing import Any
 
@@ -23,19 +22,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from elastiformer.accounting import ModelShape
 from elastiformer.adapter import Adapter
-from elastiformer.encoders import EncoderLayout, Reads
+from elastiformer.encoders import EncoderLayout, Pooling, Reads
 from elastiformer.packed import Packed
 from elastiformer.placing import Placing, WholePlacing
 from elastiformer.sequence import Chunk, Item, WholeSequence
 from elastiformer.sparse import SparseForm
 from elastiformer.tasks import Task
-
-
-class Pooling(StrEnum):
-    """How the features of an item's tokens become one."""
-
-    MEAN = "mean"
-    CLASS = "class"
 
 
 class EncoderForm(SparseForm):
@@ -51,8 +43,9 @@ class EncoderForm(SparseForm):
     ) -> None:
         super().__init__(encoder.layers, adapter, shape)
         self.encoder, self.pooling, self.normalized = encoder, pooling, normalized
+        self._headed = encoder.task is not Task.FEATURES or pooling is Pooling.OWN
         self._head_weights = sum(each.weight.numel() for each in encoder.head_modules)
-        self._patches = encoder.patches
+        self._probes = encoder.probes
 
     def _placing(self, packed: Packed) -> Placing:
         return WholePlacing(packed)
@@ -67,7 +60,8 @@ class EncoderForm(SparseForm):
             else:
                 pixels = [item.pixels_CHW for item in group if item.pixels_CHW is not None]
                 pixels_BCHW = torch.stack(pixels).to(self.workshop.device, self.workshop.dtype)
-                parts_TD += self.encoder.embeddings(pixels_BCHW)
+                embedded_BTD = self.encoder.embed(pixels_BCHW)
+                parts_TD += map(_seen, embedded_BTD, group)
         for item, part_TD in zip(items, parts_TD, strict=True):
             assert len(part_TD) == len(item.ids), f"{len(part_TD)} tokens of {len(item.ids)}"
         return torch.cat(parts_TD).to(self.workshop.working_dtype)
@@ -75,20 +69,19 @@ class EncoderForm(SparseForm):
     def _tokens(self, item: Item) -> Tensor:
         ids_1T = torch.tensor([item.ids], device=self.workshop.device)
         if item.types is None or not self.encoder.takes_types:
-            embedded_1TD: Tensor = self.encoder.embeddings(ids_1T)
-            return embedded_1TD[0]
+            return self.encoder.embed(ids_1T)[0]
         types_1T = torch.tensor([item.types], device=self.workshop.device)
-        embedded_1TD = self.encoder.embeddings(ids_1T, token_type_ids=types_1T)
-        return embedded_1TD[0]
+        return self.encoder.embed(ids_1T, token_type_ids=types_1T)[0]
 
     def _logits(self, h_ND: Tensor, packed: Packed) -> list[Tensor]:
         """What the head makes of each item: float32 [outputs], of every token [T, outputs]."""
         h_RD = self.workshop.final_norm(packed.outputs.of(h_ND))
-        if self.encoder.task is not Task.FEATURES:
+        if self._headed:
             h_RD = h_RD.to(self.workshop.dtype)  # as the base's own head takes it
         parts_TD = list(torch.split(h_RD, packed.output_counts))
-        if self.encoder.task is Task.FEATURES:
-            outputs = [self._pooled(part_TD) for part_TD in parts_TD]
+        if not self._headed:
+            of_class = self.pooling is Pooling.CLASS
+            outputs = [part_TD[0] if of_class else part_TD.float().mean(0) for part_TD in parts_TD]
         elif self.encoder.reads is Reads.TOKENS:
             outputs = list(torch.split(headed(self.encoder, h_RD[None])[0], packed.output_counts))
         elif self.encoder.reads is Reads.CLASS:
@@ -96,48 +89,61 @@ class EncoderForm(SparseForm):
         else:
             outputs = [headed(self.encoder, part_TD[None])[0] for part_TD in parts_TD]
         self._charge(packed)
-        return [each.float() for each in outputs]
-
-    def _pooled(self, features_TD: Tensor) -> Tensor:
-        of_class = self.pooling is Pooling.CLASS
-        pooled_D = features_TD[0].float() if of_class else features_TD.float().mean(0)
-        return F.normalize(pooled_D, dim=0) if self.normalized else pooled_D
+        outputs = [each.float() for each in outputs]
+        unit_length = self.encoder.task is Task.FEATURES and self.normalized
+        return [F.normalize(each, dim=0) for each in outputs] if unit_length else outputs
 
     def _charge(self, packed: Packed) -> None:
         """Count what stands before and after the layers: it is never left out."""
         for chunk, outputs in zip(packed.chunks, packed.output_counts, strict=True):
-            flops = self._outside_flops(_item(chunk), outputs)
+            parameters, scores = self._outside_products(_item(chunk), outputs)
             usage = chunk.sequence.usage
-            usage.flops += flops
-            usage.dense_flops += flops
-            usage.parameters_used += flops // 2
-            usage.dense_parameters += flops // 2
+            usage.flops += 2 * (parameters + scores)
+            usage.dense_flops += 2 * (parameters + scores)
+            usage.parameters_used += parameters
+            usage.dense_parameters += parameters
 
-    def _outside_flops(self, item: Item, outputs: int) -> int:
-        """The matrix products of patches and head of one item; 1 multiply-add = 2 FLOPs."""
+    def _outside_products(self, item: Item, outputs: int) -> tuple[int, int]:
+        """The multiply-adds of patches and head of one item: with parameters, and of scores."""
         times = outputs if self.encoder.task is Task.TOKEN_CLASSIFICATION else 1
-        products = times * self._head_weights
+        parameters, scores = times * self._head_weights, 0
+        for probe in self._probes:
+            width = probe.embed_dim
+            parameters += (1 + 2 * outputs) * width * width  # its query, all keys and values
+            scores += 2 * outputs * width
         if item.pixels_CHW is not None:
-            _, height, width = item.pixels_CHW.shape
-            for patch in self._patches:
-                across = (height // patch.stride[0]) * (width // patch.stride[1])
-                products += across * patch.weight.numel()
-        return 2 * products
+            patches = self.encoder.patch_count(*item.pixels_CHW.shape[1:])
+            parameters += patches * sum(each.weight.numel() for each in self.encoder.patches)
+        return parameters, scores
 
 
 def headed(encoder: EncoderLayout, last_BTD: Tensor) -> Tensor:
-    """What the base's own head makes of these hidden states, [B, O] or [B, T, O]."""
-    pooler = encoder.pooler
-    pooled = pooler(last_BTD) if pooler is not None else None
+    """What the base's own head makes of these hidden states, [B, O] or [B, T, O].
+
+    Of features, what the base's own pooler and projection make of them.
+    """
+    pooled = encoder.pooled(last_BTD)
     given = BaseModelOutputWithPooling(last_hidden_state=last_BTD, pooler_output=pooled)
     inner: Any = encoder.inner
+    if inner is encoder.outer:
+        return said(encoder, given)
     inner.forward = lambda *_, **__: given
     try:
-        logits: Tensor = encoder.outer(last_BTD).logits
+        return said(encoder, encoder.outer(last_BTD))
     finally:
         with suppress(AttributeError):
             del inner.forward
-    return logits
+
+
+def said(encoder: EncoderLayout, given: Any) -> Tensor:
+    """Of what a base returned, its answer: logits, or features that it pooled itself."""
+    if encoder.task is not Task.FEATURES:
+        logits: Tensor = given.logits
+        return logits
+    # A base with a projection gives that alone.
+    field = "image_embeds" if "image_embeds" in given else "pooler_output"
+    pooled: Tensor = given[field]
+    return pooled
 
 
 def _item(chunk: Chunk) -> Item:
@@ -147,3 +153,9 @@ def _item(chunk: Chunk) -> Item:
 
 def _pixels_shape(item: Item) -> Sequence[int]:
     return () if item.pixels_CHW is None else tuple(item.pixels_CHW.shape)
+
+
+def _seen(embedded_TD: Tensor, item: Item) -> Tensor:
+    """The tokens that the item holds: of a masked image not all."""
+    whole = len(item.ids) == len(embedded_TD)
+    return embedded_TD if whole else embedded_TD[torch.tensor(item.ids, device=embedded_TD.device)]

@@ -28,10 +28,11 @@ LOW_TO_HIGH = """
 
     training: __init__ files options signals progress processes packages data stream examples losses
         lessons student encoder_student checkpoint mixed fitting fashion_mnist convolutions vision
-        reviews corpora sentiment canvases canvas_tower canvas_model build quality encoder_quality
+        masked_images reviews corpora sentiment canvases canvas_tower canvas_model build quality
+        encoder_quality
         allotment tuning sensitivity baselines pictures stopwatch reports encoder_reports loop
-        encoder_calibrate encoder_evaluate distill repair ranks calibrate evaluate summarize
-        synthesize __main__
+        encoder_calibrate encoder_evaluate overlap domain_report distill repair ranks calibrate
+        evaluate domains reconstruct summarize synthesize __main__
 """
 
 _COMPILED = {
@@ -57,7 +58,9 @@ DOORS = {
         "training.encoder_evaluate",
         "training.stream",
         "training.evaluate",
+        "training.masked_images",
         "training.mixed",
+        "training.reconstruct",
         "training.sentiment",
         "training.vision",
     },

@@ -60,9 +60,9 @@ def test_the_families_in_the_readme_are_the_families():
 
 def test_the_encoders_in_the_readme_are_the_encoders():
     sentence = README.partition("of the encoders ")[2].partition(", as a folder")[0]
-    plain = " ".join(sentence.split()).replace(" (MiniLM is one)", "")
+    plain = re.sub(r" \([^)]*\)", "", " ".join(sentence.split()))
     named = re.split(r", | and ", plain)
-    known = {name.removesuffix("Model").lower() for name in ENCODERS}
+    known = {re.sub(r"(Vision)?Model$", "", name).lower() for name in ENCODERS}
     assert {name.lower().replace("-", "") for name in named} == known
 
 

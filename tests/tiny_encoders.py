@@ -13,6 +13,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
     DeiTImageProcessorPil,
@@ -23,14 +27,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
     ViTConfig,
     ViTImageProcessorPil,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
     XLMRobertaConfig,
 )
 
 from tests.tiny import draw_parameters
 
-LAYERS, WIDTH, HEADS, MLP_WIDTH, LABELS = 3, 24, 4, 56, 5
+LAYERS, WIDTH, HEADS, MLP_WIDTH, LABELS, PROJECTED = 3, 24, 4, 56, 5, 14
 TEXT_TOKENS, SIDE, PATCH = 48, 20, 4
 TEXT = "a good bad film was not very dull bright long and the it is one of my days"
 WORDS = tuple(dict.fromkeys(TEXT.split()))
@@ -57,6 +66,9 @@ _IMAGE = {
     "patch_size": PATCH,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
+}
+_TOWER = {name: value for name, value in _IMAGE.items() if "dropout" not in name} | {
+    "projection_dim": PROJECTED
 }
 _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
     "bert": (BertConfig, {**_TEXT, "type_vocab_size": 2}),
@@ -95,9 +107,27 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
     "vit": (ViTConfig, _IMAGE),
     "deit": (DeiTConfig, _IMAGE),
     "dinov2": (Dinov2Config, {**_IMAGE, "mlp_ratio": 3, "layerscale_value": 0.7}),
+    "clip": (CLIPVisionConfig, _TOWER),
+    "clip-projected": (CLIPVisionConfig, _TOWER),
+    "siglip": (SiglipVisionConfig, _TOWER),
+    "vit-mae": (
+        ViTMAEConfig,
+        {
+            **_IMAGE,
+            "mask_ratio": 0.6,
+            "decoder_hidden_size": 16,
+            "decoder_num_hidden_layers": 1,
+            "decoder_num_attention_heads": 2,
+            "decoder_intermediate_size": 20,
+        },
+    ),
 }
-TEXT_FAMILIES = tuple(name for name in _CONFIGS if name not in ("vit", "deit", "dinov2"))
-IMAGE_FAMILIES = ("vit", "deit", "dinov2")
+TOWERS = {"clip": CLIPConfig, "siglip": SiglipConfig}  # of what holds a text part, too
+_OF_TEXT = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+IMAGE_FAMILIES = ("vit", "deit", "dinov2", "clip", "siglip", "clip-projected", "vit-mae")
+FEATURES_ONLY = ("clip-projected", "vit-mae")
+TEXT_FAMILIES = tuple(name for name in _CONFIGS if name not in IMAGE_FAMILIES)
 _HEADS = {
     "text-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
@@ -107,6 +137,8 @@ _HEADS = {
 
 
 def own_task(family: str) -> str:
+    if family in FEATURES_ONLY:
+        return "features"
     return "image-classification" if family in IMAGE_FAMILIES else "text-classification"
 
 
@@ -116,14 +148,37 @@ def tiny_encoder(
     """A random encoder with the head of its task: float32, in eval mode."""
     config_class, settings = _CONFIGS[family]
     labels = {"id2label": {place: f"label {place}" for place in range(LABELS)}}
-    config = config_class(**(settings | labels | changes))
     auto = _HEADS[task or own_task(family)]
+    if family in TOWERS and auto is AutoModelForImageClassification:
+        # A whole's config: of its text part nothing is used.
+        config = TOWERS[family](vision_config=settings | changes, text_config=_OF_TEXT, **labels)
+    else:
+        config = config_class(**(settings | labels | changes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if family == "deit" and auto is AutoModelForImageClassification:
             model: PreTrainedModel = DeiTForImageClassificationWithTeacher(config)
+        elif family == "clip-projected":
+            model = CLIPVisionModelWithProjection(config)
         else:
             model = auto.from_config(config, dtype=torch.float32)
+        draw_parameters(model)
+    return model.eval()
+
+
+def tiny_whole(family: str, seed: int = 0) -> PreTrainedModel:
+    """What holds a tower among other things: `CLIPModel`, `SiglipModel`, `ViTMAEForPreTraining`."""
+    config_class, settings = _CONFIGS[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if family == "vit-mae":
+            model: PreTrainedModel = ViTMAEForPreTraining(config_class(**settings))
+        else:
+            of_text = _OF_TEXT | {name: settings[name] for name in _SHAPE}
+            config = TOWERS[family](
+                vision_config=settings, text_config=of_text, projection_dim=PROJECTED
+            )
+            model = AutoModel.from_config(config, dtype=torch.float32)
         draw_parameters(model)
     return model.eval()
 
@@ -152,17 +207,20 @@ def tiny_word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_image_processor(family: str = "vit") -> object:
-    kind = DeiTImageProcessorPil if family == "deit" else ViTImageProcessorPil
     size = {"height": SIDE, "width": SIDE}
+    if family.startswith("clip"):
+        return CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
     if family == "deit":
-        return kind(size=size, crop_size=size)
-    return kind(size=size)
+        return DeiTImageProcessorPil(size=size, crop_size=size)
+    return (SiglipImageProcessorPil if family.startswith("siglip") else ViTImageProcessorPil)(
+        size=size
+    )
 
 
 def save_tiny_encoder(folder: Path, model: PreTrainedModel, pooling: str | None = None) -> Path:
     """A model folder as it lies on the Hub; `pooling`: with sentence-transformers' files."""
     model.save_pretrained(folder)
-    if model.main_input_name == "pixel_values":
+    if "image" in model.input_modalities:
         tiny_image_processor(model.config.model_type).save_pretrained(folder)
     else:
         tiny_word_tokenizer().save_pretrained(folder)

@@ -7,6 +7,9 @@
     python -m training calibrate  --base BASE --adapter DIR --data DATA
     python -m training evaluate   --base BASE --adapter DIR --data DATA --capacities 1.0,0.8,0.6
                                   --out REPORT_DIR
+    python -m training domains    --base BASE --data DATA --test DATA --domain NAME=LABEL,LABEL
+                                  --domain NAME=LABEL,LABEL --out REPORT_DIR
+    python -m training reconstruct --base BASE --adapter DIR --data DATA --out REPORT_DIR
     python -m training summarize  --reports REPORT_DIR REPORT_DIR --out FILE.md
 
 BASE: a model folder, a Hub id, or the name of an embedded model. DATA: a .txt or .jsonl file, a
@@ -34,6 +37,8 @@ COMMANDS = (
     "ranks",
     "calibrate",
     "evaluate",
+    "domains",
+    "reconstruct",
     "summarize",
 )
 

@@ -1,7 +1,8 @@
-"""Build one of the embedded base models from public packages: its data, its training, its folder.
+"""Build a base model from public packages: its data, its training, its folder.
 
 sentiment      MiniLM with a classification head, on rated reviews; only what changed is written
 fashion-mnist  a vision transformer, from nothing, taught by a small convolutional network
+fashion-mae    a masked autoencoder of the same images, from nothing
 fashion-vlm    a vision-language model on canvases of clothes: the tower of fashion-mnist, a
                projector, SmolLM2 with low-rank changes; only what is not SmolLM2's is written
 
@@ -21,7 +22,12 @@ from training.files import RunError
 from training.fitting import Stopped
 from training.options import real, whole
 
-MODELS = {"sentiment": "sentiment", "fashion-mnist": "vision", "fashion-vlm": "canvas_model"}
+MODELS = {
+    "sentiment": "sentiment",
+    "fashion-mnist": "vision",
+    "fashion-mae": "masked_images",
+    "fashion-vlm": "canvas_model",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,9 +15,9 @@ is in each. Needs `npm` on the path.
 `editorials`: newspaper editorials (reviews.py), the sentences of each joined again, without their
 ratings, and all of them in the test part: a domain to evaluate on, as `{"text": …}`.
 
-`reviews`: what `sentiment` was trained on (reviews.py), as `{"text": …, "label": …}`; texts rated
-exactly 0 are left out. `fashion-mnist`: images and labels (fashion_mnist.py), as `{"image": data
-URI, "label": …}`; held out are the last 2,500 of the 60,000 that one trains on.
+`reviews`: what `sentiment` was trained on (reviews.py), as `{"text": …, "label": …, "source": …}`;
+texts rated exactly 0 are left out. `fashion-mnist`: images and labels (fashion_mnist.py), as
+`{"image": data URI, "label": …}`; held out are the last 2,500 of the 60,000 that one trains on.
 
 The last line of stdout is one JSON object.
 """
@@ -166,7 +166,11 @@ def labelled_reviews(reviews: Sequence[Review], folder: Path) -> dict[str, objec
     """One file per part; counts by part."""
     parts = {
         part: [
-            {"text": each.text, "label": "positive" if each.rating > 0 else "negative"}
+            {
+                "text": each.text,
+                "label": "positive" if each.rating > 0 else "negative",
+                "source": each.source,
+            }
             for each in reviews
             if each.part == part and each.rating != 0
         ]

@@ -28,7 +28,7 @@ from elastiformer.tasks import Task
 from training.allotment import fields_of, probe_share
 from training.checkpoint import Checkpoint, latest_checkpoint
 from training.data import Windows, pack, read_corpus, seed_of, tokenizer_of
-from training.encoder_calibrate import task_asked
+from training.encoder_calibrate import SEEN, task_asked
 from training.encoder_student import ItemStudent
 from training.examples import numbers, read_examples
 from training.files import RunError, write_json
@@ -92,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=whole(1), default=400, help="of the optimizer")
     add("--batch-tokens", type=whole(1), default=1024, help="of one step, over all processes")
     add("--batch-items", type=whole(1), default=32, help="the same of an encoder, in items")
+    add("--seen", type=real(above=0, most=1), default=1.0, help=SEEN)
     add("--window", type=whole(2), default=256, help="tokens of one row")
     add("--lr", type=real(above=0), default=1e-3, help="the highest learning rate")
     add("--warmup", type=real(least=0, below=1), default=0.05, help="share of the steps")
@@ -230,7 +231,7 @@ def _student(args: argparse.Namespace, world: World) -> tuple[Student, Text, Any
         if args.stream:
             raise RunError("--stream: an encoder's data is read whole; leave the option out")
         encoder = ElasticEncoder.load(args.base, dtype=args.dtype, device=world.device, task=task)
-        train = read_examples(args.data, encoder)
+        train = read_examples(args.data, encoder, args.seen)
         sha256, held, held_W1 = train.sha256, None, None
         if args.held_out:
             train, held = train.split(args.held_out)

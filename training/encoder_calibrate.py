@@ -26,12 +26,14 @@ from training.allotment import LEAST_KL, Allotment, Curves, fields_of, late_laye
 from training.encoder_quality import ItemMeter, Judged, measure_items
 from training.examples import Examples, read_examples
 from training.files import DataError
+from training.options import real
 from training.progress import track
 from training.sensitivity import Notebook, ask, curves, late_losses, probes
 from training.tuning import Score, tune
 
 TOLERANCE = 0.02  # what an item spends lies so near to what it asked, beyond a token's worth
 PROBING, TUNING = 0.5, 0.8  # of the time allowed, when the probes and the tuning end
+SEEN = "share of an image's patches that a masked autoencoder is shown"
 COMPARED = 3  # capacities at which candidate paths are compared
 
 Path_ = tuple[Step, ...]
@@ -48,6 +50,7 @@ def add_item_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check-items", type=int, default=256, help="of an encoder: others, for the table"
     )
+    parser.add_argument("--seen", type=real(above=0, most=1), default=1.0, help=SEEN)
 
 
 def task_asked(args: argparse.Namespace) -> Task | None:
@@ -72,7 +75,7 @@ def calibrate_items(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     adapter = model.adapter
     if adapter is None:
         raise AdapterError(f"{args.adapter}: calibration needs an adapter")
-    examples = read_examples(args.data, model)
+    examples = read_examples(args.data, model, args.seen)
     probe, check = (
         some(part, wanted)
         for part, wanted in zip(examples.split(0.5), (args.items, args.check_items), strict=True)
@@ -136,6 +139,20 @@ def labels_of(examples: Examples) -> list[int | None]:
     return [each.label for each in examples.each]
 
 
+def routed_phase(model: ElasticEncoder) -> Phase:
+    """The phase of the tokens that give something up: all, or those that are not class tokens."""
+    return Phase.PROMPT if model.reads_class else Phase.OUTPUT
+
+
+def uniform_calibration(model: ElasticEncoder, context: int) -> Calibration:
+    """Every share lowered alike in all layers, which is the paper's recipe; nothing is measured."""
+    assert model.adapter is not None
+    path = uniform(model.shape, fields_of(model.adapter.units))
+    routed = routed_phase(model)
+    paths = {phase: path if phase is routed else () for phase in Phase}
+    return Calibration(lowest=0.01, context=context, paths=paths, thresholds={}, measured=())
+
+
 def recalibrate(model: ElasticEncoder, calibration: Calibration | None) -> None:
     """From now on the model runs under this calibration."""
     assert model.adapter is not None
@@ -158,7 +175,7 @@ class ItemJob:
         lengths = [len(item.ids) for item in items]
         self.context, self._shortest = round(sum(lengths) / len(lengths)), min(lengths)
         self._longest = model.context
-        self.phase = Phase.PROMPT if model.reads_class else Phase.OUTPUT
+        self.phase = routed_phase(model)
         asked = args.prompt_units if model.reads_class else args.output_units
         self._units = adapter.units if asked is None else asked
         self._meter = ItemMeter(model, items, self.phase)

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 import transformers
 
-from elastiformer import AdapterError, CapacityError, Phase
+from elastiformer import AdapterError, CapacityError
 from elastiformer.calibration import DataRecord
 from elastiformer.encoder import ElasticEncoder
 from elastiformer.tasks import Task
-from training.allotment import fields_of, uniform
 from training.data import seed_of
-from training.encoder_calibrate import labels_of, load, recalibrate, some
+from training.encoder_calibrate import labels_of, load, recalibrate, some, uniform_calibration
 from training.encoder_quality import ItemQuality, Judged, measure_items, time_items
 from training.encoder_reports import ItemReport, write_items
 from training.examples import Examples, read_examples
@@ -41,7 +40,7 @@ def evaluate_items(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     adapter, calibration = model.adapter, model.calibration
     if adapter is None or calibration is None:
         raise AdapterError(f"{args.adapter}: not calibrated; run python -m training calibrate")
-    examples = some(read_examples(args.data, model), args.items)
+    examples = some(read_examples(args.data, model, args.seen), args.items)
     given = Judged.of(model, examples.items(range(len(examples.each))), labels_of(examples))
     served = [each for each in args.capacities if each >= calibration.lowest - 1e-9]
     ours = [measure_items(model, given, capacity) for capacity in track(served, label="quality")]
@@ -90,7 +89,7 @@ def _baseline(
 ) -> list[ItemQuality]:
     """A baseline's rows; a capacity that it cannot reach has none."""
     rows = []
-    context = _uniform(model) if name == "uniform" else _random_routers(model, seed)
+    context = _uniform(model) if name == "uniform" else random_routers(model, seed)
     with context:
         for capacity in track([each for each in served if each < 1], label=f"baseline {name}"):
             try:
@@ -102,11 +101,9 @@ def _baseline(
 
 @contextmanager
 def _uniform(model: ElasticEncoder) -> Iterator[None]:
-    adapter, own = model.adapter, model.calibration
-    assert adapter is not None and own is not None
-    path = uniform(model.shape, fields_of(adapter.units))
-    paths = {phase: path if own.paths[phase] else () for phase in Phase}
-    recalibrate(model, replace(own, lowest=0.01, paths=paths))
+    own = model.calibration
+    assert own is not None
+    recalibrate(model, uniform_calibration(model, own.context))
     try:
         yield
     finally:
@@ -114,7 +111,8 @@ def _uniform(model: ElasticEncoder) -> Iterator[None]:
 
 
 @contextmanager
-def _random_routers(model: ElasticEncoder, seed: int) -> Iterator[None]:
+def random_routers(model: ElasticEncoder, seed: int) -> Iterator[None]:
+    """The model with routers that know nothing; its own come back afterwards."""
     adapter = model.adapter
     assert adapter is not None
     own = {name: tensor.clone() for name, tensor in adapter.routers.state_dict().items()}

@@ -29,10 +29,11 @@ from training.student import Objective, Whole
 
 def judged(model: ElasticEncoder, outputs: Tensor, batch: Batch) -> Tensor:
     """What of a batch's outputs is compared: labels [N, O], or features [N, D]."""
-    if model.task == Task.FEATURES:
-        # What is pooled away is not judged.
-        return outputs[batch.output_BT if model.reads_class else batch.mask_BT]
-    return outputs[batch.mask_BT] if model.task == Task.TOKEN_CLASSIFICATION else outputs
+    if outputs.ndim == 2:
+        return outputs
+    # Of features, what is pooled away is not judged.
+    of_class = model.task == Task.FEATURES and model.reads_class
+    return outputs[batch.output_BT if of_class else batch.mask_BT]
 
 
 def distances(model: ElasticEncoder, teacher_NO: Tensor, student_NO: Tensor) -> Tensor:

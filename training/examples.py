@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from elastiformer.encoder_inputs import ImageItems, TextItems
 from elastiformer.errors import InputError
 from elastiformer.images import decode_bytes
 from elastiformer.sequence import Item
-from training.data import IMAGES
+from training.data import IMAGES, seed_of
 from training.files import DataError
 
 
@@ -53,6 +53,28 @@ class Examples:
     def items(self, places: Sequence[int] | Tensor) -> list[Item]:
         return [self.each[int(place)].item() for place in places]
 
+    def shown(self, share: float, model: ElasticEncoder) -> Examples:
+        """The same images, of which a masked autoencoder sees a share of the patches.
+
+        Which ones hangs on an image's content alone.
+
+        Raises:
+            InputError: the model reads whole images only.
+        """
+
+        def thinned(example: Example) -> Example:
+            def item() -> Item:
+                pixels_CHW = example.item().pixels_CHW
+                assert pixels_CHW is not None, "an image without pixels"
+                patches = model.context - model.encoder.class_tokens
+                chance = torch.Generator().manual_seed(seed_of("shown", example.digest.hex()))
+                order = torch.randperm(patches, generator=chance).tolist()
+                return model.image(pixels_CHW, order[: max(1, int(share * patches))])
+
+            return replace(example, item=item)
+
+        return Examples(self.source, tuple(map(thinned, self.each)))
+
     def split(self, held_out: float) -> tuple[Examples, Examples]:
         """The training part and the held-out one: a share of the examples, chosen by content.
 
@@ -73,16 +95,21 @@ class Examples:
         )
 
 
-def read_examples(data: str, model: ElasticEncoder) -> Examples:
+def read_examples(data: str, model: ElasticEncoder, seen: float = 1.0) -> Examples:
     """Read `DATA` in any of its forms.
+
+    Args:
+        seen: share of an image's patches that a masked autoencoder is shown.
 
     Raises:
         DataError: naming the file, and the line, that is missing, empty or malformed.
+        InputError: patches are hidden from a model that cannot do without.
     """
     each = tuple(_read(data, model))
     if not each:
         raise DataError(f"{data}: holds no example")
-    return Examples(data, each)
+    examples = Examples(data, each)
+    return examples if seen == 1.0 else examples.shown(seen, model)
 
 
 def _read(data: str, model: ElasticEncoder) -> Iterator[Example]:

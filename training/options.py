@@ -24,8 +24,13 @@ def whole(least: int) -> Callable[[str], int]:
     return number
 
 
-def real(above: float | None = None, least: float | None = None, below: float = math.inf) -> Parser:
-    """A parser of numbers above `above`, or at least `least`, and below `below`."""
+def real(
+    above: float | None = None,
+    least: float | None = None,
+    below: float = math.inf,
+    most: float | None = None,
+) -> Parser:
+    """A parser of numbers above or at least the one, and below or at most the other bound."""
 
     def number(text: str) -> float:
         try:
@@ -34,6 +39,8 @@ def real(above: float | None = None, least: float | None = None, below: float = 
             raise argparse.ArgumentTypeError(f"a number; got {text!r}") from None
         inside = value < below  # NaN is not
         bounds = [] if below == math.inf else [f"below {below:g}"]
+        if most is not None:
+            inside, bounds = inside and value <= most, [f"at most {most:g}"]
         if least is not None:
             inside, bounds = inside and value >= least, [f"at least {least:g}", *bounds]
         if above is not None:

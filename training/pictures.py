@@ -8,8 +8,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from elastiformer import Phase
 from elastiformer.capacity import Plan
@@ -109,6 +113,61 @@ def draw_patches(
             axis.set(xticks=[], yticks=[])
             if row == 0:
                 axis.set_title(title, fontsize="small")
+    _save(figure, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Numbers with a name for each row and column; None where there is none."""
+
+    title: str
+    values: Sequence[Sequence[float | None]]
+    rows: Sequence[str]
+    columns: Sequence[str]
+
+
+def draw_matrices(path: Path, matrices: Sequence[Matrix], across: int = 3) -> None:
+    """One panel per matrix, `across` of them side by side, every number written into its cell."""
+    pyplot = _pyplot()
+    down = math.ceil(len(matrices) / across)
+    figure, axes = pyplot.subplots(
+        down, across, squeeze=False, figsize=(5.4 * across, 3.8 * down), constrained_layout=True
+    )
+    for axis, matrix in zip(axes.flat, matrices, strict=False):
+        grid = [[math.nan if each is None else each for each in row] for row in matrix.values]
+        _heatmap(figure, axis, grid, list(matrix.rows), matrix.title, "viridis")
+        axis.set(xlabel="", xticks=range(len(matrix.columns)), xticklabels=matrix.columns)
+        axis.tick_params(axis="x", labelrotation=20)
+        for at, row in enumerate(matrix.values):
+            for place, value in enumerate(row):
+                if value is not None:
+                    box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}
+                    axis.text(place, at, f"{value:.3f}", ha="center", va="center", bbox=box)
+    for axis in axes.flat:
+        axis.set_visible(bool(axis.has_data()))
+    _save(figure, path)
+
+
+def draw_images(path: Path, columns: Mapping[str, Sequence[Tensor]]) -> None:
+    """A column of images [C, H, W] for each title; what is not a number stays white."""
+    pyplot = _pyplot()
+    truth = torch.stack(list(next(iter(columns.values()))))  # whose range is everybody's
+    lowest, highest = float(truth.min()), float(truth.max())
+    down = max(map(len, columns.values()))
+    figure, axes = pyplot.subplots(
+        down,
+        len(columns),
+        squeeze=False,
+        figsize=(1.3 * len(columns), 1.3 * down + 0.4),
+        constrained_layout=True,
+    )
+    for place, (title, images) in enumerate(columns.items()):
+        axes[0][place].set_title(title, fontsize="small")
+        for at, image in enumerate(images):
+            shown = ((image - lowest) / (highest - lowest)).clamp(0, 1).permute(1, 2, 0)
+            axes[at][place].imshow(shown.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+    for axis in axes.flat:
+        axis.set_axis_off()
     _save(figure, path)
 
 

@@ -9,14 +9,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from elastiformer import DENSE, Capacity, Chunk, LayerPlan, Phase, Plan, Unit, UnitShares
 from elastiformer.accounting import layer_cost
 from elastiformer.calibration import Calibration, Measured, Step
-from elastiformer.encoder import ElasticEncoder
-from elastiformer.encoding import Pooling
+from elastiformer.encoder import Batch, ElasticEncoder
+from elastiformer.encoders import Pooling
 from elastiformer.errors import AdapterError, CapacityError, InputError, UnsupportedModel
 from elastiformer.lora import PARTS
 from elastiformer.sequence import Item, WholeSequence
 from tests.elastiformer.elastic import EVERY_UNIT, any_plan
 from tests.tiny import tiny
 from tests.tiny_encoders import (
+    FEATURES_ONLY,
     IMAGE_FAMILIES,
     LAYERS,
     SIDE,
@@ -83,18 +84,41 @@ def masked_outputs(model: ElasticEncoder, given: list[Item], plans: tuple[Plan, 
     found = []
     for item, output in zip(given, outputs, strict=True):
         if model.task == "features":
-            whole = output[: len(item.ids)]
-            output = whole[0] if model.pooling is Pooling.CLASS else whole.mean(0)
+            output = pooled(model, output[: len(item.ids)])
         elif model.task == "token-classification":
             output = output[: len(item.ids)]
         found.append(output)
     return found
 
 
+def pooled(model: ElasticEncoder, output: torch.Tensor) -> torch.Tensor:
+    """One item's features, [D], from those of its tokens, unless the base pools them itself."""
+    if model.pooling is Pooling.OWN:
+        return output
+    return output[0] if model.pooling is Pooling.CLASS else output.mean(0)
+
+
+def untouched(family: str, task: str, batch: Batch) -> torch.Tensor:
+    """What Transformers' own model says, with the field of its answer that is for this task."""
+    base = tiny_encoder(family, task)
+    if family == "vit-mae":
+        base.config.mask_ratio = 0.0
+    said = base(**batch.inputs)
+    if task != "features":
+        return said.logits
+    fields = {"clip": "pooler_output", "siglip": "pooler_output", "clip-projected": "image_embeds"}
+    return said[fields.get(family, "last_hidden_state")]
+
+
 def families_and_tasks() -> list[tuple[str, str]]:
     of_text = [(family, task) for family in TEXT_FAMILIES for task in TEXT_TASKS]
     tasks = ("image-classification", "features")
-    return of_text + [(family, task) for family in IMAGE_FAMILIES for task in tasks]
+    of_images = [(family, task) for family in IMAGE_FAMILIES for task in tasks]
+    return of_text + [
+        (family, task)
+        for family, task in of_images
+        if task == "features" or family not in FEATURES_ONLY
+    ]
 
 
 # 1. Capacity 1.0 is the pretrained model.
@@ -103,26 +127,23 @@ def families_and_tasks() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("family", "task"), families_and_tasks())
 def test_at_capacity_one_an_encoder_is_the_pretrained_one(family, task):
     """Bit for bit in the masked form, also padded; to rounding in packed rows."""
-    model, base = elastic_encoder(family, task), tiny_encoder(family, task)
+    model = elastic_encoder(family, task)
     given = items(model)
     batch = model.collate(given)
     dense = (LayerPlan(),) * LAYERS
     with torch.inference_mode():
-        expected = base(**batch.inputs)
+        expected = untouched(family, task, batch)
         actual = model.masked(batch, [(dense, dense)] * len(given)).outputs
         packed = model.encode(given, [DENSE] * len(given))
         alone = [model.teacher(model.collate([item]))[0] for item in given]
-    expected = expected.last_hidden_state if task == "features" else expected.logits
-
     assert torch.equal(actual, expected)
     if task == "features":
-        pooled = model.pooling is Pooling.CLASS
-        alone = [each[0] if pooled else each.mean(0) for each in alone]
+        alone = [pooled(model, each) for each in alone]
     for one, other in zip(packed, alone, strict=True):
         torch.testing.assert_close(one, other, **CLOSE)
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert", "dinov2"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "dinov2", "siglip"])
 def test_in_bfloat16_packed_rows_are_near_the_pretrained_model(family):
     """Within a twentieth of the largest output, and 0.05."""
     truth = ElasticEncoder(tiny_encoder(family))
@@ -156,13 +177,43 @@ def test_no_router_and_no_repair_runs_for_a_dense_item_beside_a_routed_one(famil
     torch.testing.assert_close(actual, expected, **CLOSE)
 
 
+@pytest.mark.parametrize(
+    ("seen", "share"), [((0, 3, 4, 11, 17, 20, 21, 22, 24, 7), 0.6), (None, 0.0)]
+)
+def test_a_masked_autoencoder_sees_the_patches_it_is_shown(seen, share):
+    """As the base itself, whose noise hides the others; in packed rows too, whatever is shown."""
+    model, base = elastic_encoder("vit-mae"), tiny_encoder("vit-mae")
+    base.config.mask_ratio = share
+    pixels = torch.randn(3, SIDE, SIDE)
+    item = model.image(pixels, seen)
+    noise = torch.ones(1, 25)
+    noise[0, sorted(seen or range(25))] = torch.arange(len(item.ids) - 1) / 25
+    with torch.inference_mode():
+        expected = base(pixels[None], noise=noise).last_hidden_state
+        actual = model.teacher(model.collate([item]))
+        packed = model.encode([item, model.image(pixels)], [DENSE, DENSE])
+
+    assert torch.equal(actual, expected)
+    assert model.base.config.mask_ratio == 0.6  # as it was
+    torch.testing.assert_close(packed[0], expected[0].mean(0), **CLOSE)
+    routed = planned(model, item, PLANS)
+    torch.testing.assert_close(
+        stepped(model, routed)[0], masked_outputs(model, [item], PLANS)[0], **CLOSE
+    )
+
+
+def test_patches_are_hidden_from_masked_autoencoders_alone():
+    with pytest.raises(InputError, match="ViTForImageClassification reads whole images"):
+        ElasticEncoder(tiny_encoder("vit")).image(torch.randn(3, SIDE, SIDE), [1, 2])
+
+
 # 2. Skipping is skipping.
 
 
 @pytest.mark.parametrize("kv", ["complete", "kept"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_usage_counts_what_pytorch_counts(family, kv):
-    for task in (own_task(family), "features"):
+    for task in {own_task(family), "features"}:
         # A repair fused over queries and keys reads twice where queries run apart: not counted.
         fused = family == "modernbert"
         parts = ("out", "up", "down") if fused else PARTS
@@ -186,7 +237,9 @@ def test_token_heads_are_counted_for_every_token():
         assert sequence.usage.flops == counter.get_total_flops()
 
 
-@pytest.mark.parametrize(("family", "read"), [("bert", 1), ("vit", 1), ("deit", 2)])
+@pytest.mark.parametrize(
+    ("family", "read"), [("bert", 1), ("vit", 1), ("deit", 2), ("clip-projected", 1)]
+)
 def test_what_a_head_does_not_read_is_not_computed_in_the_last_layer(family, read):
     """Exactly its queries, scores, output projections and MLPs, at capacity 1.0 too."""
     model = elastic_encoder(family)

@@ -23,6 +23,7 @@ from tests.tiny_encoders import (
     WIDTH,
     save_tiny_encoder,
     tiny_encoder,
+    tiny_whole,
 )
 
 TEXTS = ["a good film", "it was not very dull and the days", "bad", "my long bright film is one"]
@@ -111,7 +112,7 @@ def test_tokens_are_labelled_as_the_pipeline_labels_them(family):
     visit(model, talk)
 
 
-@pytest.mark.parametrize("family", ["vit", "deit", "dinov2"])
+@pytest.mark.parametrize("family", ["vit", "deit", "dinov2", "clip", "siglip"])
 def test_images_are_classified_as_the_pipeline_classifies_them(family):
     model = of_images(family)
     images = [picture(1), picture(2, 20, 20), picture(3, 64, 17)]
@@ -167,6 +168,34 @@ def test_image_features_are_those_of_the_class_token():
     async def talk(house: House) -> None:
         answer = (await house.post("/v1/embeddings", input={"image": uri(content(image))})).json()
         assert answer["data"][0]["embedding"] == pytest.approx(expected.tolist(), **CLOSE)
+
+    visit(model, talk)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "vit-mae"])
+def test_a_folder_that_holds_more_serves_the_features_of_its_tower(tmp_path, family):
+    """What CLIP and SigLIP compare with texts; of a masked autoencoder the mean of all patches."""
+    whole = tiny_whole(family)
+    folder = save_tiny_encoder(tmp_path / family, whole)
+    model = load_model(ModelSpec("tiny", str(folder)), Settings(dtype="float32"))
+    assert isinstance(model, ElasticEncoder) and model.task == "features"
+    images = [picture(6), picture(7, 20, 20)]
+    pixels = model.images(images=images, return_tensors="pt").pixel_values
+    with torch.inference_mode():
+        if family == "vit-mae":
+            whole.config.mask_ratio = 0.0
+            expected = whole.vit(pixels).last_hidden_state.mean(1)
+        else:
+            expected = whole.get_image_features(pixels).pooler_output
+
+    async def talk(house: House) -> None:
+        given = [{"image": uri(content(image))} for image in images]
+        answer = (await house.post("/v1/embeddings", input=given)).json()
+        for entry, vector in zip(answer["data"], expected, strict=True):
+            assert entry["embedding"] == pytest.approx(vector.tolist(), **CLOSE)
+        refused = await house.post("/v1/embeddings", input="a good film")
+        assert refused.status_code == 400
+        assert answer["usage"]["prompt_tokens"] == 2 * model.context
 
     visit(model, talk)
 

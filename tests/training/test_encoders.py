@@ -18,6 +18,7 @@ from elastiformer import DENSE, Capacity
 from elastiformer.encoder import ElasticEncoder
 from tests.elastiformer.test_encoders import elastic_encoder, items
 from tests.tiny_encoders import (
+    IMAGE_FAMILIES,
     LABELS,
     PATCH,
     SIDE,
@@ -74,16 +75,20 @@ def pictures(folder: Path, count: int = 30) -> Path:
 
 
 def ran(capsys, command: str, *given: object) -> dict:
-    assert main([command, *OPTIONS[command], *map(str, given), "--dtype", "float32"]) == 0
+    options = OPTIONS.get(command, [])
+    given = given if command == "reconstruct" else (*given, "--dtype", "float32")
+    assert main([command, *options, *map(str, given)]) == 0
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.mark.parametrize(
-    ("family", "task"), [("bert", None), ("distilbert", "features"), ("vit", None)]
+    ("family", "task"),
+    [("bert", None), ("distilbert", "features"), ("vit", None), ("siglip", "features")],
 )
 def test_an_encoder_is_distilled_calibrated_and_evaluated(tmp_path, capsys, family, task):
     base = save_tiny_encoder(tmp_path / "base", tiny_encoder(family, task))
-    data = pictures(tmp_path / "images") if family == "vit" else texts(tmp_path / "data.jsonl")
+    images = family in IMAGE_FAMILIES
+    data = pictures(tmp_path / "images") if images else texts(tmp_path / "data.jsonl")
     adapter, report = tmp_path / "adapter", tmp_path / "report"
     units = ["--units", "attention_tokens,mlp_tokens,heads"]
     distilled = ran(
@@ -129,7 +134,7 @@ def test_an_encoder_is_distilled_calibrated_and_evaluated(tmp_path, capsys, fami
 
     served = ElasticEncoder.load(str(base), adapter, dtype="float32")
     assert served.lowest == 0.6 and served.task == (
-        task or f"{'image' if family == 'vit' else 'text'}-classification"
+        task or f"{'image' if images else 'text'}-classification"
     )
     (item,) = read_examples(str(data), served).items([3])
     sequence = served.sequence(Capacity(0.6, 0.6), item)
