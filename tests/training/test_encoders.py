@@ -127,7 +127,7 @@ def test_an_encoder_is_distilled_calibrated_and_evaluated(tmp_path, capsys, fami
     assert set(written["baselines"]) == {"uniform", "random"}
     page = (report / "report.md").read_text()
     assert "| 0.6 |" in page
-    drawn = ["frontier.png", "patches.png"] if family == "vit" else ["frontier.png"]
+    drawn = ["frontier.png", "patches.png"] if images else ["frontier.png"]
     assert evaluated["files"] == [*drawn, "report.md", "report.json"]
     assert sorted(path.name for path in report.iterdir()) == sorted(evaluated["files"])
     assert all(f"({name})" in page for name in drawn)
