@@ -58,7 +58,7 @@ async def _refuse(start: Message, send: Send) -> None:
     body = json.dumps(told).encode()
     headers["content-type"] = "application/json"
     headers["content-length"] = str(len(body))
-    await send(start | {"headers": headers.raw})
+    await send({**start, "headers": headers.raw})
     await send({"type": "http.response.body", "body": body})
 
 
