@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from benchmarks.models import routed_tokens
-from elastiformer import Capacity, Chunk, ElasticModel
+from elastiformer import ElasticModel
 from service import led
 from service.settings import Settings
 from tests.tiny import tiny, tiny_tokenizer
@@ -39,10 +40,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def over_two(folder: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """torchrun with two processes of the server, and their address; what they say is in `log`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "service", "--port", "0", "--threads", "1"]
+def serving(
+    folder: Path, log: Path, processes: int
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server over so many processes, and its address; what it says is in `log`."""
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(processes), "-m"]
+    command += ["service", "--port", "0", "--threads", "1"]
     command += ["--model", f"tiny={folder / 'base'},adapter={folder / 'adapter'}"]
     command += ["--dtype", "float32", "--device", "cpu", "--cache-tokens", "2048"]
     with log.open("wb") as lines:
@@ -61,73 +67,53 @@ def over_two(folder: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes],
         process.wait()
 
 
-def alone(folder: Path, capacity: float) -> tuple[str, float]:
-    """The greedy text of one process, without HTTP, and the share that it spends."""
-    model = ElasticModel.load(
-        str(folder / "base"), folder / "adapter", dtype="float32", device="cpu"
-    )
-    sequence = model.sequence(Capacity(capacity, capacity), len(PROMPT), len(PROMPT) + TOKENS)
-    made: list[int] = []
-    ids = PROMPT
-    while len(made) < TOKENS:
-        (logits,) = model.step([Chunk(sequence, ids)])
-        made.append(int(logits[-1].argmax()))
-        ids = [made[-1]]
-    text: str = model.tokenizer.decode(made, skip_special_tokens=True)
-    return text, sequence.usage.capacity_spent
+def ask(client: httpx.Client, capacity: float) -> dict[str, Any]:
+    body = {
+        "model": "tiny",
+        "prompt": PROMPT,
+        "max_tokens": TOKENS,
+        "capacity": capacity,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    answer = client.post("/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    told: dict[str, Any] = answer.json()
+    return told
 
 
-def test_two_processes_serve_as_one_would_and_drain_together(folder, tmp_path):
-    log = tmp_path / "log"
-    with over_two(folder, log) as (_, address), httpx.Client(base_url=address) as client:
+def all_of(client: httpx.Client) -> list[tuple[object, object]]:
+    """Texts and usages at several capacities; the last one finds the first one's prefix."""
+    answers = [ask(client, capacity) for capacity in (1.0, 0.6, 0.8, 1.0)]
+    cached = answers[-1]["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached == 64
+    return [(answer["choices"], answer["usage"]) for answer in answers]
 
-        def ask(capacity: float) -> dict:
-            body = {
-                "model": "tiny",
-                "prompt": PROMPT,
-                "max_tokens": TOKENS,
-                "capacity": capacity,
-                "temperature": 0,
-                "ignore_eos": True,
-            }
-            answer = client.post("/v1/completions", json=body, timeout=60)
-            assert answer.status_code == 200, answer.text
-            return answer.json()
 
-        capacities = [1.0, 0.6, 0.9, 0.8]  # others: a stored beginning costs nothing
-        with ThreadPoolExecutor(len(capacities)) as callers:
-            answers = list(callers.map(ask, capacities))
-        for capacity, answer in zip(capacities, answers, strict=True):
-            text, spent = alone(folder, capacity)
-            assert answer["choices"][0]["text"] == text
-            # Not to the last FLOP: the engine cuts prompts otherwise.
-            assert answer["elasti"]["capacity_spent"] == pytest.approx(spent, abs=0.02)
-        again = ask(1.0)  # from the stored prefixes, of which each process has its part
-        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 64
-        assert again["choices"] == answers[0]["choices"]
-
-        long = {
-            "model": "tiny",
-            "prompt": PROMPT,
-            "max_tokens": 400,
-            "ignore_eos": True,
-            "stream": True,
-        }
+def test_two_processes_serve_as_one_does_and_drain_together(folder, tmp_path):
+    one = tmp_path / "one"
+    with serving(folder, one, 1) as (_, address), httpx.Client(base_url=address) as client:
+        expected = all_of(client)
+    log = tmp_path / "two"
+    with serving(folder, log, 2) as (_, address), httpx.Client(base_url=address) as client:
+        assert all_of(client) == expected
+        with ThreadPoolExecutor(4) as callers:
+            answers = callers.map(lambda share: ask(client, share), (0.6, 1.0, 0.8, 0.6))
+            assert [each["choices"] for each in answers] == [
+                expected[place][0] for place in (1, 0, 2, 1)
+            ]
+        long = {"model": "tiny", "prompt": PROMPT, "max_tokens": 400, "stream": True}
         with client.stream("POST", "/v1/completions", json=long) as answer:
             next(answer.iter_lines())  # and leaves: its room is free again, in both
-        assert ask(0.6)["choices"] == answers[1]["choices"]
-        assert client.post(
-            "/v1/completions", json={"model": "tiny", "prompt": [1], "capacity": 0.01}
-        ).is_error
-        assert ask(1.0)["choices"] == answers[0]["choices"]
-
+        assert client.post("/v1/completions", json=long | {"capacity": 0.01}).status_code == 400
+        assert ask(client, 0.8)["choices"] == expected[2][0]
     # Torchrun itself ends in a traceback on a signal; its processes have none.
     said = log.read_text()
     assert "stopping: running requests have" in said and "[rank" not in said, said
 
 
 def test_without_the_other_process_nothing_pretends_to_serve(folder, tmp_path):
-    with over_two(folder, tmp_path / "log") as (process, address):
+    with serving(folder, tmp_path / "log", 2) as (process, address):
         others = subprocess.run(
             ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
         ).stdout.split()
