@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.sender import Sender
+from benchmarks.sender import Sender, Sent
 from benchmarks.simulation import (
     Fate,
     Host,
@@ -33,7 +33,7 @@ class Checked:
     finished: int
     finished_on_paper: int
     failed: int
-    kept: float  # share of those that finished or failed
+    kept: float  # share of those sent
     kept_on_paper: float
     first_token_ms: float | None  # median
     first_token_ms_on_paper: float | None
@@ -72,21 +72,20 @@ def check(
     around = planned.rate or planned.saturated  # where nothing is held, the most there is
     for seed, part in enumerate(track(AROUND, label=planned.mode)):
         rate = round(part * around, 3)
-        phase = sender.at(moments(rate, seconds, seed), mix, seconds)
-        seen = [(each.to_first_token, each.between_tokens) for each in phase.finished]
-        failed = sum(each.failed for each in phase.requests)
-        paper = times_of(simulate_at(host, jobs, rate, seconds, seed))
+        # As long again for the last ones to be answered: then who is not was not served in time.
+        phase = sender.at(moments(rate, seconds, seed), mix, 2 * seconds)
+        paper = simulate_at(host, jobs, rate, seconds, seed, until=2 * seconds)
         points.append(
             Checked(
                 rate=rate,
                 sent=len(phase.requests),
-                finished=len(seen),
-                finished_on_paper=len(paper),
-                failed=failed,
-                kept=promise.share_kept([*seen, *[(math.inf, None)] * failed]),
-                kept_on_paper=promise.share_kept(paper),
-                first_token_ms=_median_ms([first for first, _ in seen]),
-                first_token_ms_on_paper=_median_ms([first for first, _ in paper]),
+                finished=len(phase.finished),
+                finished_on_paper=sum(fate.ended is not None for fate in paper),
+                failed=sum(each.failed for each in phase.requests),
+                kept=promise.share_kept(map(_times, phase.requests)),
+                kept_on_paper=promise.share_kept(map(_times, paper)),
+                first_token_ms=_median_ms([each.to_first_token for each in phase.requests]),
+                first_token_ms_on_paper=_median_ms([fate.to_first_token for fate in paper]),
             )
         )
     return replace(
@@ -104,10 +103,23 @@ def _median_ms(seconds: Sequence[float | None]) -> float | None:
     return 1000 * statistics.median(known) if known else None
 
 
+def _times(request: Sent | Fate) -> tuple[float | None, float | None]:
+    """Of one without an end the first token never came."""
+    if request.ended is None:
+        return math.inf, None
+    return request.to_first_token, request.between_tokens
+
+
 def simulate_at(
-    host: Host, jobs: Sequence[Job], rate: float, seconds: float, seed: int
+    host: Host,
+    jobs: Sequence[Job],
+    rate: float,
+    seconds: float,
+    seed: int,
+    until: float | None = None,
 ) -> list[Fate]:
-    return simulate(host, poisson(jobs, rate, seconds, seed), until=seconds)
+    """Arrivals for so many seconds, followed up to `until`, or as long as they come."""
+    return simulate(host, poisson(jobs, rate, seconds, seed), until or seconds)
 
 
 def times_of(fates: Sequence[Fate]) -> list[tuple[float | None, float | None]]:

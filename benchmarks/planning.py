@@ -10,8 +10,8 @@ With --check, requests are then sent at rates around the planned one, at the ver
 simulated beside them, and the rates at which the promise breaks are compared.
 
 Takes `--seconds` for each of three mixes and a minute more: some four minutes on two cores with the
-default model. With --check also, for each of three mixes and five rates, `--check-seconds`: some
-eight minutes more.
+default model. With --check also, for each of three mixes and five rates, `--check-seconds` and
+until the last one is answered: some ten minutes more.
 """
 
 from __future__ import annotations

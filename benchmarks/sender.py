@@ -110,7 +110,9 @@ async def send(address: str, dues: Sequence[Due], tokens: int, seconds: float) -
         began = time.perf_counter()
         reading = [_Reading(client, due, tokens, began + due.second) for due in dues]
         tasks = [asyncio.create_task(each.read()) for each in reading]
-        await asyncio.sleep(max(0.0, began + seconds - time.perf_counter()))
+        if tasks:
+            left = began + seconds - time.perf_counter()
+            await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_EXCEPTION)
         for task in tasks:
             task.cancel()
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):

@@ -19,7 +19,7 @@ from elastiformer.cache import CacheShape, SequenceCache, blocks_of
 from elastiformer.capacity import Capacity, Plan
 from elastiformer.costs import CostTable
 from elastiformer.elastic import NO_ROUTING, Elastic
-from elastiformer.errors import InputError
+from elastiformer.errors import CapacityError, InputError
 from elastiformer.families import describe
 from elastiformer.masked import MaskedResult, PlanGrid, Selection, run_masked
 from elastiformer.pool import Pool
@@ -172,7 +172,12 @@ class ElasticModel(Elastic):
         costs = super().measure_costs(seconds)
         for share in sorted({1.0, self.lowest}):
             capacity = Capacity(share, share)
-            requests = [self.sequence(capacity, _FIRST_TOKENS, _FIRST_TOKENS + 2) for _ in range(2)]
+            try:
+                requests = [
+                    self.sequence(capacity, _FIRST_TOKENS, _FIRST_TOKENS + 2) for _ in range(2)
+                ]
+            except CapacityError:
+                continue  # the range of so short a request is narrower
             for request in requests:
                 self.step([Chunk(request, [0] * _FIRST_TOKENS)])
             self.step([Chunk(request, [0]) for request in requests])

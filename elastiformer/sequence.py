@@ -50,6 +50,7 @@ class Sequence:
         self.stored = 0  # prompt tokens that the store of prefixes has seen
         self.usage = Usage()
         self._debts: dict[DebtKey, Debt] = {}
+        self.on_release: Callable[[], None] | None = None  # for whoever keeps account of it
 
     @property
     def cache(self) -> SequenceCache:
@@ -102,6 +103,8 @@ class Sequence:
         """Free the cache. The sequence must not be used after it."""
         if self._cache is not None:
             self._cache.release()
+        if self.on_release is not None:
+            self.on_release()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

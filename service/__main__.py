@@ -5,7 +5,8 @@
 
 Without --model the embedded default model is served. Every flag is a variable too:
 ELASTI_PORT=8123. What happens is told on stderr. One signal to stop lets running requests
-finish, a second one does not; while models are loading, the first one ends it at once.
+finish, a second one does not; while models are loading, the first one ends it at once. Under
+torchrun the model is spread over all processes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from elastiformer.errors import ElastiError
+from elastiformer.led import LedModel
+from service import led
 from service.app import create_app
 from service.logs import configure, say
 from service.metrics import Metrics
@@ -37,21 +40,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = {name: value for name, value in vars(parser().parse_args(argv)).items() if value}
     try:
         settings = Settings(**given)
+        led.check(settings)
         keys = read_keys(settings.keys_file) if settings.keys_file else ()
-        place = listen(settings)
+        place = listen(settings) if led.is_first() else None
     except (ValidationError, SettingsError, ValueError, OSError) as error:
         say(f"error: {_told(error)}")
         return 2
     tell = configure(settings.log_format, settings.log_level)
-    with place:
-        return serve(settings, keys, place, tell)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    with led.group():
+        if place is None:
+            return led.follow(settings, tell)
+        with place:
+            return serve(settings, keys, place, tell)
 
 
 def serve(
     settings: Settings, keys: Sequence[Key], place: socket.socket, tell: Callable[[str], None]
 ) -> int:
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     metrics = Metrics()
     with leaving_at_once(tell):
         try:
@@ -61,6 +68,9 @@ def serve(
             return 1
         app = create_app(settings, catalogue, metrics, keys, from_environment(tell))
     Server(app, settings, place, tell).run(sockets=[place])
+    for served in catalogue:
+        if isinstance(served.model, LedModel):
+            served.model.end()
     return 0
 
 

@@ -17,6 +17,7 @@ from elastiformer.elastic import Elastic
 from elastiformer.encoder import ElasticEncoder
 from elastiformer.encoder_weights import task_of
 from elastiformer.tasks import Task
+from service import led
 from service.bench import Bench, apart
 from service.build import hashes
 from service.encoder_engine import EncoderEngine
@@ -208,6 +209,8 @@ def load_model(spec: ModelSpec, settings: Settings) -> Elastic:
     Raises:
         ElastiError: a base or an adapter that cannot be loaded, or do not fit.
     """
+    if led.processes() > 1:
+        return led.load(spec, settings)
     where = {"dtype": settings.dtype, "device": settings.device}
     if spec.task is not None and spec.task in set(Task):
         return ElasticEncoder.load(spec.base, spec.adapter, task=Task(spec.task), **where)

@@ -20,11 +20,11 @@ LOW_TO_HIGH = """
         single_queries sub_layers tiles readings products flop_formulas expert_table repair
         attention placing workshop keeping sparse_heads sparse_attention sparse_experts sparse_mlp
         decoding sparse encoding planning drawing sampling inputs images encoder_inputs elastic
-        model sharded encoder __init__
+        model sharded led encoder __init__
 
     service: __init__ errors build settings schemas scheduler pace metrics knob orders energy rows
-        bench middleware engine encoder_engine served zero_shot items desk tracing logs answers
-        readings streams routes app server __main__
+        bench middleware engine encoder_engine led served zero_shot items desk tracing logs
+        answers readings streams routes app server __main__
 
     training: __init__ files options signals progress processes packages data stream examples losses
         lessons student encoder_student checkpoint mixed fitting fashion_mnist convolutions vision

@@ -8,6 +8,7 @@ import subprocess
 import tomllib
 
 import pytest
+import yaml
 from opentelemetry import environment_variables as api_variables
 from opentelemetry.sdk import environment_variables as sdk_variables
 
@@ -59,6 +60,17 @@ def test_every_error_is_in_the_guide_with_its_status():
     rows = re.findall(r"^\| `(\w+)` \| (\d{3}) \| .{10,} \|$", GUIDE, flags=re.MULTILINE)
     refusals = [*REFUSALS.values(), UNEXPECTED]
     assert sorted(rows) == sorted((refusal.code, str(refusal.status)) for refusal in refusals)
+
+
+def test_the_guide_says_of_every_alert_what_to_do():
+    rules = yaml.safe_load((ROOT / "deploy/prometheus/rules/alerts.yml").read_text("utf-8"))
+    alerts = [rule["alert"] for group in rules["groups"] for rule in group["rules"]]
+    told = GUIDE.partition("### When an alert fires")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(Elasti\w+)` \| .{20,} \| .{10,} \|$", told, flags=re.MULTILINE)
+    assert rows == alerts
+    points = GUIDE.partition("## Tune")[2].partition("\n## ")[0]
+    for point in set(re.findall(r"Tune, (\d)", told)):
+        assert f"\n{point}. **" in points
 
 
 def test_the_routes_and_probes_in_the_guide_are_served():

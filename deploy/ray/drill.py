@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ import httpx
 
 from benchmarks.server import totals
 from deploy.dashboards.prometheus import Prometheus
+from deploy.ray import refusals
 from deploy.ray.callers import Call, Callers
 from deploy.ray.fleet import LISTENER, TARGETS, Fleet
 from deploy.stage import NAME, free_port, make_model, say
@@ -171,6 +172,8 @@ class Drill:
         self.hold(not late, f"nothing is lost that came later: {late}")
         self.hold(len(lost) <= ONGOING, f"no more than it may hold, {ONGOING}: {len(lost)}")
         self.hold(all(call.told for call in lost), "each caller is told")
+        unbegun = [call for call in lost if call.status not in (None, 200)]
+        self.hold(all(_is_ours(call, "internal_error") for call in unbegun), "in our words")
         self.hold(bool(spared) and all(call.whole for call in spared), "the others go on")
         return {
             "lost": len(lost),
@@ -196,6 +199,7 @@ class Drill:
         away = [call for call in calls if call.turned_away]
         lost = [call for call in calls if not call.whole and not call.turned_away]
         self.hold(bool(away), "some are turned away")
+        self.hold(all(_is_ours(call, "queue_full") for call in away), "in our words")
         self.hold(not lost, f"nobody else loses anything: {lost}")
         slowest = max((call.ended - call.began for call in away), default=0.0)
         return {
@@ -236,6 +240,13 @@ class Drill:
         calls = self.callers.calls[before:]
         self.hold(all(call.whole for call in calls), f"nobody loses anything: {_lost(calls)}")
         return {"seconds_to_one": taken, "answers": len(calls)}
+
+
+def _is_ours(call: Call, code: str) -> bool:
+    """Whether a caller was told an error object with that code."""
+    with suppress(ValueError, KeyError, TypeError):
+        return bool(json.loads(call.told.partition(": ")[2])["error"]["code"] == code)
+    return False
 
 
 def _lost(calls: Sequence[Call]) -> list[Call]:
@@ -312,6 +323,7 @@ def running(fleet: Fleet, port: int, folder: Path) -> Iterator[None]:
     # A token for this cluster alone; without one, Ray would keep one in the home folder.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+    os.environ[refusals.VARIABLE] = refusals.PATH
     import ray
     from ray import serve
 

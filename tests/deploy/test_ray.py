@@ -6,6 +6,8 @@ The rest runs where the extra `ray` is installed; the whole drill takes some thr
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import importlib.util
 import json
 import os
@@ -16,7 +18,9 @@ import httpx
 import pytest
 import yaml
 from pydantic import ValidationError
+from starlette.responses import PlainTextResponse
 
+from deploy.ray import refusals
 from deploy.ray.fleet import LISTENER, REPLICA, TARGETS, Fleet
 from deploy.ray.targets import FORGOTTEN_SECONDS, Target, Targets, open_page
 from service.metrics import Metrics
@@ -88,6 +92,48 @@ def test_each_replica_has_a_page_of_its_own_at_the_first_free_port():
         for port in (first, second)
     ]
     assert counted == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "code"),
+    [
+        (503, {"retry-after": "1"}, "queue_full"),
+        (503, {}, "internal_error"),
+        (500, {}, "internal_error"),
+        (408, {}, "timeout"),
+        (404, {}, "invalid_value"),
+    ],
+)
+def test_what_ray_refuses_itself_is_told_as_the_server_would(status, headers, code):
+    answer = through_refusals(PlainTextResponse("Traceback …", status, headers))
+    assert answer.status_code == status
+    assert answer.json()["error"]["code"] == code and "Traceback" not in answer.text
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers.get("retry-after") == headers.get("retry-after")
+
+
+@pytest.mark.parametrize(("status", "headers"), [(200, {}), (400, {REPLICA: "one"})])
+def test_what_a_replica_answers_passes_the_proxy_as_it_is(status, headers):
+    answer = through_refusals(PlainTextResponse("as it is", status, headers))
+    assert (answer.status_code, answer.text) == (status, "as it is")
+
+
+def through_refusals(response):
+    (middleware,) = refusals.middlewares()
+    app = middleware.cls(response)
+
+    async def get():
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ray")
+        async with client:
+            return await client.get("/")
+
+    return asyncio.run(get())
+
+
+def test_the_guide_names_the_refusals_as_ray_wants_them():
+    assert f"{refusals.VARIABLE}={refusals.PATH}" in GUIDE
+    module, _, name = refusals.PATH.rpartition(".")
+    assert getattr(importlib.import_module(module), name) is refusals.middlewares
 
 
 def test_the_files_agree_with_the_program():
