@@ -34,16 +34,20 @@ from elastiformer.errors import AdapterError
 from elastiformer.families import Layout
 from elastiformer.lora import Lora, LoraPhases
 from elastiformer.lora_files import read_lora, write_lora
+from elastiformer.misfits import base_misfits, misfit_message, order_misfits, shape_misfits
 from elastiformer.routers import (
+    IMAGE_SCORERS,
     PART_GATES,
     TOKEN_GATES,
     TOKEN_UNITS,
+    ImageScorer,
     PartGate,
     Router,
     Routers,
     TokenGate,
 )
-from elastiformer.weights import BaseIdentity, comes_along
+from elastiformer.tasks import TEXT_GENERATION
+from elastiformer.weights import BaseIdentity
 
 FORMAT = 1
 ExpertSplit = Literal["coactivation", "contiguous"]
@@ -63,7 +67,8 @@ class AdapterSpec:
     lora_parts: tuple[str, ...] = ()
     lora_phases: LoraPhases = "shared"
     lora_first: int = 0  # the first layer that is repaired
-    task: str = "text-generation"
+    task: str = TEXT_GENERATION
+    image_scorer: ImageScorer = "linear"  # of image tokens
 
     def problems(self) -> list[str]:
         found = []
@@ -73,6 +78,9 @@ class AdapterSpec:
             found.append(f"token gate: one of {', '.join(TOKEN_GATES)}; got {self.token_gate!r}")
         if self.part_gate not in PART_GATES:
             found.append(f"part gate: one of {', '.join(PART_GATES)}; got {self.part_gate!r}")
+        if self.image_scorer not in IMAGE_SCORERS:
+            known = ", ".join(IMAGE_SCORERS)
+            found.append(f"image scorer: one of {known}; got {self.image_scorer!r}")
         if self.kv not in ("complete", "kept"):
             found.append(f"kv: 'complete' or 'kept'; got {self.kv!r}")
         if self.lora_rank < 0:
@@ -199,7 +207,8 @@ class Adapter:
 
     def _header(self) -> dict[str, Any]:
         spec = self.spec
-        return {
+        image = {"image_scorer": spec.image_scorer} if Unit.IMAGE_TOKENS in spec.units else {}
+        return image | {
             "format": FORMAT,
             "base": asdict(self.base),
             "task": spec.task,
@@ -282,31 +291,31 @@ class SavedAdapter:
         Raises:
             AdapterError: listing every misfit at once.
         """
-        misfits = _base_misfits(self.base, base)
+        misfits = base_misfits(self.base, base)
         spec = self.spec
         widths = {layer.shape.mlp_width for layer in layout.layers}
         if spec.experts and any(width % spec.experts for width in widths):
             misfits.append(
                 f"experts: saved {spec.experts}, which do not divide {sorted(widths)} neurons"
             )
-            raise AdapterError(_misfit_message(misfits))
+            raise AdapterError(misfit_message(misfits))
         adapter = blank(spec, layout, base)
         expected = {name: tuple(tensor.shape) for name, tensor in adapter._tensors().items()}
-        misfits += _shape_misfits(self.tensors, expected)
+        misfits += shape_misfits(self.tensors, expected)
         for name, tensors in self.lora.items():
             of_set = {}
             if adapter.lora is not None and name in adapter.lora.sets:
                 of_set = adapter.lora.sets[name].state_dict()
             expected = {key: tuple(tensor.shape) for key, tensor in of_set.items()}
-            misfits += [f"lora {name}: {text}" for text in _shape_misfits(tensors, expected)]
+            misfits += [f"lora {name}: {text}" for text in shape_misfits(tensors, expected)]
         if adapter.lora is not None:
             misfits += [f"lora {name}: missing" for name in adapter.lora.sets.keys() - self.lora]
         if self.calibration is not None:
             misfits += self.calibration.misfits(len(layout.layers), spec.units)
         if not misfits and spec.experts:
-            misfits += _order_misfits(self.tensors)
+            misfits += order_misfits(self.tensors)
         if misfits:
-            raise AdapterError(_misfit_message(misfits))
+            raise AdapterError(misfit_message(misfits))
         routers = {name: t for name, t in self.tensors.items() if "neuron_order" not in name}
         adapter.routers.load_state_dict(routers)
         if adapter.neuron_order is not None:
@@ -329,7 +338,8 @@ def blank(spec: AdapterSpec, layout: Layout, base: BaseIdentity) -> Adapter:
     if spec.lora_rank:
         lora = Lora(layout, spec.lora_rank, spec.lora_parts, spec.lora_phases, spec.lora_first)
     order = [torch.arange(shape.mlp_width) for shape in shapes] if spec.experts else None
-    return Adapter(spec, base, Routers(shapes, spec.units), lora, order)
+    routers = Routers(shapes, spec.units, spec.image_scorer)
+    return Adapter(spec, base, routers, lora, order)
 
 
 def elastic_shape(layout: Layout, adapter: Adapter | None) -> ModelShape:
@@ -381,6 +391,7 @@ def _spec(header: Mapping[str, Any]) -> AdapterSpec:
         lora_phases=lora["phases"],
         lora_first=int(lora.get("first_layer", 0)),
         task=str(header["task"]),
+        image_scorer=header.get("image_scorer", "linear"),
     )
 
 
@@ -427,71 +438,3 @@ def _from_hub(repository: str) -> Path:
         raise AdapterError(
             f"adapter {repository!r}: no such folder, and not to be had from the Hub ({error})"
         ) from error
-
-
-def _base_misfits(saved: BaseIdentity, base: BaseIdentity) -> list[str]:
-    misfits = []
-    # A folder's name is its owner's whim: there, equal weights are enough.
-    both_folders = not any("/" in each.id or comes_along(each.id) for each in (saved, base))
-    if saved.id != base.id and not (both_folders and saved.revision == base.revision):
-        misfits.append(f"base model: saved for {saved.id}, this is {base.id}")
-    if saved.revision != base.revision:
-        misfits.append(f"revision: saved {saved.revision}, this model has {base.revision}")
-    if saved.config_hash != base.config_hash:
-        misfits.append(f"config hash: saved {saved.config_hash}, this model has {base.config_hash}")
-    return misfits
-
-
-def _shape_misfits(
-    saved: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]
-) -> list[str]:
-    misfits = []
-    for name, shape in expected.items():
-        if name not in saved:
-            misfits.append(f"{name}: missing")
-        elif tuple(saved[name].shape) != shape:
-            misfits.append(f"{name}: saved {tuple(saved[name].shape)}, this model has {shape}")
-        elif not bool(torch.isfinite(saved[name].float()).all()):
-            misfits.append(f"{name}: holds a number that is not finite")
-    misfits += [f"{name}: not a tensor of this model" for name in saved if name not in expected]
-    return misfits
-
-
-def _order_misfits(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [
-        f"{name}: not an order of the neurons, each once"
-        for name, order_I in tensors.items()
-        if name.endswith("neuron_order")
-        and not torch.equal(order_I.long().sort().values, torch.arange(len(order_I)))
-    ]
-
-
-def _misfit_message(misfits: list[str]) -> str:
-    return "adapter does not fit this base model:\n  " + "\n  ".join(_by_layer(misfits))
-
-
-def _by_layer(misfits: list[str]) -> list[str]:
-    """The same, with what is amiss in the same way in several layers on one line."""
-    alike: dict[tuple[str, str], list[int]] = {}
-    for text in misfits:
-        found = re.match(r"(lora \w+: |layers\.)(\d+)(\..*)", text)
-        if found is None:
-            alike[text, ""] = []
-        else:
-            alike.setdefault((found[1], found[3]), []).append(int(found[2]))
-    return [
-        before + _ranges(layers) + after if layers else before
-        for (before, after), layers in alike.items()
-    ]
-
-
-def _ranges(numbers: list[int]) -> str:
-    """`{0-3,7}`, or the only number there is."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return texts[0] if len(numbers) == 1 else "{" + ",".join(texts) + "}"

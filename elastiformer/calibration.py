@@ -130,6 +130,7 @@ class Calibration:
     thresholds: Mapping[Phase, Mapping[Unit, Mapping[int, tuple[float, ...]]]]
     measured: tuple[Measured, ...]
     data: DataRecord | None = None
+    image_tokens: float | None = None  # the lowest keep share of image tokens that was measured
 
     @cached_property
     def _levels(self) -> dict[tuple[Phase, int], tuple[Plan, ...]]:
@@ -213,7 +214,8 @@ class Calibration:
         return list(problems)
 
     def as_json(self) -> dict[str, Any]:
-        return {
+        image = {} if self.image_tokens is None else {"image_tokens": self.image_tokens}
+        return image | {
             "format": FORMAT,
             "lowest": self.lowest,
             "context": self.context,
@@ -288,6 +290,11 @@ class _Reader:
                 for index, row in enumerate(self._list(value.get("measured"), "measured"))
             ),
             data=None if data is None else self._data(data),
+            image_tokens=(
+                None
+                if value.get("image_tokens") is None
+                else self._number(value["image_tokens"], "image_tokens", 0.0, 1.0)
+            ),
         )
 
     def _path(self, value: object, phase: Phase) -> tuple[Step, ...]:

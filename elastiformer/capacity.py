@@ -23,6 +23,7 @@ class Unit(StrEnum):
     HEADS = "heads"
     EXPERTS = "experts"
     CHANNELS = "channels"
+    IMAGE_TOKENS = "image_tokens"
 
 
 class Phase(StrEnum):
@@ -90,13 +91,17 @@ def rooted(plan: Plan) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class UnitShares:
-    """A keep share per unit, the same in every layer; what is not named is kept whole."""
+    """A keep share per unit, the same in every layer; what is not named is kept whole.
+
+    Image tokens are dropped before the first layer, so no layer's plan knows their share.
+    """
 
     attention_tokens: float = 1.0
     mlp_tokens: float = 1.0
     heads: float = 1.0
     experts: float = 1.0
     channels: float = 1.0
+    image_tokens: float = 1.0
 
     @property
     def is_dense(self) -> bool:

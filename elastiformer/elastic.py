@@ -34,9 +34,10 @@ from elastiformer.lora import PARTS, LoraPhases
 from elastiformer.planning import Planner
 from elastiformer.pool import Pool
 from elastiformer.prefixes import PrefixStore
-from elastiformer.routers import PartGate, TokenGate
+from elastiformer.routers import ImageScorer, PartGate, TokenGate
 from elastiformer.sequence import Chunk
 from elastiformer.sparse import SparseForm
+from elastiformer.tasks import IMAGE_TEXT_TO_TEXT, TEXT_GENERATION
 from elastiformer.weights import BaseIdentity, config_hash
 
 NO_ROUTING = AdapterSpec(units=())
@@ -45,7 +46,7 @@ NO_ROUTING = AdapterSpec(units=())
 class Elastic(ABC):
     """A base model and, perhaps, an adapter. Not thread-safe: one thread owns it."""
 
-    task = "text-generation"
+    task: str = TEXT_GENERATION
 
     def __init__(
         self,
@@ -177,6 +178,7 @@ class Elastic(ABC):
         lora_rank: int = 1,
         lora_parts: Many[str] = PARTS,
         lora_phases: LoraPhases = "shared",
+        image_scorer: ImageScorer = "linear",
     ) -> Adapter:
         """An untrained adapter for this base.
 
@@ -195,8 +197,11 @@ class Elastic(ABC):
             lora_parts=tuple(lora_parts) if lora_rank else (),
             lora_phases=lora_phases,
             task=self.task,
+            image_scorer=image_scorer,
         )
         problems = spec.problems()
+        if Unit.IMAGE_TOKENS in spec.units and self.task != IMAGE_TEXT_TO_TEXT:
+            problems.append(f"{Unit.IMAGE_TOKENS}: this model reads none; its task is {self.task}")
         known = {p.part for layer in self.layout.layers for p in layer.projections}
         if stray := sorted(set(spec.lora_parts) - known - {"gate"}):
             problems.append(f"lora parts: of {', '.join(PARTS)}; got {', '.join(stray)}")

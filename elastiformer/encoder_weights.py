@@ -112,7 +112,7 @@ def load_encoder(
     return LoadedEncoder(
         model=model,
         tokenizer=None if reads_images else _tokenizer(resolved),
-        images=_image_processor(resolved) if reads_images else None,
+        images=load_image_processor(resolved) if reads_images else None,
         identity=BaseIdentity(resolved.name, resolved.revision, config_hash(model.config)),
         pooling=pooling,
         normalized=normalized,
@@ -187,7 +187,7 @@ def _tokenizer(resolved: Resolved) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _image_processor(resolved: Resolved) -> Any:
+def load_image_processor(resolved: Resolved) -> Any:
     names = ("preprocessor_config.json", "processor_config.json")
     if not any((resolved.path / name).is_file() for name in names):
         raise BaseModelError(f"base model '{resolved.name}': the folder has no {names[0]}")

@@ -70,17 +70,26 @@ class TextInputs:
         Raises:
             InputError: no chat template, a part that is not text, or a refusal by the template.
         """
+        return self.conversation(
+            [
+                {**message, "content": _plain_text(message.get("content"), place)}
+                for place, message in enumerate(messages)
+            ]
+        )
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        """The ids of messages whose content is as the model's chat template takes it.
+
+        Raises:
+            InputError: no chat template, or a refusal by it.
+        """
         if not self.has_chat_template:
             raise InputError(
                 "messages: this model has no chat template; use /v1/completions with a prompt"
             )
-        plain = [
-            {**message, "content": _plain_text(message.get("content"), place)}
-            for place, message in enumerate(messages)
-        ]
         try:
             rendered = self.tokenizer.apply_chat_template(
-                plain, add_generation_prompt=True, tokenize=False
+                list(messages), add_generation_prompt=True, tokenize=False
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise InputError(f"messages: the model's chat template refused them: {error}") from None

@@ -10,7 +10,7 @@ a test holds the two together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -85,16 +85,20 @@ def run_masked(
     layout: Layout,
     shape: ModelShape,
     adapter: Adapter,
-    ids_BT: Tensor,
+    inputs: Mapping[str, Tensor],
     grid: PlanGrid,
     output_BT: Tensor,
     selection: Selection,
     mask_BT: Tensor | None = None,
 ) -> MaskedResult:
-    """One forward over whole windows, each token under its own plan."""
+    """One forward over whole windows, each token under its own plan.
+
+    Args:
+        inputs: what the base's forward takes, beside the mask.
+    """
     masked = MaskedPass(layout, shape, adapter, grid, output_BT, selection, mask_BT)
     with masked.hooked():
-        logits_BTV = base(ids_BT, attention_mask=mask_BT, use_cache=False).logits
+        logits_BTV = base(**inputs, attention_mask=mask_BT, use_cache=False).logits
     return MaskedResult(logits_BTV, masked.routes)
 
 

@@ -7,6 +7,7 @@ differentiable one, for training; `teacher` the base itself.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from functools import cached_property
 from typing import Self
@@ -126,24 +127,37 @@ class ElasticModel(Elastic):
         """
         if prompt_tokens < 1:
             raise InputError("a prompt has at least one token; got none")
-        if most_tokens > self.context:
+        self._check_context(most_tokens)
+        cache = self._room_for(capacity, prompt_tokens, most_tokens, scored)
+        plan_at = self._planner.plan_at(capacity, prompt_tokens)
+        sequence = Sequence(plan_at, prompt_tokens, most_tokens, scored, cache)
+        if prompt is not None and not scored:
+            self._adopt(sequence, tuple(prompt))
+        return sequence
+
+    def _check_context(self, tokens: int) -> None:
+        if tokens > self.context:
             raise InputError(
-                f"prompt and completion have {most_tokens} tokens together; "
+                f"prompt and completion have {tokens} tokens together; "
                 f"the context holds {self.context}"
             )
+
+    def _room_for(
+        self, capacity: Capacity, prompt_tokens: int, most_tokens: int, scored: bool
+    ) -> SequenceCache:
         planner = self._planner
         planner.check(capacity, prompt_tokens, most_tokens, scored)
         rooms = planner.rooms(capacity, prompt_tokens, most_tokens, scored)
         complete = self.shape.kv == "complete"
         pool = self.cache or self._growing
-        cache = SequenceCache(pool, self._cache_shape, rooms, complete, self.device)
-        plan_at = planner.plan_at(capacity, prompt_tokens)
-        sequence = Sequence(plan_at, prompt_tokens, most_tokens, scored, cache)
-        if self.prefixes is not None and prompt is not None and not scored:
-            assert len(prompt) == prompt_tokens, "a prompt of another length"
-            sequence.prompt = tuple(prompt)
-            self.prefixes.adopt(sequence, sequence.prompt)
-        return sequence
+        return SequenceCache(pool, self._cache_shape, rooms, complete, self.device)
+
+    def _adopt(self, sequence: Sequence, keys: tuple[int, ...]) -> None:
+        """Let a new sequence begin after what is stored under the keys of its prompt's tokens."""
+        if self.prefixes is not None:
+            assert len(keys) == sequence.prompt_tokens, "a prompt of another length"
+            sequence.prompt = keys
+            self.prefixes.adopt(sequence, keys)
 
     def step(self, chunks: Many[Chunk]) -> list[Tensor]:
         """Run the next tokens of any mix of sequences.
@@ -204,6 +218,16 @@ class ElasticModel(Elastic):
             selection: by rank over the window, or causally by threshold as in serving.
             mask_BT: False on padding.
         """
+        return self._masked({"input_ids": ids_BT}, plans, output_BT, selection, mask_BT)
+
+    def _masked(
+        self,
+        inputs: Mapping[str, Tensor],
+        plans: PlanGrid | Many[tuple[Plan, Plan]],
+        output_BT: Tensor,
+        selection: Selection,
+        mask_BT: Tensor | None,
+    ) -> MaskedResult:
         grid = plans if isinstance(plans, PlanGrid) else PlanGrid.by_phase(plans, output_BT)
         adapter = self.adapter
         if adapter is None:
@@ -213,7 +237,7 @@ class ElasticModel(Elastic):
             self.layout,
             self.shape,
             adapter,
-            ids_BT,
+            inputs,
             grid,
             output_BT,
             selection,

@@ -145,6 +145,15 @@ class Packed:
         self.ids_N = torch.tensor(self.ids, dtype=torch.long, device=device)
         self.position_N = torch.tensor(self.positions, dtype=torch.long, device=device)
 
+    @cached_property
+    def original_N(self) -> Tensor:
+        """Where the rows stand in what callers sent, image tokens that were dropped included."""
+        if not any(chunk.sequence.moved for chunk in self.chunks):
+            return self.position_N
+        pairs = zip(self.sequences, self.positions, strict=True)
+        originals = [sequence.original(place) for sequence, place in pairs]
+        return torch.tensor(originals, dtype=torch.long, device=self.device)
+
     def rows_of(self, kinds: frozenset[Kind]) -> Rows:
         if kinds not in self._rows:
             rows_R = np.arange(self.count)

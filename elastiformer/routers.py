@@ -29,8 +29,10 @@ from elastiformer.capacity import Unit
 
 TokenGate = Literal["hard", "sigmoid", "raw"]
 PartGate = Literal["hard", "softmax", "renormalised", "mean"]
+ImageScorer = Literal["linear", "mlp"]
 TOKEN_GATES: tuple[TokenGate, ...] = ("hard", "sigmoid", "raw")
 PART_GATES: tuple[PartGate, ...] = ("hard", "softmax", "renormalised", "mean")
+IMAGE_SCORERS: tuple[ImageScorer, ...] = ("linear", "mlp")
 ROUTED = (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS, Unit.HEADS, Unit.EXPERTS)
 TOKEN_UNITS = (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS)
 
@@ -54,11 +56,41 @@ class Router(nn.Module):
         return F.linear(x_ND.float(), self.weight.float(), self.bias.float())
 
 
-class Routers(nn.Module):
-    """All routers of a model: `of(layer, unit)`."""
+class ImageRouter(nn.Module):
+    """A scorer of an image's tokens as the projector gives them, linear or of two layers."""
 
-    def __init__(self, shapes: Sequence[LayerShape], units: Sequence[Unit]) -> None:
+    def __init__(self, width: int, scorer: ImageScorer) -> None:
         super().__init__()
+        self.inner = nn.Linear(width, width) if scorer == "mlp" else None
+        self.outer = Router(width, 1)
+
+    def forward(self, x_PD: Tensor) -> Tensor:
+        """One score for each token: [..., P] of [..., P, D], in float32."""
+        x_PD = x_PD.float()
+        if self.inner is not None:
+            x_PD = F.gelu(F.linear(x_PD, self.inner.weight.float(), self.inner.bias.float()))
+        scores: Tensor = self.outer(x_PD).squeeze(-1)
+        return scores
+
+    @property
+    def flops_per_token(self) -> int:
+        inner = 0 if self.inner is None else self.inner.weight.numel()
+        return 2 * (inner + self.outer.weight.numel())
+
+
+class Routers(nn.Module):
+    """All routers of a model: `of(layer, unit)`, and `image` where image tokens are dropped."""
+
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        units: Sequence[Unit],
+        image_scorer: ImageScorer = "linear",
+    ) -> None:
+        super().__init__()
+        self.image: ImageRouter | None = None
+        if Unit.IMAGE_TOKENS in units:
+            self.image = ImageRouter(shapes[0].width, image_scorer)
         self.units = tuple(unit for unit in ROUTED if unit in units)
         self.layers = nn.ModuleList(
             nn.ModuleDict(

@@ -71,6 +71,19 @@ class Sequence:
         plan = self.plan_at(position)
         return plan.rooted if position == 0 else plan
 
+    @property
+    def moved(self) -> bool:
+        """Whether its tokens stand elsewhere than their places in the cache say."""
+        return False
+
+    def original(self, place: int) -> int:
+        """The position of a token in what the caller sent; `place` counts the tokens that run."""
+        return place
+
+    def dense_extent(self, tokens: int) -> tuple[int, int]:
+        """What the dense model runs for the next `tokens`: tokens, and the keys they attend to."""
+        return tokens, self.length + tokens
+
     def debt(self, layer: int, unit: Unit, phase: Phase) -> Debt:
         key = (layer, unit, phase)
         if key not in self._debts:

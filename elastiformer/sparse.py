@@ -90,10 +90,14 @@ class SparseForm:
         return Placing(packed)
 
     def _embed(self, packed: Packed) -> Tensor:
-        h_ND: Tensor = self.layout.embedding(packed.ids_N)
+        h_ND = self._inputs(packed)
         if self.layout.positions is not None:
-            h_ND = h_ND + self.layout.positions(packed.position_N)
+            h_ND = h_ND + self.layout.positions(packed.original_N)
         return h_ND.to(self.workshop.working_dtype)
+
+    def _inputs(self, packed: Packed) -> Tensor:
+        embedded_ND: Tensor = self.layout.embedding(packed.ids_N)
+        return embedded_ND
 
     def _rotations(self, packed: Packed, h_ND: Tensor) -> Rotations:
         """Cosines and sines, by the type of layer that has frequencies of its own."""
@@ -109,7 +113,7 @@ class SparseForm:
         rotations = {}
         for kind, layer in kinds.items():
             extra = () if kind is None else (kind,)
-            parts = [rotary(h_ND, packed.position_N[span][None], *extra) for span in spans]
+            parts = [rotary(h_ND, packed.original_N[span][None], *extra) for span in spans]
             cos_NR, sin_NR = (torch.cat([part[at][0] for part in parts]) for at in (0, 1))
             if not self._rotation_checked:
                 assert turns_halves(layer, cos_NR.shape[1], h_ND.dtype, h_ND.device), kind

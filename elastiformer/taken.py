@@ -74,10 +74,10 @@ class Taken:
             heads = outputs * shape.head_flops
             usage.parameters_used = (usage.parameters_used + heads) // 2
             usage.flops = usage.block_flops + heads
-            keys = chunk.sequence.length + tokens
-            usage.dense_block_flops = tokens * (dense_linear + keys * dense_per_key)
+            dense_tokens, keys = chunk.sequence.dense_extent(tokens)
+            usage.dense_block_flops = dense_tokens * (dense_linear + keys * dense_per_key)
             usage.dense_flops = usage.dense_block_flops + heads
-            usage.dense_parameters = (tokens * dense_linear + heads) // 2
+            usage.dense_parameters = (dense_tokens * dense_linear + heads) // 2
             chunk.sequence.usage += usage
 
     def _decide(

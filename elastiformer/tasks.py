@@ -1,4 +1,4 @@
-"""What an encoder's answer is. Pure Python: no torch."""
+"""What a model's answer is. Pure Python: no torch."""
 
 from __future__ import annotations
 
@@ -12,3 +12,7 @@ class Task(StrEnum):
     TOKEN_CLASSIFICATION = "token-classification"
     IMAGE_CLASSIFICATION = "image-classification"
     FEATURES = "features"
+
+
+TEXT_GENERATION = "text-generation"
+IMAGE_TEXT_TO_TEXT = "image-text-to-text"

@@ -8,9 +8,10 @@ waits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elastiformer.errors import InputError
+from elastiformer.imaged import ImagedPrompt, Picture
 from elastiformer.inputs import TextInputs
 from elastiformer.sampling import GREEDY, Sampling
 from elastiformer.tasks import Task
@@ -83,6 +84,8 @@ class Desk:
         served, resolved = self._writer(asked, caller)
         inputs = served.engine.inputs
         prompts = _prompts(asked, inputs)
+        if served.vlm is not None:
+            served.vlm.pictures.refuse_image_tokens(prompts)
         if asked.max_tokens == 0 and not asked.echo:
             raise BadRequest("max_tokens: 0 is for echo only", "max_tokens")
         longest = served.engine.longest(resolved.applied)
@@ -107,17 +110,26 @@ class Desk:
         if asked.top_logprobs is not None and not asked.logprobs:
             raise BadRequest("top_logprobs: it needs logprobs: true", "top_logprobs")
         inputs = served.engine.inputs
-        prompt = inputs.chat(
-            [
-                {**message.model_dump(exclude_none=True), "content": _content(message.content)}
-                for message in asked.messages
-            ]
-        )
+        messages = [
+            {**message.model_dump(exclude_none=True), "content": _content(message.content)}
+            for message in asked.messages
+        ]
+        pictures: tuple[Picture, ...] = ()
+        if served.vlm is not None:
+            ids, pictures = served.vlm.pictures.chat(inputs, messages)
+        else:
+            ids = inputs.chat(messages)
+        imaged: ImagedPrompt | None = None
+        if served.vlm is not None and pictures:
+            imaged = served.vlm.prompt(resolved.applied, ids, pictures)
         limit = asked.max_completion_tokens or asked.max_tokens
-        longest = served.engine.longest(resolved.applied)
-        most_new = _most_new(inputs, prompt, limit, self.default_max_tokens, longest)
+        longest = served.engine.longest(imaged.capacity if imaged else resolved.applied)
+        longest += imaged.dropped if imaged else 0
+        most_new = _most_new(inputs, ids, limit, self.default_max_tokens, longest)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-        order = self._order(asked, resolved, [prompt], [most_new], logprobs=logprobs)
+        order = self._order(asked, resolved, [ids], [most_new], logprobs=logprobs)
+        if imaged is not None:
+            order = _imaged(order, imaged)
         order = served.engine.checked(order)
         return Placed(served, order, asked.model, logprobs, operation="chat")
 
@@ -225,6 +237,15 @@ class Desk:
             least_new=least_new,
             choices=choices,
         )
+
+
+def _imaged(order: Order, prompt: ImagedPrompt) -> Order:
+    """The same order for what runs of its one prompt."""
+    jobs = tuple(
+        replace(job, prompt=prompt.ids, capacity=prompt.capacity, imaged=prompt)
+        for job in order.jobs
+    )
+    return replace(order, jobs=jobs)
 
 
 def _prompts(asked: CompletionRequest, inputs: TextInputs) -> list[tuple[int, ...]]:

@@ -25,8 +25,10 @@ from torch import Tensor
 from elastiformer import Capacity, Chunk, ElasticModel, Sequence
 from elastiformer.elastic import Elastic
 from elastiformer.errors import ElastiError, InputError
+from elastiformer.imaged import ImagedPrompt
 from elastiformer.inputs import Detokenizer, StopMatcher, TextInputs
 from elastiformer.sampling import BrokenLogits, Draw, Sampled, sample, score, side_by_side
+from elastiformer.vlm import ElasticVlm
 from service.bench import Bench
 from service.energy import Bill, Meter
 from service.errors import Cancelled, Draining, EngineDead, StepFailed, TimedOut
@@ -284,6 +286,9 @@ class Engine:
             )
 
     def _sequence(self, job: Job) -> Sequence:
+        if isinstance(job.imaged, ImagedPrompt):
+            assert isinstance(self.model, ElasticVlm), "pictures for a model that reads none"
+            return self.model.imaged_sequence(job.imaged, job.most_new)
         assert isinstance(self.model, ElasticModel), "this engine writes texts"
         return self.model.sequence(
             job.capacity,

@@ -31,7 +31,7 @@ REJECTED = ("queue_full", "draining", "dead")
 REJECTED_AT_THE_DOOR = ("invalid", "unauthorized", "unknown_model", "too_large")
 NO_MODEL = ""
 OVERRIDES = ("key", "server", "model")
-TOKEN_UNITS = (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS)
+TOKEN_UNITS = (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS, Unit.IMAGE_TOKENS)
 
 _WAIT_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 1, 2.5)

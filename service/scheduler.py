@@ -52,6 +52,7 @@ class Job:
     blocks: int = 0
     cut: int = 0
     item: object = None  # what an encoder reads, all of it in one step
+    imaged: object = None  # the prompt with its pictures, where it holds any
 
     @property
     def known(self) -> tuple[int, ...]:

@@ -21,7 +21,15 @@ _SHARE = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 _UNITS = {
     "type": "object",
     "properties": {
-        unit: _SHARE for unit in ("attention_tokens", "mlp_tokens", "heads", "experts", "channels")
+        unit: _SHARE
+        for unit in (
+            "attention_tokens",
+            "mlp_tokens",
+            "heads",
+            "experts",
+            "channels",
+            "image_tokens",
+        )
     },
     "additionalProperties": False,
     "minProperties": 1,
@@ -127,13 +135,22 @@ class CompletionRequest(Generation):
     echo: bool | None = Field(None, description="give the prompt back before the answer")
 
 
+class ImageUrl(BaseModel):
+    """Where an image is: in the address itself, as a data URI."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    url: str
+
+
 class Part(BaseModel):
     """One part of a message's content."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
-    type: str
+    type: str = Field(description="text, or image_url where the model reads images")
     text: str | None = None
+    image_url: ImageUrl | None = None
 
 
 class Message(BaseModel):

@@ -16,7 +16,9 @@ from elastiformer.capacity import Unit
 from elastiformer.elastic import Elastic
 from elastiformer.encoder import ElasticEncoder
 from elastiformer.encoder_weights import task_of
-from elastiformer.tasks import Task
+from elastiformer.tasks import IMAGE_TEXT_TO_TEXT, Task
+from elastiformer.vlm import ElasticVlm
+from elastiformer.vlm_weights import is_vlm
 from service import led
 from service.bench import Bench, apart
 from service.build import hashes
@@ -97,9 +99,14 @@ class Served:
         return self.model if isinstance(self.model, ElasticEncoder) else None
 
     @property
+    def vlm(self) -> ElasticVlm | None:
+        """The model where it reads images and writes text."""
+        return self.model if isinstance(self.model, ElasticVlm) else None
+
+    @property
     def task(self) -> str:
-        if self.encoder is not None:
-            return self.encoder.task
+        if self.encoder is not None or self.vlm is not None:
+            return self.model.task
         return self.spec.task or "generate"
 
     @property
@@ -216,6 +223,8 @@ def load_model(spec: ModelSpec, settings: Settings) -> Elastic:
         return ElasticEncoder.load(spec.base, spec.adapter, task=Task(spec.task), **where)
     if spec.task is None and (task := task_of(spec.base)) is not None:
         return ElasticEncoder.load(spec.base, spec.adapter, task=task, **where)
+    if spec.task == IMAGE_TEXT_TO_TEXT or is_vlm(spec.base):
+        return ElasticVlm.load(spec.base, spec.adapter, **where)
     return ElasticModel.load(spec.base, spec.adapter, **where)
 
 

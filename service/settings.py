@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from elastiformer.capacity import Capacity
 from elastiformer.errors import CapacityError
-from elastiformer.tasks import Task
+from elastiformer.tasks import IMAGE_TEXT_TO_TEXT, Task
 
 ADAPTERS = Path(__file__).resolve().parent.parent / "elastiformer" / "adapters"
 # The first is the default of requests that name no model.
@@ -26,7 +26,7 @@ EMBEDDED_DEFAULTS = {
     "sentiment": "sentiment",
     "fashion-mnist": "fashion-mnist",
 }
-TASKS = ("generate", "classify", *(task.value for task in Task))
+TASKS = ("generate", "classify", IMAGE_TEXT_TO_TEXT, *(task.value for task in Task))
 DEFAULT_EFFORT = {"low": 0.6, "medium": 0.8, "high": 1.0}
 
 

@@ -15,24 +15,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LOW_TO_HIGH = """
     elastiformer: errors tasks capacity usage accounting calibration card priced families encoders
-        experts routers lora lora_files unpacking shipped weights encoder_weights adapter masked
-        pool cache sequence prefixes kernels row_kernels pointwise packed taken costs lanes
-        single_queries sub_layers tiles readings products flop_formulas expert_table repair
-        attention placing workshop keeping sparse_heads sparse_attention sparse_experts sparse_mlp
-        decoding sparse encoding planning drawing sampling inputs images encoder_inputs elastic
-        model sharded led encoder __init__
+        experts routers lora lora_files unpacking shipped weights encoder_weights vlms vlm_weights
+        misfits adapter masked pool cache sequence imaged prefixes kernels row_kernels pointwise
+        packed taken costs lanes single_queries sub_layers tiles readings products flop_formulas
+        expert_table repair attention placing workshop keeping sparse_heads sparse_attention
+        sparse_experts sparse_mlp decoding sparse encoding imaging sight planning drawing sampling
+        inputs images encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
 
     service: __init__ errors build settings schemas scheduler pace metrics knob orders energy rows
         bench middleware engine encoder_engine led served zero_shot items desk tracing logs
         answers readings streams routes app server __main__
 
-    training: __init__ files options signals progress processes packages data stream examples losses
-        lessons student encoder_student checkpoint mixed fitting fashion_mnist convolutions vision
-        masked_images reviews corpora sentiment canvases canvas_tower canvas_model build quality
-        encoder_quality
+    training: __init__ files options signals progress processes packages data stream examples
+        exchanges losses lessons student encoder_student picture_student checkpoint mixed fitting
+        fashion_mnist convolutions vision masked_images reviews corpora sentiment canvases
+        canvas_tower canvas_answers canvas_model build quality encoder_quality picture_quality
         allotment tuning sensitivity baselines pictures stopwatch reports encoder_reports loop
-        encoder_calibrate encoder_evaluate overlap domain_report distill repair ranks calibrate
-        evaluate domains reconstruct summarize synthesize __main__
+        encoder_calibrate encoder_evaluate picture_evaluate overlap domain_report distill repair
+        ranks calibrate evaluate domains reconstruct summarize synthesize __main__
 """
 
 _COMPILED = {
@@ -51,7 +51,11 @@ DOORS = {
         "elastiformer.families",
         "elastiformer.lora",
         "elastiformer.model",
+        "elastiformer.vlm",
+        "elastiformer.vlm_weights",
+        "elastiformer.vlms",
         "elastiformer.weights",
+        "training.canvas_answers",
         "training.canvas_model",
         "training.canvas_tower",
         "training.data",
@@ -60,6 +64,7 @@ DOORS = {
         "training.evaluate",
         "training.masked_images",
         "training.mixed",
+        "training.picture_quality",
         "training.reconstruct",
         "training.sentiment",
         "training.vision",

@@ -26,11 +26,13 @@ from torch import Tensor
 from elastiformer import AdapterError, Calibration, CapacityError, ElasticModel, Phase, Unit
 from elastiformer.accounting import ModelShape
 from elastiformer.calibration import QUANTILES, DataRecord, Measured, Step, walk
+from elastiformer.vlm_weights import is_vlm
 from training.allotment import LEAST_KL, Allotment, Curves, fields_of, late_layers, uniform
 from training.data import Corpus, Windows, pack, read_corpus
 from training.encoder_calibrate import add_item_arguments, calibrate_items, task_asked
 from training.files import DataError
 from training.options import units
+from training.picture_evaluate import calibrate_pictures
 from training.progress import track
 from training.quality import Setting, Window, measure, miss, prompt_share, recalibrate, windows_of
 from training.sensitivity import (
@@ -96,6 +98,8 @@ def capacities(text: str) -> list[float]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    if is_vlm(args.base):
+        return calibrate_pictures(args)
     if (task := task_asked(args)) is not None:
         return calibrate_items(args, task)
     started = time.monotonic()

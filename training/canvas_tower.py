@@ -1,9 +1,10 @@
-"""The tower of the vision-language model: what stands in each patch of a canvas.
+"""The tower of the vision-language model: what stands in each patch of a canvas, and where.
 
 It is the vision transformer of fashion-mnist, with its layers as they were trained there and a
 table of positions for the canvas's grid. What is made of its patches is not this room's business.
 
-Legend: B batch, T tokens, C colours, H rows, W columns, D width, P patches, K kinds and none.
+Legend: B batch, T tokens, C colours, H rows, W columns, D width, P patches, K kinds and none,
+Q quarters of the canvas and none.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 from transformers import ViTForImageClassification, ViTModel
 
 from elastiformer.weights import resolve
-from training.canvases import KINDS, SIDE, Canvas, Question, compose, questions
+from training.canvases import CORNERS, KINDS, SIDE, Canvas, Question, compose, questions
 from training.data import seed_of
 from training.fashion_mnist import Images, normalized
 from training.files import RunError
 from training.fitting import Schedule, fit, optimizers_of
-from training.mixed import autocast
+from training.mixed import autocast, mixed
 from training.vision import PATCH, positions
 
 PATCHES = (SIDE // PATCH) ** 2
@@ -38,12 +39,13 @@ class Canvases:
     seed: int
     part: str
     count: int
+    rounds: int = 1  # of questions on each
 
     def canvas(self, number: int) -> Canvas:
         return compose(self.images, self.seed, self.part, number)
 
     def asked(self, number: int, canvas: Canvas) -> list[Question]:
-        return questions(canvas, self.seed, self.part, number)
+        return questions(canvas, self.seed, self.part, number, self.rounds)
 
     def order(self, epoch: int) -> list[int]:
         drawn = torch.Generator().manual_seed(seed_of("canvases", self.seed, epoch))
@@ -61,19 +63,31 @@ def pixels(canvases: Sequence[Canvas]) -> Tensor:
     return normalized(grey_BHW)[:, None].expand(-1, 3, -1, -1)
 
 
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a tower says of each patch, as logits."""
+
+    kinds_BPK: Tensor
+    corners_BPQ: Tensor
+    middles_BP2: Tensor
+
+
 class Tower(nn.Module):
     """The vision transformer on the canvas's grid, and a head for each patch."""
 
     def __init__(self, vit: Any) -> None:
         super().__init__()
-        self.vit = vit
-        self.head = nn.Linear(vit.config.hidden_size, len(KINDS) + 1)
+        self.vit = mixed(vit)
+        self.head = nn.Linear(vit.config.hidden_size, len(KINDS) + 1 + len(CORNERS) + 1 + 2)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        # As LLaVA takes it: the last of the hidden states, without the class token.
-        hidden = self.vit(x_BCHW, output_hidden_states=True).hidden_states[-1]
-        logits_BPK: Tensor = self.head(hidden[:, 1:])
-        return logits_BPK
+    def hidden(self, x_BCHW: Tensor) -> Tensor:
+        """As LLaVA takes it: the last of the hidden states, without the class token."""
+        hidden_BPD: Tensor = self.vit(x_BCHW, output_hidden_states=True).hidden_states[-1][:, 1:]
+        return hidden_BPD
+
+    def forward(self, x_BCHW: Tensor) -> Sight:
+        logits = self.head(self.hidden(x_BCHW)).float()
+        return Sight(*logits.split([len(KINDS) + 1, len(CORNERS) + 1, 2], dim=2))
 
 
 def begun_tower(folder: Path) -> Tower:
@@ -111,21 +125,30 @@ def train_tower(canvases: Canvases, folder: Path, options: dict[str, Any], devic
     """
     torch.manual_seed(seed_of("tower", options["seed"]))
     tower = begun_tower(resolve(options["tower"]).path).to(device).train()
-    rate, batch = options["tower_lr"], options["batch"]
+    rate, batch = options["tower_lr"], options["tower_batch"]
     optimizers = optimizers_of(dict(tower.named_parameters()), rate, rate / 3, decay=0.05)
 
     def loss(step: int) -> dict[str, Tensor]:
         _, numbers = canvases.rows(step, batch)
         drawn = [canvases.canvas(number) for number in numbers]
-        kinds_BP = torch.stack([canvas.kinds_of_patches(PATCH) for canvas in drawn])
+        there = [canvas.patches(PATCH) for canvas in drawn]
         with autocast(device):
-            logits_BPK = tower(pixels(drawn).to(device))
-        total = F.cross_entropy(logits_BPK.float().flatten(0, 1), kinds_BP.flatten().to(device))
-        return {"total": total}
+            seen: Sight = tower(pixels(drawn).to(device))
+        kinds = _told(seen.kinds_BPK, [each.kinds_P for each in there])
+        corners = _told(seen.corners_BPQ, [each.corners_P for each in there])
+        middles = _told(seen.middles_BP2, [each.middles_P for each in there])
+        parts = {"kinds": kinds, "corners": corners, "middles": middles}
+        # Few patches hold a middle, so that its mean is small.
+        return parts | {"total": kinds + corners + 4 * middles}
 
-    steps = round(canvases.count // batch * options["tower_epochs"])
+    steps = canvases.count // batch
     fit("tower", tower, optimizers, loss, Schedule(steps), folder, options)
     return tower.eval()
+
+
+def _told(said_BPK: Tensor, true: Sequence[Tensor]) -> Tensor:
+    true_BP = torch.stack(list(true)).to(said_BPK.device)
+    return F.cross_entropy(said_BPK.flatten(0, 1), true_BP.flatten())
 
 
 @torch.inference_mode()
@@ -135,8 +158,8 @@ def patch_accuracy(tower: Tower, canvases: Canvases, device: str, batch: int = 5
     for at in range(0, canvases.count, batch):
         numbers = range(at, min(at + batch, canvases.count))
         drawn = [canvases.canvas(number) for number in numbers]
-        kinds_BP = torch.stack([canvas.kinds_of_patches(PATCH) for canvas in drawn])
-        said_BP = tower(pixels(drawn).to(device)).argmax(2).cpu()
+        kinds_BP = torch.stack([canvas.patches(PATCH).kinds_P for canvas in drawn])
+        said_BP = tower(pixels(drawn).to(device)).kinds_BPK.argmax(2).cpu()
         there = kinds_BP < len(KINDS)
         right += int(((said_BP == kinds_BP) & there).sum())
         covered += int(there.sum())

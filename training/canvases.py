@@ -19,8 +19,8 @@ from torch import Tensor
 from training.data import seed_of
 from training.fashion_mnist import Images
 
-SIDE = 56  # pixels of a canvas
-LEAST, MOST = 16, 28  # pixels a side of an item
+SIDE = 48  # pixels of a canvas
+LEAST, MOST = 16, 24  # pixels a side of an item
 ITEMS = (1, 2, 3)
 TRIES = 40  # at finding room for one item
 
@@ -70,21 +70,37 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
+class Patches:
+    """What stands in each patch of a canvas, row by row."""
+
+    kinds_P: Tensor  # of the item that covers the patch's middle; 10 where there is none
+    corners_P: Tensor  # the quarter in which that item stands; 4 where there is none
+    middles_P: Tensor  # 1 where an item has its middle, else 0
+
+
+@dataclass(frozen=True, slots=True)
 class Canvas:
     """What is seen, and what stands where."""
 
     grey_HW: Tensor
     items: tuple[Item, ...]
 
-    def kinds_of_patches(self, patch: int) -> Tensor:
-        """The kind in each patch, row by row; 10 where no item covers its middle."""
-        found_P = torch.full((SIDE // patch, SIDE // patch), len(KINDS))
-        middles = torch.arange(SIDE // patch) * patch + patch / 2
+    def patches(self, patch: int) -> Patches:
+        """What is in each square of `patch` pixels a side."""
+        grid = SIDE // patch
+        kinds = torch.full((grid, grid), len(KINDS))
+        corners = torch.full((grid, grid), len(CORNERS))
+        middles = torch.zeros(grid, grid, dtype=torch.long)
+        places = torch.arange(grid) * patch + patch / 2
         for item in self.items:
-            rows = (middles >= item.top) & (middles < item.top + item.side)
-            columns = (middles >= item.left) & (middles < item.left + item.side)
-            found_P[rows[:, None] & columns] = item.kind
-        return found_P.flatten()
+            rows = (places >= item.top) & (places < item.top + item.side)
+            columns = (places >= item.left) & (places < item.left + item.side)
+            covered = rows[:, None] & columns
+            kinds[covered] = item.kind
+            corners[covered] = CORNERS.index(item.corner)
+            row, column = (int(at) // patch for at in item.middle)
+            middles[row, column] = 1
+        return Patches(kinds.flatten(), corners.flatten(), middles.flatten())
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,16 +140,20 @@ def _placed(chance: random.Random, kind: int, others: list[Item]) -> Item | None
     return None
 
 
-def questions(canvas: Canvas, seed: int, part: str, number: int) -> list[Question]:
-    """One question of each sort that the canvas allows, in an order drawn for it."""
+def questions(canvas: Canvas, seed: int, part: str, number: int, rounds: int = 1) -> list[Question]:
+    """One question of each sort that the canvas allows, in an order drawn for it.
+
+    Args:
+        rounds: how often to draw; what is drawn twice is asked once.
+    """
     chance = random.Random(seed_of("questions", seed, part, number))
-    asked = [_how_many(canvas, chance)]
-    if (what := _what(canvas, chance)) is not None:
-        asked.append(what)
-    if (where := _where(canvas, chance)) is not None:
-        asked.append(where)
-    chance.shuffle(asked)
-    return asked
+    every: dict[Question, None] = {}
+    for _ in range(rounds):
+        drawn = [_how_many(canvas, chance), _what(canvas, chance), _where(canvas, chance)]
+        asked = [question for question in drawn if question is not None]
+        chance.shuffle(asked)
+        every |= dict.fromkeys(asked)
+    return list(every)
 
 
 def _how_many(canvas: Canvas, chance: random.Random) -> Question:

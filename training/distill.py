@@ -23,19 +23,23 @@ from elastiformer import Adapter, ElasticModel, Phase, SavedAdapter, Selection, 
 from elastiformer.elastic import Elastic
 from elastiformer.encoder import ElasticEncoder
 from elastiformer.lora import PARTS
-from elastiformer.routers import PART_GATES, TOKEN_GATES
+from elastiformer.routers import IMAGE_SCORERS, PART_GATES, TOKEN_GATES
 from elastiformer.tasks import Task
+from elastiformer.vlm import ElasticVlm
+from elastiformer.vlm_weights import is_vlm
 from training.allotment import fields_of, probe_share
 from training.checkpoint import Checkpoint, latest_checkpoint
 from training.data import Windows, pack, read_corpus, seed_of, tokenizer_of
 from training.encoder_calibrate import SEEN, task_asked
 from training.encoder_student import ItemStudent
 from training.examples import numbers, read_examples
+from training.exchanges import read_exchanges
 from training.files import RunError, write_json
 from training.lessons import tolerances
 from training.loop import Distillation, Text
 from training.losses import Direction
-from training.options import real, units, whole
+from training.options import LAYER_UNITS, real, units, whole
+from training.picture_student import PictureStudent
 from training.processes import World, joined, shard_base
 from training.progress import track
 from training.sensitivity import Meter, Probe
@@ -64,7 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=Path, required=True, help="folder of the adapter to write")
     add("--resume", action="store_true", help="go on from the last checkpoint")
-    add("--units", type=units, default=",".join(Unit), help="what may be left out")
+    add(
+        "--units",
+        type=units,
+        help="what may be left out (default: all; of a vision-language model image_tokens)",
+    )
     add(
         "--prompt-units",
         type=units,
@@ -78,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["coactivation", "contiguous"],
         help="neurons that work together, or neighbours",
     )
+    add("--image-scorer", default="linear", choices=IMAGE_SCORERS, help="of image tokens")
     add("--token-gate", default="hard", choices=TOKEN_GATES, help="a kept token's multiplier")
     add("--part-gate", default="hard", choices=PART_GATES, help="a kept head's or expert's")
     add("--kv", default="complete", choices=["complete", "kept"], help="keys of skipped tokens")
@@ -91,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--steps", type=whole(1), default=400, help="of the optimizer")
     add("--batch-tokens", type=whole(1), default=1024, help="of one step, over all processes")
-    add("--batch-items", type=whole(1), default=32, help="the same of an encoder, in items")
+    add("--batch-items", type=whole(1), default=32, help="the same of an encoder or in exchanges")
     add("--seen", type=real(above=0, most=1), default=1.0, help=SEEN)
     add("--window", type=whole(2), default=256, help="tokens of one row")
     add("--lr", type=real(above=0), default=1e-3, help="the highest learning rate")
@@ -176,9 +185,14 @@ def read_text(args: argparse.Namespace, tokenizer: Any) -> Text:
 
 def _begin(args: argparse.Namespace, world: World) -> Distillation:
     """Everything that comes before the first step, in the order in which it can be refused."""
-    if task_asked(args) is not None:
-        # An encoder's rows are items, whatever their lengths.
+    reads_images = is_vlm(args.base)
+    if reads_images or task_asked(args) is not None:
+        # Rows are items or exchanges, whatever their lengths.
         args.window, args.batch_tokens = 1, args.batch_items
+    if args.units is None:
+        args.units = (Unit.IMAGE_TOKENS,) if reads_images else LAYER_UNITS
+    if args.units == (Unit.IMAGE_TOKENS,):
+        args.lora_rank = 0  # only layers that leave something out are repaired
     rows, left = divmod(args.batch_tokens, args.window)
     if rows == 0 or left or rows % world.size:
         raise RunError(
@@ -191,7 +205,11 @@ def _begin(args: argparse.Namespace, world: World) -> Distillation:
         setattr(args, name, asked)
         if stray := [unit for unit in asked if unit not in args.units]:
             raise RunError(f"--{name.replace('_', '-')}: {', '.join(stray)} is not among --units")
-    if not args.output_units:
+    of_layers = [unit for unit in args.units if unit is not Unit.IMAGE_TOKENS]
+    for name in ("prompt_units", "output_units"):
+        asked = tuple(unit for unit in getattr(args, name) if unit in of_layers)
+        setattr(args, name, asked)
+    if of_layers and not args.output_units:
         raise RunError("--output-units: at least one; whole late layers are for prompts only")
     student, text, sample = _student(args, world)
     model = student.model
@@ -210,8 +228,8 @@ def _begin(args: argparse.Namespace, world: World) -> Distillation:
     tolerance = folder / TOLERANCE
     if world.leads and not tolerance.exists():
         probed = {}
-        if isinstance(model, ElasticModel):
-            probed = probed_losses(model, text, args.probe_windows)
+        if isinstance(student, TextStudent):
+            probed = probed_losses(student.model, text, args.probe_windows)
         write_json(tolerance, _named(probed))
     world.wait()
     losses = {_place(name): loss for name, loss in json.loads(tolerance.read_text()).items()}
@@ -227,22 +245,24 @@ def _student(args: argparse.Namespace, world: World) -> tuple[Student, Text, Any
     """Who learns, from what, and a little of it to split experts by."""
     chosen = torch.Generator().manual_seed(seed_of("experts", args.seed))
     task = task_asked(args)
+    if args.stream and (task is not None or is_vlm(args.base)):
+        raise RunError("--stream: this model's data is read whole; leave the option out")
+    if is_vlm(args.base):
+        return _picture_student(args, world, chosen)
     if task is not None:
-        if args.stream:
-            raise RunError("--stream: an encoder's data is read whole; leave the option out")
         encoder = ElasticEncoder.load(args.base, dtype=args.dtype, device=world.device, task=task)
         train = read_examples(args.data, encoder, args.seen)
         sha256, held, held_W1 = train.sha256, None, None
         if args.held_out:
             train, held = train.split(args.held_out)
-            held_W1 = numbers(held)[:HELD_OUT_EXAMPLES]
+            held_W1 = numbers(len(held.each))[:HELD_OUT_EXAMPLES]
         some = torch.randperm(len(train.each), generator=chosen)[:EXPERT_EXAMPLES]
         items = train.items(some)
         sample = encoder.collate(items)
         # What a plan spends is judged at their mean length.
         args.window = round(sum(len(item.ids) for item in items) / len(items))
         args.batch_tokens = args.batch_items * args.window
-        train_W1 = numbers(train)
+        train_W1 = numbers(len(train.each))
         text = Text(sha256, train_W1, held_W1, Windows(train_W1, args.seed))
         return ItemStudent(encoder, train, held), text, sample
     model = ElasticModel.load(args.base, dtype=args.dtype, device=world.device)
@@ -251,6 +271,26 @@ def _student(args: argparse.Namespace, world: World) -> tuple[Student, Text, Any
     text = read_text(args, tokenizer_of(model))
     windows = torch.randperm(len(text.train_WT), generator=chosen)[:EXPERT_WINDOWS]
     return TextStudent(model), text, text.train_WT[windows]
+
+
+def _picture_student(
+    args: argparse.Namespace, world: World, chosen: torch.Generator
+) -> tuple[Student, Text, Any]:
+    model = ElasticVlm.load(args.base, dtype=args.dtype, device=world.device)
+    train = read_exchanges(args.data, model)
+    sha256, held, held_W1 = train.sha256, None, None
+    if args.held_out:
+        train, held = train.split(args.held_out)
+        held_W1 = numbers(len(held.each))[:HELD_OUT_EXAMPLES]
+    some = train.at(torch.randperm(len(train.each), generator=chosen)[:EXPERT_EXAMPLES])
+    args.window = round(sum(len(each.prompt + each.answer) for each in some) / len(some))
+    args.batch_tokens = args.batch_items * args.window
+    train_W1 = numbers(len(train.each))
+    text = Text(sha256, train_W1, held_W1, Windows(train_W1, args.seed))
+    # Experts are split by what the language model does with the text.
+    longest = max(len(each.prompt) for each in some)
+    ids_BT = torch.tensor([[*each.prompt, *[0] * (longest - len(each.prompt))] for each in some])
+    return PictureStudent(model, train, held), text, ids_BT.to(model.device)
 
 
 def _refuse_mixing(
@@ -289,6 +329,7 @@ def blank_adapter(args: argparse.Namespace, model: Elastic, sample: Any) -> Adap
         lora_rank=args.lora_rank,
         lora_parts=tuple(args.lora_modules.split(",")) if args.lora_rank else (),
         lora_phases=args.lora_phases,
+        image_scorer=args.image_scorer,
         calibration_ids=sample,
     )
 

@@ -40,15 +40,15 @@ Path_ = tuple[Step, ...]
 
 
 def add_item_arguments(parser: argparse.ArgumentParser) -> None:
-    """What an encoder's data is, beside the options that causal models have, too."""
+    """What data of items or exchanges is, beside the options that causal models have, too."""
     parser.add_argument(
         "--task", choices=list(Task), help="of an encoder (default: what its config says)"
     )
     parser.add_argument(
-        "--items", type=int, default=64, help="of an encoder: texts or images that are run"
+        "--items", type=int, default=64, help="texts, images or exchanges that are run"
     )
     parser.add_argument(
-        "--check-items", type=int, default=256, help="of an encoder: others, for the table"
+        "--check-items", type=int, default=256, help="others of them, for the table"
     )
     parser.add_argument("--seen", type=real(above=0, most=1), default=1.0, help=SEEN)
 

@@ -155,7 +155,7 @@ def _markdown(report: ItemReport, task: str, pictures: Sequence[str]) -> str:
         numbers.append(report.times.get(f"{row.capacity:g}"))
         numbers += [None if each is None else each.distance for each in others]
         numbers += [None if each is None else each.accuracy for each in others]
-        rows.append([f"{row.capacity:g}", *map(_number, numbers)])
+        rows.append([f"{row.capacity:g}", *map(cell_of, numbers)])
     lines = [
         f"# Quality and cost of an elastic adapter for {about['base']['id']}",
         "",
@@ -182,5 +182,5 @@ def _markdown(report: ItemReport, task: str, pictures: Sequence[str]) -> str:
     return "\n".join([*lines, *(f"![{Path(name).stem}]({name})" for name in pictures)]) + "\n"
 
 
-def _number(value: float | None) -> str:
+def cell_of(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"

@@ -18,13 +18,12 @@ from torch.nn import functional as F
 
 from elastiformer.capacity import dense_plan
 from elastiformer.encoder import Batch, ElasticEncoder
-from elastiformer.masked import Selection
 from elastiformer.tasks import Task
 from training.data import seed_of
 from training.examples import Examples
 from training.lessons import LEAST_EVERY, Lesson, Teacher
-from training.losses import Divergence, Losses, Weights, router_losses
-from training.student import Objective, Whole
+from training.losses import Losses
+from training.student import NumberedStudent, Objective, Whole, summed
 
 
 def judged(model: ElasticEncoder, outputs: Tensor, batch: Batch) -> Tensor:
@@ -58,7 +57,7 @@ def distances(model: ElasticEncoder, teacher_NO: Tensor, student_NO: Tensor) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class ItemStudent:
+class ItemStudent(NumberedStudent):
     """Learns from examples, which are named by their numbers, [B, 1]."""
 
     model: ElasticEncoder
@@ -76,38 +75,7 @@ class ItemStudent:
         plan = teacher.plan(rng, teacher.capacity(rng, lowest), teacher.output_units)
         return Lesson(1, plan, plan)
 
-    def learn(
-        self,
-        numbers_R1: Tensor,
-        lessons: Sequence[Lesson],
-        objective: Objective,
-        whole: Whole,
-        rows_at_once: int,
-    ) -> Tensor:
-        """Add the gradient of these examples; the parts of the losses, [4], not yet summed."""
-        parts = torch.zeros(4, device=self.model.device)
-        for start in range(0, len(lessons), rows_at_once):
-            rows = slice(start, start + rows_at_once)
-            losses = self._losses(self.train, numbers_R1[rows], lessons[rows], objective, whole)
-            if losses.total.requires_grad:
-                losses.total.backward()  # type: ignore[no-untyped-call]
-            parts += torch.stack([part.detach().float() for part in losses.parts])
-        return parts
-
-    @torch.no_grad()
-    def held_out(self, numbers_W1: Tensor, lessons: Sequence[Lesson], rows_at_once: int) -> float:
-        """The mean distance on held-out examples under lessons of their own."""
-        assert self.held is not None, "nothing was held out"
-        whole = Whole.of(self.model, lessons, 1)
-        plain = Objective(Divergence(), Weights(0.0, 0.0), Selection.RANK)
-        total = 0.0
-        for start in range(0, len(lessons), rows_at_once):
-            rows = slice(start, start + rows_at_once)
-            losses = self._losses(self.held, numbers_W1[rows], lessons[rows], plain, whole)
-            total += float(losses.distil)
-        return total
-
-    def _losses(
+    def losses(
         self,
         examples: Examples,
         numbers_B1: Tensor,
@@ -126,9 +94,4 @@ class ItemStudent:
         apart_N = distances(model, teacher_NO, student_NO)
         # Each example weighs alike, however many outputs it has.
         distil = apart_N.mean() * len(lessons) / whole.rows
-        balance, agreement = router_losses(
-            result.routes, whole.rows, whole.token_routers, whole.part_routers
-        )
-        weights = objective.weights
-        total = distil + weights.balance * balance + weights.agreement * agreement
-        return Losses(distil, balance, agreement, total)
+        return summed(distil, result.routes, objective, whole)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from elastiformer import AdapterError, Calibration, CapacityError, ElasticModel, Phase
 from elastiformer.calibration import DataRecord, Measured
+from elastiformer.vlm_weights import is_vlm
 from training.baselines import (
     BASELINES,
     RANDOM,
@@ -39,6 +40,7 @@ from training.data import Corpus, Windows, pack, read_corpus
 from training.encoder_calibrate import add_item_arguments, task_asked
 from training.encoder_evaluate import evaluate_items
 from training.files import DataError
+from training.picture_evaluate import evaluate_pictures
 from training.progress import track
 from training.quality import (
     Quality,
@@ -101,6 +103,8 @@ def baselines(text: str) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    if is_vlm(args.base):
+        return evaluate_pictures(args)
     if (task := task_asked(args)) is not None:
         return evaluate_items(args, task)
     started = time.monotonic()

@@ -81,18 +81,23 @@ class Examples:
         An example's side hangs on its content alone, so adding others never moves it. At least one
         is held out, and one is not.
         """
-        assert 0 < held_out < 1, f"a share to hold out is between 0 and 1; got {held_out}"
-        if len(self.each) < 2:
-            raise DataError(f"{self.source}: one example cannot be divided in two")
-        ranked = sorted(range(len(self.each)), key=lambda at: self.each[at].digest)
-        places = [int.from_bytes(self.each[at].digest[:6], "big") / 2**48 for at in ranked]
-        count = max(1, sum(place < held_out for place in places))
-        held = set(ranked[: min(count, len(ranked) - 1)])
+        held = held_places(self.source, [each.digest for each in self.each], held_out)
         train = tuple(each for at, each in enumerate(self.each) if at not in held)
         return (
             Examples(self.source, train),
             Examples(f"{self.source} (held out)", tuple(self.each[at] for at in sorted(held))),
         )
+
+
+def held_places(source: str, digests: Sequence[bytes], held_out: float) -> set[int]:
+    """Which of some examples are held out, by their content."""
+    assert 0 < held_out < 1, f"a share to hold out is between 0 and 1; got {held_out}"
+    if len(digests) < 2:
+        raise DataError(f"{source}: one example cannot be divided in two")
+    ranked = sorted(range(len(digests)), key=lambda at: digests[at])
+    places = [int.from_bytes(digests[at][:6], "big") / 2**48 for at in ranked]
+    count = max(1, sum(place < held_out for place in places))
+    return set(ranked[: min(count, len(ranked) - 1)])
 
 
 def read_examples(data: str, model: ElasticEncoder, seen: float = 1.0) -> Examples:
@@ -234,6 +239,6 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def numbers(examples: Examples) -> Tensor:
-    """The examples' numbers, [examples, 1]: what a seeded order is drawn over."""
-    return torch.arange(len(examples.each))[:, None]
+def numbers(count: int) -> Tensor:
+    """The numbers of so many examples, [examples, 1]: what a seeded order is drawn over."""
+    return torch.arange(count)[:, None]

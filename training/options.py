@@ -55,6 +55,9 @@ def real(
 Parser = Callable[[str], float]
 
 
+LAYER_UNITS = tuple(unit for unit in Unit if unit is not Unit.IMAGE_TOKENS)
+
+
 def units(text: str) -> tuple[Unit, ...]:
     """Comma-separated units, each once; "none" leaves out whole sub-layers only."""
     if text == "none":

@@ -7,16 +7,17 @@ tokens, where a user would see it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from elastiformer import ElasticModel
 from elastiformer.elastic import Elastic
-from elastiformer.masked import Selection
+from elastiformer.masked import Route, Selection
 from elastiformer.routers import TOKEN_UNITS
 from training.lessons import Lesson, Teacher
 from training.losses import Divergence, Losses, Weights, kl_divergence, router_losses
@@ -100,9 +101,12 @@ def student_losses(
     distil = kl_divergence(
         teacher_BTV, result.logits_BTV, output_BT, objective.divergence, whole.output_tokens
     )
-    balance, agreement = router_losses(
-        result.routes, whole.rows, whole.token_routers, whole.part_routers
-    )
+    return summed(distil, result.routes, objective, whole)
+
+
+def summed(distil: Tensor, routes: Sequence[Route], objective: Objective, whole: Whole) -> Losses:
+    """The distillation loss of some rows with what their routes lose."""
+    balance, agreement = router_losses(routes, whole.rows, whole.token_routers, whole.part_routers)
     weights = objective.weights
     total = distil + weights.balance * balance + weights.agreement * agreement
     return Losses(distil, balance, agreement, total)
@@ -154,6 +158,56 @@ class TextStudent:
 
     def held_out(self, ids_WT: Tensor, lessons: Sequence[Lesson], rows_at_once: int) -> float:
         return held_out_kl(self.model, ids_WT, lessons, rows_at_once)
+
+
+class NumberedStudent(ABC):
+    """Learns from examples that are named by their numbers, [B, 1]."""
+
+    model: Elastic
+    train: Any
+    held: Any
+
+    @abstractmethod
+    def losses(
+        self,
+        examples: Any,
+        numbers_B1: Tensor,
+        lessons: Sequence[Lesson],
+        objective: Objective,
+        whole: Whole,
+    ) -> Losses:
+        """The part of the whole batch's losses that these of the examples make."""
+
+    def learn(
+        self,
+        numbers_R1: Tensor,
+        lessons: Sequence[Lesson],
+        objective: Objective,
+        whole: Whole,
+        rows_at_once: int,
+    ) -> Tensor:
+        """Add the gradient of these examples; the parts of the losses, [4], not yet summed."""
+        parts = torch.zeros(4, device=self.model.device)
+        for start in range(0, len(lessons), rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            losses = self.losses(self.train, numbers_R1[rows], lessons[rows], objective, whole)
+            if losses.total.requires_grad:
+                losses.total.backward()  # type: ignore[no-untyped-call]
+            parts += torch.stack([part.detach().float() for part in losses.parts])
+        return parts
+
+    @torch.no_grad()
+    def held_out(self, numbers_W1: Tensor, lessons: Sequence[Lesson], rows_at_once: int) -> float:
+        """What is lost on held-out examples under lessons of their own, the mean over them."""
+        assert self.held is not None, "nothing was held out"
+        whole = Whole.of(self.model, lessons, 1)
+        plain = Objective(Divergence(), Weights(0.0, 0.0), Selection.RANK)
+        total = 0.0
+        for start in range(0, len(lessons), rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            losses = self.losses(self.held, numbers_W1[rows], lessons[rows], plain, whole)
+            total += float(losses.distil)
+        return total
 
 
 @torch.no_grad()

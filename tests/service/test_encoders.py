@@ -245,7 +245,7 @@ def test_requests_of_any_capacity_run_together_and_are_as_they_are_alone(task, f
         half, whole = alone[1]["usage"]["compute"], alone[0]["usage"]["compute"]
         assert half["block_flops"] < 0.75 * half["dense_block_flops"]
         assert half["tokens_skipped"]["mlp_tokens"] or half["heads_skipped"]
-        assert whole["tokens_skipped"] == {"attention_tokens": 0, "mlp_tokens": 0}
+        assert set(whole["tokens_skipped"].values()) == {0}
 
     visit(model, talk)
 

@@ -8,10 +8,11 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 
 from tests.tiny import VOCAB, tiny, tiny_tokenizer
 from tests.training.fashion import sample
-from training import canvas_model, vision
-from training.canvas_model import IMAGE, UNUSED
+from training import canvas_answers, canvas_model, vision
+from training.canvas_answers import IGNORED, IMAGE
+from training.canvas_model import UNUSED
 from training.canvas_tower import PATCHES, Canvases, begun_tower, pixels
-from training.canvases import SIDE
+from training.canvases import SIDE, Question
 from training.files import RunError
 from training.vision import Size, Student, write_vision
 
@@ -38,7 +39,9 @@ def test_the_tower_begins_with_the_classifier_s_layers_on_a_larger_grid(tower):
         if "position" not in name:
             assert torch.equal(weight, small.vit.state_dict()[name])
     assert begun.vit.embeddings.position_embeddings.shape == (1, PATCHES + 1, 32)
-    assert begun(torch.zeros(2, 3, SIDE, SIDE)).shape == (2, PATCHES, 11)
+    seen = begun(torch.zeros(2, 3, SIDE, SIDE))
+    assert seen.kinds_BPK.shape == (2, PATCHES, 11)
+    assert seen.corners_BPQ.shape == (2, PATCHES, 5) and seen.middles_BP2.shape[2] == 2
 
 
 def test_the_image_token_takes_the_place_of_one_that_no_chat_holds(tmp_path):
@@ -65,11 +68,12 @@ def test_a_build_from_start_to_folder(tower, tmp_path, monkeypatch):
     monkeypatch.setattr(canvas_model, "load_base", lambda *_, **__: language())
     options = {
         **canvas_model.OPTIONS,
-        "canvases": 4,
         "tower": tower,
+        "tower_canvases": 8,
+        "tower_batch": 4,
+        "projector_steps": 2,
+        "canvases": 8,
         "batch": 4,
-        "tower_epochs": 2,
-        "epochs": 1,
         "rank": 2,
         "seed": 0,
     }
@@ -91,43 +95,86 @@ def test_a_build_from_start_to_folder(tower, tmp_path, monkeypatch):
     given = processor(images=image, text=prompt, return_tensors="pt")
 
     # What Transformers makes of the question and the image is what training made of them.
-    assert processor.tokenizer.decode(given["input_ids"][0]) == canvas_model.prompt_of(question)
+    assert processor.tokenizer.decode(given["input_ids"][0]) == canvas_answers.prompt_of(question)
     torch.testing.assert_close(given["pixel_values"], pixels([canvas]), atol=0.02, rtol=0)
     with torch.inference_mode():
         made = model.generate(**given, max_new_tokens=2, do_sample=False)
     assert made.shape[1] >= given["input_ids"].shape[1] + 1
 
 
-def test_a_right_answer_is_counted_just_where_greedy_decoding_gives_it(tower):
+@pytest.fixture
+def model(tower):
     base = language()
     tokenizer = canvas_model.with_image_token(base.tokenizer)
-    model = canvas_model.joined(begun_tower(tower).vit, base.model, tokenizer)
-    test = Canvases(sample(), 0, "test", 1)
+    return canvas_model.joined(begun_tower(tower).vit, base.model, tokenizer), tokenizer
+
+
+def features_of(model, canvas):
+    given = model.get_image_features(
+        pixels([canvas]), vision_feature_layer=-1, vision_feature_select_strategy="default"
+    )
+    return torch.stack(list(given.pooler_output))
+
+
+def test_a_question_in_a_row_of_several_is_answered_as_alone(model):
+    model, tokenizer = model
+    test = Canvases(sample(), 0, "test", 1, rounds=4)
     canvas = test.canvas(0)
     asked = test.asked(0, canvas)
-    inputs, labels_BT = canvas_model.batch_of(tokenizer, asked[:1], "cpu")
-    length = int((labels_BT[0] == canvas_model.IGNORED).sum())
+    assert len(asked) > 3 and len(set(asked)) == len(asked)
+    all_BP = torch.arange(PATCHES)[None]
+    with torch.inference_mode():
+        features_BPD = features_of(model, canvas)
+
+        def logits(questions):
+            rows = canvas_answers.rows_of(tokenizer, [questions], all_BP, "cpu")
+            return canvas_answers.answer_logits(model, rows, features_BPD)[0]
+
+        together, alone = logits(asked), [logits([question]) for question in asked]
+        torch.testing.assert_close(together, torch.cat(alone), atol=2e-4, rtol=2e-4)
+        # And alone it is what Transformers' own forward gives.
+        prompt = canvas_answers.prompt_of(asked[0])
+        ids = tokenizer.encode(f"{prompt}{asked[0].answer}<|im_end|>", return_tensors="pt")
+        plain = model(input_ids=ids, pixel_values=pixels([canvas])).logits[0]
+        answer = len(tokenizer.encode(asked[0].answer)) + 1
+        torch.testing.assert_close(plain[-answer - 1 : -1], alone[0], atol=2e-4, rtol=2e-4)
+
+
+def test_few_image_tokens_stand_where_they_stood_among_all(model):
+    _, tokenizer = model
+    kept_BP = torch.tensor([[2, 5, 40]])
+    rows = canvas_answers.rows_of(tokenizer, [[Question("what", "What?", "bag")]], kept_BP, "cpu")
+    image = (rows.ids_BT[0] == tokenizer.convert_tokens_to_ids(IMAGE)).nonzero()[:, 0]
+    first = int(image[0])
+    assert rows.place_BT[0, image].tolist() == [first + 2, first + 5, first + 40]
+    assert rows.place_BT[0, image[-1] + 1] == first + PATCHES
+
+
+def test_a_right_answer_is_counted_just_where_greedy_decoding_gives_it(model):
+    model, tokenizer = model
+    canvas = Canvases(sample(), 0, "test", 1).canvas(0)
+    question = Question("what", "What?", "")
+    prompt = tokenizer.encode(canvas_answers.prompt_of(question), return_tensors="pt")
     with torch.inference_mode():
         made = model.generate(
-            input_ids=inputs["input_ids"][:, :length],
-            pixel_values=pixels([canvas]),
-            max_new_tokens=labels_BT.shape[1] - length,
-            do_sample=False,
-        )[0, length:]
+            input_ids=prompt, pixel_values=pixels([canvas]), max_new_tokens=3, do_sample=False
+        )[0, prompt.shape[1] :].tolist()
+    assert IGNORED not in made
 
     class Echo:
-        """Wants what greedy decoding gave, then something else."""
+        """Wants these tokens as an answer, the last of them as its end."""
 
-        def __init__(self, answer):
-            self.answer = answer
+        def __init__(self, wanted):
+            self.wanted = wanted
 
         def encode(self, text, **options):
-            if text.endswith("assistant\n"):
-                return tokenizer.encode(text, **options)
-            return self.answer
+            if text.startswith("answer"):
+                return self.wanted if text.endswith("<|im_end|>") else self.wanted[:-1]
+            return tokenizer.encode(text, **options)
 
-    one = SimpleNamespace(count=1, canvas=lambda _: canvas, asked=lambda *_: asked[:1])
-    right = canvas_model.answer_accuracy(model, Echo(made.tolist()), one, "cpu")
-    other = [*made.tolist()[:-1], (int(made[-1]) + 1) % VOCAB]
-    wrong = canvas_model.answer_accuracy(model, Echo(other), one, "cpu")
+    asked = [Question("what", "What?", "answer")]
+    one = SimpleNamespace(count=1, canvas=lambda _: canvas, asked=lambda *_: asked)
+    right = canvas_answers.answer_accuracy(model, Echo(made), one, "cpu")
+    other = [*made[:-1], (made[-1] + 1) % VOCAB]
+    wrong = canvas_answers.answer_accuracy(model, Echo(other), one, "cpu")
     assert right["all"] == 1.0 and wrong["all"] == 0.0

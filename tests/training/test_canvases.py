@@ -74,14 +74,31 @@ def test_every_answer_is_true():
 
 def test_patches_are_of_the_item_that_covers_their_middle():
     canvas = CANVASES[3]
-    patches = canvas.kinds_of_patches(4).view(SIDE // 4, SIDE // 4)
-    for row in range(SIDE // 4):
-        for column in range(SIDE // 4):
+    patches = canvas.patches(4)
+    grid = SIDE // 4
+    kinds, corners = (each.view(grid, grid) for each in (patches.kinds_P, patches.corners_P))
+    for row in range(grid):
+        for column in range(grid):
             middle = (4 * row + 2, 4 * column + 2)
             covering = [
-                item.kind
+                (item.kind, CORNERS.index(item.corner))
                 for item in canvas.items
                 if item.top <= middle[0] < item.top + item.side
                 and item.left <= middle[1] < item.left + item.side
             ]
-            assert [int(patches[row, column])] == (covering or [len(KINDS)])
+            found = (int(kinds[row, column]), int(corners[row, column]))
+            assert [found] == (covering or [(len(KINDS), len(CORNERS))])
+
+
+def test_each_item_has_its_middle_in_one_patch_which_it_covers():
+    for canvas in CANVASES:
+        patches = canvas.patches(4)
+        middles = patches.middles_P.nonzero()[:, 0]
+        assert len(middles) == len(canvas.items)
+        kinds = sorted(patches.kinds_P[middles].tolist())
+        assert kinds == sorted(item.kind for item in canvas.items)
+
+
+def test_more_rounds_of_questions_ask_more_and_nothing_twice():
+    few, many = (questions(CANVASES[0], 0, "train", 0, rounds) for rounds in (1, 6))
+    assert set(few) < set(many) and len(set(many)) == len(many)

@@ -1,0 +1,191 @@
+"""Calibration and report of a vision-language model: image tokens, against answers known.
+
+A number leaves out image tokens first (elastiformer/vlm.py), and how far that goes is what
+calibration sets; the language model's own units are asked for by their shares. Baselines keep as
+many image tokens and choose them otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from elastiformer import AdapterError, Calibration, CapacityError, Phase, Unit
+from elastiformer.calibration import DataRecord
+from elastiformer.vlm import ElasticVlm
+from training.encoder_reports import cell_of
+from training.exchanges import Exchange, Exchanges, read_exchanges
+from training.files import write_atomically, write_json
+from training.picture_quality import (
+    CHOOSERS,
+    PictureQuality,
+    answers_at,
+    chosen_by,
+    prefill_flops,
+    prefill_times,
+    prompt_at,
+    quality,
+)
+from training.picture_student import LEAST_IMAGE_SHARE
+from training.progress import track
+from training.reports import table
+
+TIMED = 16  # exchanges
+TOLERANCE = 0.02  # what an exchange spends lies so near to what it asked
+
+
+def calibrate_pictures(args: argparse.Namespace) -> dict[str, Any]:
+    """One calibration, from the data to the adapter's table.
+
+    Raises:
+        AdapterError, DataError: see their messages.
+    """
+    started = time.monotonic()
+    model = _loaded(args)
+    exchanges = read_exchanges(args.data, model)
+    some = _some(exchanges, args.check_items)
+    mean = round(sum(len(each.prompt) for each in some) / len(some))
+    draft = Calibration(
+        lowest=min(args.capacities),
+        context=mean,
+        paths={phase: () for phase in Phase},
+        thresholds={phase: {} for phase in Phase},
+        measured=(),
+        data=DataRecord(Path(exchanges.source).name, exchanges.sha256, len(some), mean, args.seed),
+        image_tokens=LEAST_IMAGE_SHARE,
+    )
+    _recalibrate(model, draft)
+    served = [each for each in args.capacities if _reached(model, some, each)]
+    dense = answers_at(model, some, 1.0)
+    rows = [quality(model, some, capacity, dense) for capacity in track(served, label="measuring")]
+    measured = tuple(row.measured() for row in rows)
+    _recalibrate(model, replace(draft, lowest=min(served), measured=measured))
+    assert model.adapter is not None
+    model.adapter.save(args.adapter)
+    worst = max(row.missed or 0.0 for row in rows)
+    if worst > TOLERANCE:
+        told = f"warning: a prompt with its answer, which runs whole, missed by {worst:.3f}"
+        print(told, file=sys.stderr)
+    return {
+        "adapter": str(args.adapter),
+        "lowest": min(served),
+        "not_reached": [each for each in args.capacities if each not in served],
+        "worst_miss": worst,
+        "promise_kept": worst <= TOLERANCE,
+        "measured": [asdict(row) for row in measured],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def evaluate_pictures(args: argparse.Namespace) -> dict[str, Any]:
+    """One report, from the data to its files.
+
+    Raises:
+        AdapterError, DataError: see their messages.
+    """
+    started = time.monotonic()
+    model = _loaded(args)
+    if model.calibration is None:
+        raise AdapterError(f"{args.adapter}: not calibrated; run python -m training calibrate")
+    exchanges = read_exchanges(args.data, model)
+    some = _some(exchanges, args.items)
+    served = [each for each in args.capacities if _reached(model, some, each)]
+    dense = answers_at(model, some, 1.0)
+    ours = [quality(model, some, capacity, dense) for capacity in track(served, label="quality")]
+    beside = {
+        name: [
+            chosen_by(model, name, some, capacity, dense, args.seed)
+            for capacity in track([each for each in served if each < 1], label=name)
+        ]
+        for name in (CHOOSERS if args.baselines else ())
+    }
+    timed = some[:TIMED]
+    times = prefill_times(model, timed, served, args.repeats) if args.repeats else {}
+    flops = {capacity: prefill_flops(model, timed, capacity) for capacity in times}
+    report = {
+        "about": {
+            "adapter": model.adapter.identity if model.adapter else None,
+            "base": asdict(model.identity),
+            "data": {"name": Path(exchanges.source).name, "sha256": exchanges.sha256},
+            "exchanges": len(some),
+            "seed": args.seed,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "ours": [asdict(row) for row in ours],
+        "choosers": {name: [asdict(row) for row in rows] for name, rows in beside.items()},
+        "prefill": {
+            f"{capacity:g}": {
+                "time_ratio": ratio,
+                "flops_ratio": flops[capacity] / flops[1.0],
+            }
+            for capacity, ratio in times.items()
+        },
+        "refused": [each for each in args.capacities if each not in served],
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "report.json", report)
+    write_atomically(args.out / "report.md", _markdown(ours, beside, times, flops).encode())
+    return {
+        "report": str(args.out),
+        "files": ["report.json", "report.md"],
+        "capacities": served,
+        "right": {f"{row.capacity:g}": row.right for row in ours},
+        "kept": {f"{row.capacity:g}": row.kept for row in ours},
+        "time_ratio": {f"{capacity:g}": ratio for capacity, ratio in times.items()},
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _loaded(args: argparse.Namespace) -> ElasticVlm:
+    model = ElasticVlm.load(args.base, args.adapter, dtype=args.dtype, device=args.device)
+    if model.adapter is None or Unit.IMAGE_TOKENS not in model.adapter.units:
+        raise AdapterError(f"{args.adapter}: has no router for {Unit.IMAGE_TOKENS}")
+    return model
+
+
+def _some(exchanges: Exchanges, wanted: int) -> tuple[Exchange, ...]:
+    """So many exchanges, by their content: in no order that matters."""
+    return tuple(sorted(exchanges.each, key=lambda each: each.digest)[:wanted])
+
+
+def _recalibrate(model: ElasticVlm, calibration: Calibration) -> None:
+    assert model.adapter is not None
+    model.adapter.calibration = calibration
+    model.attach(model.adapter)
+
+
+def _reached(model: ElasticVlm, exchanges: Sequence[Exchange], capacity: float) -> bool:
+    """Whether every one of these prompts can be run at a capacity."""
+    try:
+        for each in exchanges:
+            prompt_at(model, each, capacity)
+    except CapacityError:
+        return False
+    return True
+
+
+def _markdown(
+    ours: Sequence[PictureQuality],
+    beside: Mapping[str, Sequence[PictureQuality]],
+    times: Mapping[float, float],
+    flops: Mapping[float, int],
+) -> str:
+    heads = ["capacity", "image tokens kept", "spent", "KL", "answers right", "as full"]
+    heads += ["prefill time / full", "prefill FLOPs / full"]
+    heads += [f"{name}: right" for name in beside]
+    rows = []
+    for row in ours:
+        others = [
+            next((each.right for each in those if each.capacity == row.capacity), None)
+            for those in beside.values()
+        ]
+        paid = flops[row.capacity] / flops[1.0] if row.capacity in flops else None
+        numbers = [row.kept, row.spent, row.kl, row.right, row.same, times.get(row.capacity), paid]
+        rows.append([f"{row.capacity:g}", *map(cell_of, [*numbers, *others])])
+    told = "The others keep as many tokens of each image and choose them otherwise."
+    return "\n".join(["# Image tokens left out", "", *table(heads, rows), "", told, ""])

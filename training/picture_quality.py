@@ -1,0 +1,299 @@
+"""What leaving out image tokens loses, spends and saves, and what else could choose them.
+
+Answers are read off one pass over prompt and answer through the form that is served: where every
+token of the answer is the likeliest one, greedy decoding writes it and stops. Others that choose
+which image tokens stay (`CHOOSERS`) are run through the masked form, at equal counts.
+
+Shape letters: B exchanges   P image tokens   T tokens   R answer tokens   V vocabulary
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from elastiformer import Capacity, Chunk
+from elastiformer.calibration import Measured
+from elastiformer.capacity import dense_plan
+from elastiformer.imaged import ImagedPrompt
+from elastiformer.sight import keep
+from elastiformer.vlm import ElasticVlm
+from training.data import seed_of
+from training.exchanges import Exchange, collated, judged, picture_in
+from training.losses import Divergence, kl_per_token
+
+AT_ONCE = 8
+EARLY_LAYER = 1  # the second one, as FastV takes it
+
+
+@dataclass(frozen=True, slots=True)
+class PictureQuality:
+    """One capacity, or one chooser at equal counts, over some exchanges."""
+
+    capacity: float
+    kept: float  # share of the image tokens that stay
+    kl: float  # to the pretrained model, in nats per answer token
+    right: float  # share of the answers written word for word
+    same: float  # share of the answers that are the pretrained model's
+    spent: float | None = None  # the mean over exchanges of their spent share
+    missed: float | None = None  # by how much the worst one missed its capacity
+
+    def measured(self, time_ratio: float | None = None) -> Measured:
+        """The row of a calibration's table."""
+        assert self.spent is not None, "only what is served has a row"
+        return Measured(
+            capacity=self.capacity,
+            spent=self.spent,
+            kl=self.kl,
+            greedy_agreement=self.same,
+            accuracy=self.right,
+            prefill_time_ratio=time_ratio,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Of each exchange the logits before each token of its answer, [R, V], and what it spent."""
+
+    logits: list[Tensor]
+    spent: list[float]
+    kept: list[int]
+
+
+def prompt_at(model: ElasticVlm, exchange: Exchange, capacity: float) -> ImagedPrompt:
+    """An exchange's prompt as it runs at a capacity.
+
+    Raises:
+        CapacityError: no plan gives it.
+    """
+    both = Capacity(capacity, capacity)
+    prompt = model.prompt(both, exchange.prompt, [picture_in(exchange, model)])
+    model.blocks_for(prompt.capacity, len(prompt.ids), len(prompt.ids) + len(exchange.answer))
+    return prompt
+
+
+@torch.inference_mode()
+def answers_at(model: ElasticVlm, exchanges: Sequence[Exchange], capacity: float) -> Answers:
+    """Run prompts with their answers at a capacity.
+
+    Raises:
+        CapacityError: no plan gives it.
+    """
+    found = Answers([], [], [])
+    for start in range(0, len(exchanges), AT_ONCE):
+        some = exchanges[start : start + AT_ONCE]
+        prompts = [prompt_at(model, each, capacity) for each in some]
+        sequences = [
+            model.imaged_sequence(prompt, len(each.answer))
+            for prompt, each in zip(prompts, some, strict=True)
+        ]
+        chunks = [
+            Chunk(sequence, [*prompt.ids, *each.answer[:-1]])
+            for sequence, prompt, each in zip(sequences, prompts, some, strict=True)
+        ]
+        found.logits.extend(model.step(chunks))
+        found.spent.extend(sequence.usage.capacity_spent for sequence in sequences)
+        found.kept.extend(sum(placed.kept for placed in prompt.pictures) for prompt in prompts)
+        for sequence in sequences:
+            sequence.release()
+    return found
+
+
+def quality(
+    model: ElasticVlm, exchanges: Sequence[Exchange], capacity: float, dense: Answers
+) -> PictureQuality:
+    """What one capacity loses and spends.
+
+    Raises:
+        CapacityError: no plan gives it.
+    """
+    ours = answers_at(model, exchanges, capacity)
+    missed = [
+        max(spent - capacity, min(capacity, most) - spent)
+        for spent, most in zip(ours.spent, dense.spent, strict=True)
+    ]
+    row = _judged(exchanges, ours.logits, dense.logits, capacity, ours.kept, model)
+    return PictureQuality(*row, spent=fmean(ours.spent), missed=max(missed))
+
+
+def chosen_by(
+    model: ElasticVlm,
+    chooser: str,
+    exchanges: Sequence[Exchange],
+    capacity: float,
+    dense: Answers,
+    seed: int,
+) -> PictureQuality:
+    """The same with as many image tokens as ours keep at this capacity, chosen by somebody else.
+
+    Raises:
+        CapacityError: no plan gives it.
+    """
+    logits: list[Tensor] = []
+    kept: list[int] = []
+    whole = dense_plan(len(model.shape.layers))
+    for start in range(0, len(exchanges), AT_ONCE):
+        some = exchanges[start : start + AT_ONCE]
+        counts = [
+            sum(placed.kept for placed in prompt_at(model, each, capacity).pictures)
+            for each in some
+        ]
+        with torch.inference_mode():
+            scores_BP = CHOOSERS[chooser](model, some, seed)
+            chosen_BP = keep(scores_BP, torch.tensor(counts, device=scores_BP.device))
+            batch = collated(some, model)
+            result = model.masked_images(batch, [(whole, whole)] * len(some), chosen_NP=chosen_BP)
+        judged_BS = judged(batch).gather(1, result.original_BS) & result.mask_BS
+        logits += [row[mask] for row, mask in zip(result.logits_BSV, judged_BS, strict=True)]
+        kept += counts
+    row = _judged(exchanges, logits, dense.logits, capacity, kept, model)
+    return PictureQuality(*row)
+
+
+def _judged(
+    exchanges: Sequence[Exchange],
+    logits: Sequence[Tensor],
+    dense: Sequence[Tensor],
+    capacity: float,
+    kept: Sequence[int],
+    model: ElasticVlm,
+) -> tuple[float, float, float, float, float]:
+    """The fields of a quality, up to `same`."""
+    right, same, apart = [], [], []
+    for exchange, said_RV, whole_RV in zip(exchanges, logits, dense, strict=True):
+        said_R = said_RV.argmax(-1).tolist()
+        right.append(said_R == list(exchange.answer))
+        same.append(said_R == whole_RV.argmax(-1).tolist())
+        apart.append(float(kl_per_token(whole_RV, said_RV, Divergence()).mean()))
+    share = fmean(kept) / model.sight.tokens
+    return capacity, share, fmean(apart), fmean(right), fmean(same)
+
+
+# Who else could choose.
+
+
+def at_random(model: ElasticVlm, exchanges: Sequence[Exchange], seed: int) -> Tensor:
+    """Noise, the same for an exchange whoever stands beside it: [B, P]."""
+    rows = [
+        torch.rand(
+            model.sight.tokens,
+            generator=torch.Generator().manual_seed(seed_of("dropped", seed, each.digest.hex())),
+        )
+        for each in exchanges
+    ]
+    return torch.stack(rows).to(model.device)
+
+
+def by_class_attention(model: ElasticVlm, exchanges: Sequence[Exchange], seed: int) -> Tensor:
+    """How much the tower's class token attends to each: [B, P].
+
+    Of a tower without one, how much all its tokens do. Source: LLaVA-PruMerge (arXiv:2403.15388),
+    of which the merging is left out.
+    """
+    config: Any = model.vlm.whole.config
+    tower: Any = model.vlm.tower
+    batch = collated(exchanges, model)
+    layer = config.vision_feature_layer
+    with _eager(tower):
+        attended = tower(batch.pixels_NCHW, output_attentions=True).attentions
+    read = layer if isinstance(layer, int) and layer < 0 else -1
+    attention_BTT: Tensor = attended[read].float().mean(1)
+    if config.vision_feature_select_strategy == "default":
+        return attention_BTT[:, 0, 1:]
+    return attention_BTT.mean(1)[:, -model.sight.tokens :]
+
+
+def by_early_attention(model: ElasticVlm, exchanges: Sequence[Exchange], seed: int) -> Tensor:
+    """How much the last prompt token attends to each in an early layer: [B, P].
+
+    It alone knows the question. What it costs to run these layers over all tokens is not counted.
+    Source: FastV (arXiv:2403.06764), which leaves them out from there on and not before.
+    """
+    batch = collated(exchanges, model)
+    embedded_BTD = model.embedded(batch, model.vlm.features(batch.pixels_NCHW))
+    language: Any = model.vlm.language.base_model
+    with _eager(language):
+        attended = language(
+            inputs_embeds=embedded_BTD,
+            attention_mask=batch.mask_BT,
+            output_attentions=True,
+            use_cache=False,
+        ).attentions
+    attention_BTT: Tensor = attended[min(EARLY_LAYER, len(attended) - 1)].float().mean(1)
+    last_B = torch.tensor([len(each.prompt) - 1 for each in exchanges], device=model.device)
+    asked_BT = attention_BTT[torch.arange(len(exchanges), device=model.device), last_B]
+    image_BT = batch.ids_BT == model.vlm.image_token
+    return asked_BT[image_BT].view(len(exchanges), -1)
+
+
+CHOOSERS: dict[str, Callable[[ElasticVlm, Sequence[Exchange], int], Tensor]] = {
+    "random": at_random,
+    "class attention": by_class_attention,
+    "early attention": by_early_attention,
+}
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Attention as plain products, which alone says who attends to whom."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+# Time.
+
+
+def prefill_times(
+    model: ElasticVlm, exchanges: Sequence[Exchange], capacities: Sequence[float], repeats: int
+) -> dict[float, float]:
+    """Each capacity's time to run the prompts one by one, over that at 1.0, and its FLOPs.
+
+    Capacities take turns, so whatever else runs here falls on all of them.
+    """
+    taken: dict[float, list[float]] = {capacity: [] for capacity in capacities}
+    prompts = {
+        capacity: [prompt_at(model, each, capacity) for each in exchanges]
+        for capacity in capacities
+    }
+    for _ in range(repeats):
+        for place in range(len(exchanges)):
+            for capacity in capacities:
+                taken[capacity].append(_prefill(model, prompts[capacity][place]))
+    pairs = {
+        capacity: [ours / whole for ours, whole in zip(each, taken[1.0], strict=True)]
+        for capacity, each in taken.items()
+    }
+    return {capacity: median(each) for capacity, each in pairs.items() if each}
+
+
+def _prefill(model: ElasticVlm, prompt: ImagedPrompt) -> float:
+    begun = time.perf_counter()
+    sequence = model.imaged_sequence(prompt, 1)
+    model.step([Chunk(sequence, list(prompt.ids))])
+    taken = time.perf_counter() - begun
+    sequence.release()
+    return taken
+
+
+def prefill_flops(model: ElasticVlm, exchanges: Sequence[Exchange], capacity: float) -> int:
+    """What the prompts cost, tower and head among it."""
+    total = 0
+    for exchange in exchanges:
+        prompt = prompt_at(model, exchange, capacity)
+        sequence = model.imaged_sequence(prompt, 1)
+        model.step([Chunk(sequence, list(prompt.ids))])
+        total += sequence.usage.flops
+        sequence.release()
+    return total

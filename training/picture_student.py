@@ -1,0 +1,97 @@
+"""One training step of a vision-language model: its losses on the tokens of answers.
+
+Teacher and student differ in length, as the student's image tokens are fewer: they are compared
+token by token of the answer, found by where each stood in what was sent.
+
+Shape letters: B exchanges   T tokens as sent   S tokens that stay   V vocabulary
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elastiformer.capacity import Unit, dense_plan
+from elastiformer.vlm import ElasticVlm, ImagedBatch, ImagedResult
+from training.data import seed_of
+from training.exchanges import Exchanges, collated, judged
+from training.lessons import LEAST_EVERY, Lesson, Teacher
+from training.losses import Losses, kl_divergence
+from training.student import NumberedStudent, Objective, Whole, summed
+
+LEAST_IMAGE_SHARE = 0.1  # of an image's tokens, that stay
+WHOLE_LAYERS = 0.5  # of the rows leave out image tokens only
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLesson(Lesson):
+    """A lesson, and the share of the image's tokens that stay."""
+
+    image_share: float
+
+    def output_tokens(self, window: int) -> int:
+        return 1  # each exchange weighs alike, however long its answer is
+
+
+def aligned(batch: ImagedBatch, result: ImagedResult, teacher_BTV: Tensor) -> tuple[Tensor, ...]:
+    """Teacher's logits where the student's tokens stood, the student's, and which are judged."""
+    at_BSV = result.original_BS[..., None].expand(-1, -1, teacher_BTV.shape[2])
+    mask_BS = judged(batch).gather(1, result.original_BS) & result.mask_BS
+    return teacher_BTV.gather(1, at_BSV), result.logits_BSV, mask_BS
+
+
+@dataclass(frozen=True, slots=True)
+class PictureStudent(NumberedStudent):
+    """Learns from exchanges, which are named by their numbers, [B, 1]."""
+
+    model: ElasticVlm
+    train: Exchanges
+    held: Exchanges | None
+    measure: str = "held_out_kl"
+
+    def lesson(self, teacher: Teacher, step: int, row: int, rows: int) -> ImageLesson:
+        rng = random.Random(seed_of("lesson", teacher.seed, step, row))
+        lowest = (step * rows + row) % LEAST_EVERY == 0
+        adapter = self.model.adapter
+        assert adapter is not None, "a student without an adapter"
+        share = 1.0
+        if Unit.IMAGE_TOKENS in adapter.units:
+            share = LEAST_IMAGE_SHARE if lowest else rng.uniform(LEAST_IMAGE_SHARE, 1.0)
+        prompt = output = dense_plan(len(teacher.shape.layers))
+        in_layers = [unit for unit in adapter.units if unit is not Unit.IMAGE_TOKENS]
+        if in_layers and (share == 1 or rng.random() >= WHOLE_LAYERS):
+            prompt = teacher.prompt_plan(rng, lowest)
+            output = teacher.plan(rng, teacher.capacity(rng, lowest), teacher.output_units)
+        return ImageLesson(1, prompt, output, share)
+
+    def losses(
+        self,
+        exchanges: Exchanges,
+        numbers_B1: Tensor,
+        lessons: Sequence[Lesson],
+        objective: Objective,
+        whole: Whole,
+    ) -> Losses:
+        model = self.model
+        batch = collated(exchanges.at(numbers_B1[:, 0]), model)
+        with torch.no_grad():
+            teacher_BTV = model.teacher_images(batch)
+        result = model.masked_images(
+            batch,
+            [(each.prompt, each.output) for each in lessons],
+            [each.image_share for each in lessons if isinstance(each, ImageLesson)],
+            objective.selection,
+        )
+        teacher_BSV, student_BSV, mask_BS = aligned(batch, result, teacher_BTV)
+        distil = torch.stack(
+            [
+                kl_divergence(*row, objective.divergence)
+                for row in zip(teacher_BSV, student_BSV, mask_BS, strict=True)
+            ]
+        ).sum()
+        distil = distil / whole.rows
+        return summed(distil, result.routes, objective, whole)
