@@ -55,8 +55,9 @@ def rows(folder, name: str) -> list[dict[str, str]]:
 def test_reviews_have_a_label_and_those_rated_neither_way_are_left_out(tmp_path):
     rated = [("Good.", 1.5, "train"), ("So so.", 0.0, "train"), ("Bad.", -0.1, "test")]
     report = labelled_reviews([Review("a", *each) for each in rated], tmp_path)
-    assert rows(tmp_path, "reviews-train.jsonl") == [{"text": "Good.", "label": "positive"}]
-    assert rows(tmp_path, "reviews-test.jsonl") == [{"text": "Bad.", "label": "negative"}]
+    for part, text, label in (("train", "Good.", "positive"), ("test", "Bad.", "negative")):
+        told = {"text": text, "label": label, "source": "a"}
+        assert rows(tmp_path, f"reviews-{part}.jsonl") == [told]
     assert report["heldout"]["examples"] == 0
 
 

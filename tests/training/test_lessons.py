@@ -6,9 +6,10 @@ import pytest
 
 from elastiformer import LayerShape, ModelShape, Unit, dense_plan, is_dense
 from training.lessons import Teacher, tolerances
+from training.options import LAYER_UNITS
 
 LAYERS, WINDOW, LEAST = 6, 64, 0.5
-UNITS = tuple(Unit)
+UNITS = LAYER_UNITS
 
 
 @pytest.fixture
