@@ -45,6 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--least", type=whole(1), default=3, help="rounds, however long they take")
     parser.add_argument("--prompt", type=whole(16), default=512, help="tokens of the prefill")
     parser.add_argument("--tokens", type=whole(2), default=32, help="new tokens of each request")
+    parser.add_argument(
+        "--works",
+        type=_works,
+        default=WORKS,
+        help=f"kinds of work, such as prefill,decode (default: {','.join(WORKS)})",
+    )
+
+
+def _works(text: str) -> tuple[str, ...]:
+    asked = tuple(dict.fromkeys(text.split(",")))
+    if stray := [name for name in asked if name not in WORKS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(stray)}: not among {', '.join(WORKS)}")
+    return asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         lengths = mixed_lengths(args.prompt // 2)
         prompts = [ids[31 * at : 31 * at + length] for at, length in enumerate(lengths)]
         measured = []
-        for work in WORKS:
+        for work in args.works:
             measured += _measure(args, work, engines, ids, prompts)
     for engine in engines.values():
         if isinstance(engine, Continuous | LlamaCpp):
@@ -154,7 +167,7 @@ def _report(
         f"{args.tokens} new ones each",
     }
     tables = []
-    for work in WORKS:
+    for work in args.works:
         mine = [each for each in measured if each.work == work]
         base = next(each for each in mine if each.engine == OURS)
         rows = [
@@ -189,7 +202,7 @@ def _report(
             "early. A batch's time includes its prompts; its tokens/s count generated ones. "
             "Transformers runs uncompiled, with its own choice of attention."
         ),
-        draw=lambda figure: _draw(figure, measured, titles),
+        draw=lambda figure: _draw(figure, measured, {work: titles[work] for work in args.works}),
         goals=_goals(measured),
         size=(14, 3.8),
     )
@@ -221,8 +234,8 @@ def _goals(measured: Sequence[Measured]) -> list[Goal]:
 
 
 def _draw(figure: Any, measured: Sequence[Measured], titles: Mapping[str, str]) -> None:
-    axes = figure.subplots(1, len(WORKS))
-    for axis, work in zip(axes, WORKS, strict=True):
+    axes = figure.subplots(1, len(titles), squeeze=False)[0]
+    for axis, work in zip(axes, titles, strict=True):
         mine = [each for each in measured if each.work == work]
         colours = ["tab:blue" if each.engine.startswith("ours") else "0.7" for each in mine]
         bars = axis.barh(

@@ -23,6 +23,8 @@ from elastiformer.elastic import Elastic
 _SETS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")
 _PACKAGES = ("torch", "transformers", "fastapi", "uvicorn", "numpy")
 _VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+_SETTING = "ELASTI_"  # a server's settings begin with it
+_SECRET = "ELASTI_KEYS_FILE"
 _BLOCK, _SIDE = 64 * 1024 * 1024, 1536  # bytes to read, and a square product's side
 
 
@@ -111,7 +113,9 @@ def _best(work: object, device: torch.device, tries: int = 7) -> float:
 
 def _command(command_line: Sequence[str]) -> str:
     # How threads wait decides much where several processes share the cores.
-    named = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
+    told = [name for name in _VARIABLES if name in os.environ]
+    told += sorted(name for name in os.environ if name.startswith(_SETTING) and name != _SECRET)
+    named = [f"{name}={os.environ[name]}" for name in told]
     return shlex.join([*named, "python", "-m", "benchmarks", *command_line])
 
 
