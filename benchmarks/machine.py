@@ -23,8 +23,7 @@ from elastiformer.elastic import Elastic
 _SETS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")
 _PACKAGES = ("torch", "transformers", "fastapi", "uvicorn", "numpy")
 _VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")
-_SETTING = "ELASTI_"  # a server's settings begin with it
-_SECRET = "ELASTI_KEYS_FILE"
+_UNTOLD = ("ELASTI_CACHE", "ELASTI_KEYS_FILE")  # where things lie on this machine
 _BLOCK, _SIDE = 64 * 1024 * 1024, 1536  # bytes to read, and a square product's side
 
 
@@ -114,7 +113,10 @@ def _best(work: object, device: torch.device, tries: int = 7) -> float:
 def _command(command_line: Sequence[str]) -> str:
     # How threads wait decides much where several processes share the cores.
     told = [name for name in _VARIABLES if name in os.environ]
-    told += sorted(name for name in os.environ if name.startswith(_SETTING) and name != _SECRET)
+    # The server that is measured takes its settings from here, too.
+    told += sorted(
+        name for name in os.environ if name.startswith("ELASTI_") and name not in _UNTOLD
+    )
     named = [f"{name}={os.environ[name]}" for name in told]
     return shlex.join([*named, "python", "-m", "benchmarks", *command_line])
 

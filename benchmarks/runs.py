@@ -108,7 +108,6 @@ class Decoding:
         self._model = model
         self._ids = ids
         self.steps = 0
-        self._spent_before: Flops | None = None
         self.requests = [
             model.sequence(capacity, context, context + STAGGER + most_steps) for _ in range(rows)
         ]
