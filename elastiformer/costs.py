@@ -1,4 +1,4 @@
-"""Up to how many rows the product that goes row by row is the faster one: measured here.
+"""Which of two ways to compute the same is the faster one here: measured, before use or in use.
 
 Row by row reads what some row needs and computes what each row needs, but many rows at once use
 the processor better. So which one is faster depends on the number of rows, on the share of
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -28,6 +29,33 @@ class FewRows:
 
 
 SINGLE_ROWS = FewRows((1,) * len(SHARES))
+
+
+class Trial:
+    """Which of two ways is faster, found in use: they give the same, so at first they take turns.
+
+    For each kind of work both have some turns; the one with the lower median has all that follow.
+    """
+
+    def __init__(self, turns: int = 5) -> None:
+        self._turns = turns
+        self._taken: defaultdict[tuple[Hashable, bool], list[float]] = defaultdict(list)
+        self._is_first_faster: dict[Hashable, bool] = {}
+
+    def goes_first_way(self, work: Hashable) -> bool:
+        """Which way it is to be this time."""
+        if work in self._is_first_faster:
+            return self._is_first_faster[work]
+        return len(self._taken[work, True]) <= len(self._taken[work, False])
+
+    def took(self, work: Hashable, first_way: bool, seconds: float) -> None:
+        """Note a turn."""
+        if work in self._is_first_faster:
+            return
+        self._taken[work, first_way].append(seconds)
+        first, second = self._taken[work, True], self._taken[work, False]
+        if min(len(first), len(second)) >= self._turns:
+            self._is_first_faster[work] = median(first) <= median(second)
 
 
 @dataclass(frozen=True, slots=True)

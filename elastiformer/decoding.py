@@ -1,4 +1,4 @@
-"""Steps of few rows that each ask with one token: two compiled calls a layer, on a CPU.
+"""Steps of rows that each ask with one token: two compiled calls a layer, on a CPU.
 
 It stands in for SparseAttention and SparseMlp where nothing is left out but channels and nothing
 is repaired, and gives their bits (sub_layers.py). Whatever else a step holds is theirs.
@@ -8,8 +8,10 @@ Shape letters: N rows   D width   S (in start_S) rows + 1
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from math import log2
 
 import numpy as np
 import torch
@@ -26,6 +28,8 @@ from elastiformer.sub_layers import Cached, Heads, Norm, Turns, Weight
 from elastiformer.taken import Taken
 from elastiformer.tiles import even_starts
 from elastiformer.workshop import SITES, Workshop
+
+_MOST_ROWS = 128  # that are worth a trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ class Decoding:
             and all(kind.phase is Phase.OUTPUT for kind in kinds)
             and not torch._C._len_torch_dispatch_stack()  # nobody counts operators
             and self._layers is not None
-            and packed.count <= self._most_rows
+            and packed.count <= (_MOST_ROWS if self._gives_same_bits else self._few_rows)
             and max(packed.positions) < self._window
             and all(self._workshop.repair_name(self._last, kind) is None for kind in kinds)
         )
@@ -129,8 +133,21 @@ class Decoding:
         windows = [layer.window for layer in self._workshop.layout.layers]
         return min((window for window in windows if window is not None), default=float("inf"))
 
+    def work(self, packed: Packed) -> Hashable | None:
+        """What a step that fits is like in time; None where it is few rows, and faster here."""
+        if packed.count <= self._few_rows:
+            return None
+        linear = sum(kind.plan.total.linear for kind in packed.kinds) / packed.count
+        return round(2 * log2(packed.count)), round(4 * log2(max(linear, 1)))
+
     @cached_property
-    def _most_rows(self) -> int:
+    def _gives_same_bits(self) -> bool:
+        """Whether many rows get the same bits here as where their products go at once."""
+        tools = self._workshop
+        return all(tools.at_site(self._last, site).has_one_answer for site in SITES)
+
+    @cached_property
+    def _few_rows(self) -> int:
         """Up to so many, every product goes row by row."""
         tools = self._workshop
         return min(tools.at_site(self._last, site).few.rows(1.0) for site in SITES)

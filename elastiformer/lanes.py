@@ -38,6 +38,7 @@ _MOST_AHEAD = 32  # picks that are added up before it is the next chunk's turn
 _AHEAD_BYTES = 24576  # of the weight, in these picks: they stay in the first cache
 _BLOCK = 64  # inputs of a chunk that stay in the first cache while rows take turns
 _LINE = 64  # bytes
+_SECOND_CACHE = 2  # as LLVM names it: in the first, it would push out what is read before it
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
@@ -249,9 +250,8 @@ class _Tile:
         )
         for line in range(0, size, _LINE):
             place = builder.gep(start, [ir.Constant(_I64, line)])
-            builder.call(
-                fetch, [place, ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)]
-            )
+            level = ir.Constant(_I32, _SECOND_CACHE)
+            builder.call(fetch, [place, ir.Constant(_I32, 0), level, ir.Constant(_I32, 1)])
 
     def _nibbles(self, at: Any, part: list[int]) -> list[Any]:
         """Two vectors of codes lie in the halves of one vector of bytes."""
@@ -320,6 +320,14 @@ def _everywhere(builder: Any, scalar: Any) -> Any:
     return builder.shuffle_vector(first, empty, ir.Constant(_INTS, [0] * LANES))
 
 
+@compiled()
+def _aligned(count):  # type: ignore[no-untyped-def]
+    """Room for so many float32, from the start of a cache line on: no vector lies across two."""
+    room = np.empty(count + _LINE // 4, dtype=np.float32)
+    first = -(room.ctypes.data // 4) % (_LINE // 4)
+    return room[first : first + count]
+
+
 @compiled(parallel=True)
 def _multiply_one(  # type: ignore[no-untyped-def]
     weight_SICW, steps, lows, index_P, value_P, summed, ahead, out_O
@@ -328,7 +336,8 @@ def _multiply_one(  # type: ignore[no-untyped-def]
     slabs, _, chunks, _ = weight_SICW.shape
     picks = len(index_P)
     for slab in prange(slabs):
-        sums_O = np.zeros(chunks * WIDTH, dtype=np.float32)
+        sums_O = _aligned(chunks * WIDTH)
+        sums_O[:] = 0
         total_O = np.zeros(chunks * WIDTH, dtype=np.float32)
         first, sum_end = 0, summed
         while first < picks:
@@ -361,9 +370,10 @@ def _multiply_some(  # type: ignore[no-untyped-def]
     slabs, inputs, chunks, _ = weight_SICW.shape
     rows, outputs = out_RO.shape
     for slab in prange(slabs):
-        sums_RO = np.zeros((rows, chunks * WIDTH), dtype=np.float32)
+        sums_RO = _aligned(rows * chunks * WIDTH).reshape((rows, chunks * WIDTH))
+        sums_RO[:] = 0
         total_RO = np.zeros((rows, chunks * WIDTH), dtype=np.float32)
-        wide_1I1W = np.empty((1, _BLOCK, 1, WIDTH), dtype=np.float32)
+        wide_1I1W = _aligned(_BLOCK * WIDTH).reshape((1, _BLOCK, 1, WIDTH))
         begin_R, stop_R = start_S[:-1].copy(), start_S[:-1].copy()
         for first in range(0, inputs, _BLOCK):
             end = min(first + _BLOCK, inputs)

@@ -126,6 +126,11 @@ class Product:
         weight_OI = self.projections[0].weight_OI
         return weight_OI.device.type == "cpu" and weight_OI.dtype != torch.float64
 
+    @property
+    def has_one_answer(self) -> bool:
+        """Whether a row gets the same bits by itself as at once with others."""
+        return self.has_tiles and self._dtype == torch.float32 and self._packs
+
     @cached_property
     def _packs(self) -> bool:
         weight_OI = self.projections[0].weight_OI

@@ -11,6 +11,7 @@ Shape letters: N packed tokens   R output rows   D width   V vocabulary
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,7 @@ import elastiformer.flop_formulas  # noqa: F401  (registers them)
 from elastiformer import kernels
 from elastiformer.accounting import ModelShape
 from elastiformer.adapter import Adapter
-from elastiformer.costs import CostTable
+from elastiformer.costs import CostTable, Trial
 from elastiformer.decoding import Decoding
 from elastiformer.families import Layout
 from elastiformer.keeping import Keeping
@@ -45,7 +46,7 @@ class SparseForm:
         keeping = Keeping(self.workshop)
         self._attention = SparseAttention(self.workshop, keeping)
         self._mlp = SparseMlp(self.workshop, keeping)
-        self._decoding = Decoding(self.workshop)
+        self._decoding, self._trial = Decoding(self.workshop), Trial()
         self._rotation_checked = False
 
     @torch.inference_mode()
@@ -56,15 +57,26 @@ class SparseForm:
         placing, taken = self._placing(packed), Taken(packed, self.shape)
         h_ND = self._embed(packed)
         rotations = self._rotations(packed, h_ND)
-        if self._decoding.fits(packed):
-            self._decoding.run(h_ND, packed, placing, taken, rotations)
-        else:
-            self._layer_by_layer(h_ND, packed, placing, taken, rotations)
+        self._run_layers(h_ND, packed, placing, taken, rotations)
         logits = self._logits(h_ND, packed)
         taken.settle(self.adapter.units if self.adapter is not None else ())
         for chunk in chunks:
             chunk.sequence.length += len(chunk.ids)
         return logits
+
+    def _run_layers(
+        self, h_ND: Tensor, packed: Packed, placing: Placing, taken: Taken, rotations: Rotations
+    ) -> None:
+        if not self._decoding.fits(packed):
+            self._layer_by_layer(h_ND, packed, placing, taken, rotations)
+            return
+        work = self._decoding.work(packed)
+        whole = work is None or self._trial.goes_first_way(work)
+        begun = time.perf_counter()
+        run = self._decoding.run if whole else self._layer_by_layer
+        run(h_ND, packed, placing, taken, rotations)
+        if work is not None:
+            self._trial.took(work, whole, time.perf_counter() - begun)
 
     def _layer_by_layer(
         self, h_ND: Tensor, packed: Packed, placing: Placing, taken: Taken, rotations: Rotations

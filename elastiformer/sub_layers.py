@@ -17,10 +17,19 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from elastiformer.kernels import TURN, _search_row, compiled
+from elastiformer.kernels import TURN, _search_row, _search_side_by_side, compiled
 from elastiformer.lanes import _multiply_one, _multiply_some
-from elastiformer.row_kernels import _gate_row, _normalise_row, _turn_row
+from elastiformer.row_kernels import (
+    _gate_row,
+    _gate_side_by_side,
+    _normalise_row,
+    _normalise_side_by_side,
+    _turn_row,
+    _turn_side_by_side,
+)
 from elastiformer.single_queries import _attend
+
+_ALONE = 4  # so few rows are searched, normalised and gated faster by one thread
 
 
 class Weight(NamedTuple):
@@ -86,7 +95,7 @@ def attention(
         starts: where each row's picks begin, and the last ones end, before both products.
     """
     with TURN:
-        _attention(h_ND, norm, front, heads, turns, cached, out, starts)
+        _attention(h_ND, norm, front, heads, turns, cached, out, starts, _side(h_ND))
 
 
 def mlp(
@@ -104,7 +113,12 @@ def mlp(
         starts: as for `attention`.
     """
     with TURN:
-        _mlp(h_ND, norm, front, form, out, starts)
+        _mlp(h_ND, norm, front, form, out, starts, _side(h_ND))
+
+
+def _side(h_ND: np.ndarray) -> int | None:
+    """None: rows in turn; else side by side. By its type Numba compiles the one or the other."""
+    return None if len(h_ND) <= _ALONE else 1
 
 
 @intrinsic
@@ -125,12 +139,15 @@ def _as_stored(typing: Any, number: Any, like: Any) -> Any:
 
 
 @compiled()
-def _product(x_NI, weight, start_S):  # type: ignore[no-untyped-def]
+def _product(x_NI, weight, start_S, side):  # type: ignore[no-untyped-def]
     rows = len(x_NI)
     index_P = np.empty(start_S[rows], dtype=np.int32)
     value_P = np.empty(start_S[rows], dtype=np.float32)
-    for row in range(rows):
-        _search_row(x_NI, weight.norms_I, index_P, value_P, start_S, row)
+    if side is None:
+        for row in range(rows):
+            _search_row(x_NI, weight.norms_I, index_P, value_P, start_S, row)
+    else:
+        _search_side_by_side(x_NI, weight.norms_I, index_P, value_P, start_S)
     out_NO = np.empty((rows, weight.outputs), dtype=np.float32)
     if rows == 1:
         _multiply_one(
@@ -150,10 +167,13 @@ def _product(x_NI, weight, start_S):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _normalised(h_ND, norm):  # type: ignore[no-untyped-def]
+def _normalised(h_ND, norm, side):  # type: ignore[no-untyped-def]
     x_ND = np.empty_like(h_ND)
-    for row in range(len(h_ND)):
-        _normalise_row(h_ND[row], norm.scale_D, norm.epsilon, x_ND[row])
+    if side is None:
+        for row in range(len(h_ND)):
+            _normalise_row(h_ND[row], norm.scale_D, norm.epsilon, x_ND[row])
+    else:
+        _normalise_side_by_side(h_ND, norm.scale_D, norm.epsilon, x_ND)
     return x_ND
 
 
@@ -165,13 +185,17 @@ def _add(h_ND, branch_ND):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _attention(h_ND, norm, front, heads, turns, cached, out, starts):  # type: ignore[no-untyped-def]
-    out_NO = _product(_normalised(h_ND, norm), front, starts[0])
+def _attention(h_ND, norm, front, heads, turns, cached, out, starts, side):  # type: ignore[no-untyped-def]
+    out_NO = _product(_normalised(h_ND, norm, side), front, starts[0], side)
     rows, size = len(h_ND), cached.rows_PH.shape[1]
     out_NMH = out_NO.reshape(rows, out_NO.shape[1] // size, size)
+    turned = heads.queries + heads.kv
     if turns.cos_NR.shape[1]:
-        for row in range(rows):
-            _turn_row(out_NMH[row], heads.queries + heads.kv, turns.cos_NR[row], turns.sin_NR[row])
+        if side is None:
+            for row in range(rows):
+                _turn_row(out_NMH[row], turned, turns.cos_NR[row], turns.sin_NR[row])
+        else:
+            _turn_side_by_side(out_NMH, turned, turns.cos_NR, turns.sin_NR)
     for row in range(rows):
         for part in range(2 * heads.kv):
             for h in range(size):
@@ -183,13 +207,16 @@ def _attention(h_ND, norm, front, heads, turns, cached, out, starts):  # type: i
         cached.rows_PH, out_NMH, cached.query_S, cached.key_S, cached.value_S, cached.room_S,
         cached.length_S, heads.queries, heads.kv, heads.scale, out_NAH,
     )  # fmt: skip
-    _add(h_ND, _product(out_NAH.reshape(rows, heads.queries * size), out, starts[1]))
+    _add(h_ND, _product(out_NAH.reshape(rows, heads.queries * size), out, starts[1], side))
 
 
 @compiled()
-def _mlp(h_ND, norm, front, form, out, starts):  # type: ignore[no-untyped-def]
-    out_N2I = _product(_normalised(h_ND, norm), front, starts[0])
+def _mlp(h_ND, norm, front, form, out, starts, side):  # type: ignore[no-untyped-def]
+    out_N2I = _product(_normalised(h_ND, norm, side), front, starts[0], side)
     a_NI = np.empty((len(h_ND), out_N2I.shape[1] // 2), dtype=np.float32)
-    for row in range(len(h_ND)):
-        _gate_row(form, out_N2I[row], a_NI[row])
-    _add(h_ND, _product(a_NI, out, starts[1]))
+    if side is None:
+        for row in range(len(h_ND)):
+            _gate_row(form, out_N2I[row], a_NI[row])
+    else:
+        _gate_side_by_side(form, out_N2I, a_NI)
+    _add(h_ND, _product(a_NI, out, starts[1], side))

@@ -69,6 +69,26 @@ def test_the_bits_are_those_of_the_parts(family, rows, dtype, monkeypatch):
     assert none == [] and steps == [rows] * 4
 
 
+def test_many_rows_try_both_ways_and_get_the_same_bits(monkeypatch):
+    model = elastic("llama", (Unit.CHANNELS,), lora_rank=0)
+    rows, steps = 12, 12  # more rows than a table without measurements sends row by row
+    with counting(monkeypatch, may=False):
+        expected = decoded(model, channel_plans(), rows, steps)
+    with counting(monkeypatch, may=True) as whole:
+        found = decoded(model, channel_plans(), rows, steps)
+    assert torch.equal(found, expected)
+    assert 5 <= len(whole) <= steps - 5  # five turns each, and then the faster one
+
+
+def test_many_rows_of_bfloat16_keep_to_one_way(monkeypatch):
+    model = elastic("llama", (Unit.CHANNELS,), lora_rank=0)
+    model.base.to(torch.bfloat16)
+    model.attach(model.adapter)
+    with counting(monkeypatch, may=True) as whole:
+        decoded(model, channel_plans(), 12)
+    assert whole == []
+
+
 @pytest.mark.parametrize(
     ("family", "what"),
     [

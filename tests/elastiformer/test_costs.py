@@ -1,0 +1,37 @@
+"""The faster of two ways is found by turns, for each kind of work by itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from elastiformer.costs import Trial
+
+
+def went(trial: Trial, work: str, seconds: dict[bool, float], times: int) -> list[bool]:
+    """Which ways some turns went that take as long as told."""
+    ways = []
+    for _ in range(times):
+        ways.append(trial.goes_first_way(work))
+        trial.took(work, ways[-1], seconds[ways[-1]])
+    return ways
+
+
+@pytest.mark.parametrize("first_is_faster", [True, False])
+def test_after_some_turns_each_the_faster_way_has_all(first_is_faster):
+    seconds = {first_is_faster: 1.0, not first_is_faster: 1.1}
+    ways = went(Trial(turns=3), "work", seconds, 10)
+    assert ways[:6].count(True) == ways[:6].count(False) == 3
+    assert ways[6:] == [first_is_faster] * 4
+
+
+def test_a_slow_turn_or_two_decide_nothing():
+    trial = Trial(turns=5)
+    went(trial, "work", {True: 90.0, False: 2.0}, 4)  # as when code is compiled
+    assert went(trial, "work", {True: 1.0, False: 2.0}, 10)[-4:] == [True] * 4
+
+
+def test_kinds_of_work_are_tried_apart():
+    trial = Trial(turns=1)
+    assert went(trial, "few", {True: 1.0, False: 2.0}, 3)[-1] is True
+    assert went(trial, "many", {True: 2.0, False: 1.0}, 3)[-1] is False
+    assert trial.goes_first_way("few")
