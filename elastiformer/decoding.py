@@ -1,16 +1,17 @@
-"""Steps of rows that each ask with one token: two compiled calls a layer, on a CPU.
+"""Steps of rows that each ask with one token: a compiled call or a few for all layers, on a CPU.
 
 It stands in for SparseAttention and SparseMlp where nothing is left out but channels and nothing
 is repaired, and gives their bits (sub_layers.py). Whatever else a step holds is theirs.
 
-Shape letters: N rows   D width   S (in start_S) rows + 1
+Shape letters: L layers   N rows   D width
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from math import log2
 
 import numpy as np
@@ -23,25 +24,22 @@ from elastiformer.families import Layer
 from elastiformer.packed import Packed
 from elastiformer.placing import Placing
 from elastiformer.pointwise import CompiledGate, CompiledNorm, Rotation
-from elastiformer.single_queries import on_host
-from elastiformer.sub_layers import Cached, Heads, Norm, Turns, Weight
+from elastiformer.products import one_after_another
+from elastiformer.sub_layers import Heads, Layers, Turns
 from elastiformer.taken import Taken
-from elastiformer.tiles import even_starts
 from elastiformer.workshop import SITES, Workshop
 
 _MOST_ROWS = 128  # that are worth a trial
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
-    """One layer as the kernels take it."""
+class _Run:
+    """Layers in a row that are alike."""
 
-    layer: Layer
-    attention_norm: Norm
-    mlp_norm: Norm
-    weights: dict[Site, Weight]
-    heads: Heads
-    form: int  # of the gate
+    first: int
+    stop: int
+    layer_type: str | None
+    layers: Layers
 
 
 class Decoding:
@@ -60,7 +58,7 @@ class Decoding:
             and not packed.leaves_experts_out
             and all(kind.phase is Phase.OUTPUT for kind in kinds)
             and not torch._C._len_torch_dispatch_stack()  # nobody counts operators
-            and self._layers is not None
+            and self._runs is not None
             and packed.count <= (_MOST_ROWS if self._gives_same_bits else self._few_rows)
             and max(packed.positions) < self._window
             and all(self._workshop.repair_name(self._last, kind) is None for kind in kinds)
@@ -75,53 +73,17 @@ class Decoding:
         rotations: dict[str | None, Rotation],
     ) -> None:
         """Run all layers over the residual, in place."""
-        assert self._layers is not None, "a step that does not fit"
+        assert self._runs is not None, "a step that does not fit"
         h = h_ND.numpy()
         nothing_NR = np.empty((packed.count, 0), dtype=np.float32)
-        for parts in self._layers:
-            layer = parts.layer
-            start_S = [self._starts(packed, layer.index, site) for site in range(len(SITES))]
-            rotation = rotations.get(layer.layer_type, rotations.get(None))
+        start_LTS, cached = packed.start_LTS, placing.cached
+        for run in self._runs:
+            rotation = rotations.get(run.layer_type, rotations.get(None))
             turns = Turns(nothing_NR, nothing_NR) if rotation is None else Turns(*rotation.on_host)
-            singles = placing.reads(layer.index, packed.everything).singles
-            cached = Cached(
-                on_host(singles.rows_NH),
-                placing.places(layer.index),
-                singles.query_S,
-                singles.key_S,
-                singles.value_S,
-                singles.room_S,
-                singles.length_S,
-            )
-            weights = parts.weights
-            sub_layers.attention(
-                h,
-                parts.attention_norm,
-                weights[Site.ATTENTION_IN],
-                parts.heads,
-                turns,
-                cached,
-                weights[Site.ATTENTION_OUT],
-                (start_S[0], start_S[1]),
-            )
-            taken.keys(placing.keys(layer.index))
-            sub_layers.mlp(
-                h,
-                parts.mlp_norm,
-                weights[Site.MLP_IN],
-                parts.form,
-                weights[Site.MLP_OUT],
-                (start_S[2], start_S[3]),
-            )
-
-    def _starts(self, packed: Packed, layer: int, site: int) -> np.ndarray:
-        """Where each row's channels at a site begin, and the last ones end."""
-        counts = packed.channels(layer, site, packed.everything)
-        if isinstance(counts, int):
-            return even_starts(packed.count, counts)
-        start_S = np.zeros(packed.count + 1, dtype=np.int64)
-        np.cumsum(counts, out=start_S[1:])
-        return start_S
+            of_run = slice(run.first, run.stop)
+            sub_layers.run(h, run.layers, turns, cached.of(of_run), start_LTS[of_run])
+            for layer in range(run.first, run.stop):
+                taken.keys(placing.keys(layer))
 
     @cached_property
     def _last(self) -> Layer:
@@ -153,38 +115,70 @@ class Decoding:
         return min(tools.at_site(self._last, site).few.rows(1.0) for site in SITES)
 
     @cached_property
-    def _layers(self) -> list[_Parts] | None:
+    def _runs(self) -> list[_Run] | None:
         """None where some layer holds what the kernels do not know."""
-        found = [self._parts(layer) for layer in self._workshop.layout.layers]
-        known = [parts for parts in found if parts is not None]
-        return known if len(known) == len(found) else None
+        layers = self._workshop.layout.layers
+        if not all(self._is_known(layer) for layer in layers):
+            return None
+        runs = []
+        for _, alike in groupby(layers, self._likeness):
+            some = list(alike)
+            first = some[0].index
+            layer_type = some[0].layer_type
+            runs.append(_Run(first, first + len(some), layer_type, self._together(some)))
+        return runs
 
-    def _parts(self, layer: Layer) -> _Parts | None:
+    def _is_known(self, layer: Layer) -> bool:
         tools = self._workshop
         before, between = tools.attention_norms[layer.index], tools.mlp_norms[layer.index]
-        gate = tools.gates[layer.index]
         if not isinstance(before, CompiledNorm) or not isinstance(between, CompiledNorm):
-            return None
-        if not isinstance(gate, CompiledGate):
-            return None
+            return False
+        if not isinstance(tools.gates[layer.index], CompiledGate):
+            return False
         own = (layer.query_norm, layer.key_norm, layer.after_attention, layer.after_mlp)
         closes = (layer.attention_close, layer.mlp_close)
         if any(module is not None for module in own + closes) or layer.softcap is not None:
-            return None
+            return False
         if not tools.at_site(layer, Site.MLP_IN).has_tiles or tools.kv != "complete":
-            return None
-        if not tools.layout.causal:
-            return None
-        weights = {}
-        for site in SITES:
-            product = tools.at_site(layer, site)
-            norms_I = np.zeros(product.inputs, dtype=np.float32)
-            if tools.adapter is not None:
-                norms_I = tools.layout.column_norms(layer, site).numpy()
-            weights[site] = product.on_host(norms_I)
-        shape = layer.shape
-        heads = Heads(shape.heads, shape.kv_heads, np.float32(layer.scale))
-        attention_norm, mlp_norm = (
-            Norm(norm.scale_D, np.float32(norm.epsilon)) for norm in (before, between)
+            return False
+        return tools.layout.causal
+
+    def _likeness(self, layer: Layer) -> Hashable:
+        """Layers of which this is equal run in one call."""
+        tools, at = self._workshop, layer.index
+        norms, gate = (tools.attention_norms[at], tools.mlp_norms[at]), tools.gates[at]
+        assert isinstance(gate, CompiledGate), "a layer that is not known"
+        return (
+            layer.layer_type,
+            self._heads(layer),
+            gate.form,
+            tuple(norm.epsilon for norm in norms if isinstance(norm, CompiledNorm)),
+            tuple(tools.at_site(layer, site).likeness for site in SITES),
         )
-        return _Parts(layer, attention_norm, mlp_norm, weights, heads, gate.form)
+
+    def _together(self, layers: Sequence[Layer]) -> Layers:
+        tools = self._workshop
+        scales, epsilons = [], []
+        for norms in (tools.attention_norms, tools.mlp_norms):
+            of_layers = [norms[layer.index] for layer in layers]
+            known = [norm for norm in of_layers if isinstance(norm, CompiledNorm)]
+            scales.append(np.stack([norm.scale_D for norm in known]))
+            epsilons.append(np.float32(known[0].epsilon))
+        weights = []
+        for site in SITES:
+            products = [tools.at_site(layer, site) for layer in layers]
+            norms_LI = np.zeros((len(layers), products[0].inputs), dtype=np.float32)
+            if tools.adapter is not None:
+                norms_LI = np.stack([tools.layout.column_norms(x, site).numpy() for x in layers])
+            weights.append(one_after_another(products, norms_LI))
+        front, out, gated, down = weights
+        gate = tools.gates[layers[0].index]
+        assert isinstance(gate, CompiledGate), "a layer that is not known"
+        return Layers(
+            scales[0], epsilons[0], front, self._heads(layers[0]), out,
+            scales[1], epsilons[1], gated, gate.form, down,
+        )  # fmt: skip
+
+    @staticmethod
+    def _heads(layer: Layer) -> Heads:
+        return Heads(layer.shape.heads, layer.shape.kv_heads, np.float32(layer.scale))

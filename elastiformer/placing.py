@@ -19,7 +19,8 @@ from torch import Tensor
 from elastiformer.attention import Read, Reads
 from elastiformer.cache import Held
 from elastiformer.packed import Packed, Rows
-from elastiformer.single_queries import Singles
+from elastiformer.single_queries import Singles, on_host
+from elastiformer.sub_layers import Cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,16 @@ class Placing:
         else:
             into_NH[index_RG] = keys_values_RMH.to(into_NH.dtype)
 
-    def places(self, layer: int) -> np.ndarray:
-        """Where all rows' keys and values go among the pool's rows, if caches are complete."""
+    @property
+    def cached(self) -> Cached:
+        """Where keys and values go and lie, if caches are complete and each chunk is one row."""
         assert self._index_LNG is not None, "places that are known layer by layer"
-        places_NG: np.ndarray = self._index_LNG[layer].numpy()
-        return places_NG
+        first_LC, room_LC = self._first_LC, self._room_LC
+        value_LC = first_LC + self._caches[0].shape.kv_heads * room_LC
+        chunk_C = np.arange(len(self._caches))
+        rows_PH = on_host(self._pool.rows)
+        index_LNG: np.ndarray = self._index_LNG.numpy()
+        return Cached(rows_PH, index_LNG, chunk_C, first_LC, value_LC, room_LC, self._length_C)
 
     def keys(self, layer: int) -> np.ndarray:
         """How many keys each chunk's cache holds in a layer: [C]."""

@@ -11,7 +11,7 @@ Shape letters: R rows   I inputs   O outputs   K picked channels
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
@@ -107,12 +107,11 @@ class Product:
         if self.has_tiles:
             _ = self._tiles, self._summed
 
-    def on_host(self, norms_I: np.ndarray) -> Weight:
-        """The product as kernels of whole sub-layers take it, with the norms that picks go by."""
-        bias_O = np.empty(0, dtype=np.float32) if self._bias_O is None else self._bias_O.numpy()
-        arrays = self._tiles.arrays
-        ahead = ahead_of(self._tiles.weight_SICW)
-        return Weight(*arrays, bias_O, self.outputs, self._summed, ahead, norms_I)
+    @property
+    def likeness(self) -> Hashable:
+        """Products of which this is equal can run in one call (`one_after_another`)."""
+        forms = tuple((array.dtype.str, array.shape) for array in self._tiles.arrays)
+        return forms, self.outputs, self._summed, self._bias_O is None
 
     @property
     def stored_bytes(self) -> int:
@@ -188,6 +187,27 @@ class Product:
         fused = all(projection.module is module for projection in self.projections)
         whole: Tensor = module.weight.detach()  # type: ignore[operator]
         return whole if fused and len(whole) == self.outputs else torch.cat(weights)
+
+
+def one_after_another(products: Sequence[Product], norms_LI: np.ndarray) -> Weight:
+    """Products that are alike, as kernels of whole layers take them.
+
+    From here on their tiles lie in memory one after the other.
+
+    Args:
+        norms_LI: those by which each picks channels.
+    """
+    of_all, each = Tiles.one_after_another([product._tiles for product in products])
+    for product, tiles in zip(products, each, strict=True):
+        product._tiles = tiles
+    biases = [product._bias_O for product in products]
+    bias_LO = np.empty((len(products), 0), dtype=np.float32)
+    if biases[0] is not None:
+        bias_LO = torch.stack([bias_O for bias_O in biases if bias_O is not None]).numpy()
+    first = products[0]
+    ahead = ahead_of(first._tiles.weight_SICW)
+    weights, steps, lows = of_all
+    return Weight(weights, steps, lows, bias_LO, norms_LI, first.outputs, first._summed, ahead)
 
 
 def _packed_linear(x_RI: Tensor, packed: Tensor, count: int | None = None) -> Tensor:

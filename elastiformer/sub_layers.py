@@ -1,11 +1,12 @@
-"""Whole sub-layers of few rows, each in one compiled call: norm, search, product, and what follows.
+"""Layers of like shape in one compiled call: norms, searches, products, and what is between.
 
 In decoding, what a sub-layer's parts cost to call one by one is as much as they cost to run. The
 parts are the very same, so a row gets the same bits here as where they are called one by one.
 
-Shape letters: N rows   D width   O outputs of a product   M heads, all of them   A query heads
-    G key/value heads   H head size   I neurons   R rotated part of a head   P rows of the pool
-    S slabs of a weight (in start_S: rows + 1)   C chunks of a slab   W outputs of a chunk
+Shape letters: L layers   N rows   D width   O outputs of a product   M heads, all of them
+    A query heads   G key/value heads   H head size   I neurons or inputs   R rotated part of a head
+    P rows of the pool   T sites   Q single queries (a row each)   C chunks of a slab
+    W outputs of a chunk   S slabs of a weight (in start_S and start_LTS: rows + 1)
 """
 
 from __future__ import annotations
@@ -33,23 +34,16 @@ _ALONE = 4  # so few rows are searched, normalised and gated faster by one threa
 
 
 class Weight(NamedTuple):
-    """A product as the kernels take it."""
+    """A product as the kernels take it; in `Layers`, of all of them, with L before all else."""
 
     weight_SICW: np.ndarray
     steps: np.ndarray
     lows: np.ndarray
     bias_O: np.ndarray  # empty where there is none
+    norms_I: np.ndarray  # by which channels are picked
     outputs: int
     summed: int
     ahead: int
-    norms_I: np.ndarray  # by which channels are picked
-
-
-class Norm(NamedTuple):
-    """The norm that a sub-layer begins with."""
-
-    scale_D: np.ndarray
-    epsilon: np.float32
 
 
 class Heads(NamedTuple):
@@ -60,16 +54,36 @@ class Heads(NamedTuple):
     scale: np.float32
 
 
+class Layers(NamedTuple):
+    """Some layers in a row whose weights lie in memory one after the other."""
+
+    attention_scale_LD: np.ndarray  # of the norm
+    attention_epsilon: np.float32
+    front: Weight  # queries, keys and values
+    heads: Heads
+    out: Weight
+    mlp_scale_LD: np.ndarray
+    mlp_epsilon: np.float32
+    gated: Weight  # the gate and what it is to act on
+    form: int  # of the gate (row_kernels.py)
+    down: Weight
+
+
 class Cached(NamedTuple):
     """Where the rows' keys and values go and lie, as in single_queries.py."""
 
     rows_PH: np.ndarray
-    index_NG: np.ndarray  # for this step's: [N, 2G]
-    query_S: np.ndarray
-    key_S: np.ndarray
-    value_S: np.ndarray
-    room_S: np.ndarray
-    length_S: np.ndarray
+    index_LNG: np.ndarray  # for this step's: [L, N, 2G]
+    query_Q: np.ndarray
+    key_LQ: np.ndarray
+    value_LQ: np.ndarray
+    room_LQ: np.ndarray
+    length_Q: np.ndarray
+
+    def of(self, layers: slice) -> Cached:
+        """What some of the layers need of it."""
+        of_layers = (self.key_LQ[layers], self.value_LQ[layers], self.room_LQ[layers])
+        return Cached(self.rows_PH, self.index_LNG[layers], self.query_Q, *of_layers, self.length_Q)
 
 
 class Turns(NamedTuple):
@@ -79,46 +93,18 @@ class Turns(NamedTuple):
     sin_NR: np.ndarray
 
 
-def attention(
-    h_ND: np.ndarray,
-    norm: Norm,
-    front: Weight,
-    heads: Heads,
-    turns: Turns,
-    cached: Cached,
-    out: Weight,
-    starts: tuple[np.ndarray, np.ndarray],
+def run(
+    h_ND: np.ndarray, layers: Layers, turns: Turns, cached: Cached, start_LTS: np.ndarray
 ) -> None:
-    """Add the attention's branch to the residual of rows that are each a request's latest token.
+    """Run layers over the residual, in place, of rows that are each a request's latest token.
 
     Args:
-        starts: where each row's picks begin, and the last ones end, before both products.
+        start_LTS: where each row's picks begin, and the last ones end, before each product.
     """
+    # None: rows in turn; else side by side. By its type Numba compiles the one or the other.
+    side = None if len(h_ND) <= _ALONE else 1
     with TURN:
-        _attention(h_ND, norm, front, heads, turns, cached, out, starts, _side(h_ND))
-
-
-def mlp(
-    h_ND: np.ndarray,
-    norm: Norm,
-    front: Weight,
-    form: int,
-    out: Weight,
-    starts: tuple[np.ndarray, np.ndarray],
-) -> None:
-    """Add the MLP's branch to the residual of some rows.
-
-    Args:
-        form: of the gate (row_kernels.py).
-        starts: as for `attention`.
-    """
-    with TURN:
-        _mlp(h_ND, norm, front, form, out, starts, _side(h_ND))
-
-
-def _side(h_ND: np.ndarray) -> int | None:
-    """None: rows in turn; else side by side. By its type Numba compiles the one or the other."""
-    return None if len(h_ND) <= _ALONE else 1
+        _run(h_ND, layers, turns, cached, start_LTS, side)
 
 
 @intrinsic
@@ -139,41 +125,40 @@ def _as_stored(typing: Any, number: Any, like: Any) -> Any:
 
 
 @compiled()
-def _product(x_NI, weight, start_S, side):  # type: ignore[no-untyped-def]
+def _product(x_NI, weight, layer, start_S, side):  # type: ignore[no-untyped-def]
     rows = len(x_NI)
     index_P = np.empty(start_S[rows], dtype=np.int32)
     value_P = np.empty(start_S[rows], dtype=np.float32)
+    norms_I = weight.norms_I[layer]
     if side is None:
         for row in range(rows):
-            _search_row(x_NI, weight.norms_I, index_P, value_P, start_S, row)
+            _search_row(x_NI, norms_I, index_P, value_P, start_S, row)
     else:
-        _search_side_by_side(x_NI, weight.norms_I, index_P, value_P, start_S)
+        _search_side_by_side(x_NI, norms_I, index_P, value_P, start_S)
+    weight_SICW, steps, lows = weight.weight_SICW[layer], weight.steps[layer], weight.lows[layer]
     out_NO = np.empty((rows, weight.outputs), dtype=np.float32)
     if rows == 1:
         _multiply_one(
-            weight.weight_SICW, weight.steps, weight.lows, index_P, value_P,
-            weight.summed, weight.ahead, out_NO[0],
-        )  # fmt: skip
+            weight_SICW, steps, lows, index_P, value_P, weight.summed, weight.ahead, out_NO[0]
+        )
     else:
-        _multiply_some(
-            weight.weight_SICW, weight.steps, weight.lows, index_P, value_P, start_S,
-            weight.summed, out_NO,
-        )  # fmt: skip
-    if len(weight.bias_O):
+        _multiply_some(weight_SICW, steps, lows, index_P, value_P, start_S, weight.summed, out_NO)
+    bias_O = weight.bias_O[layer]
+    if len(bias_O):
         for row in range(rows):
             for output in range(weight.outputs):
-                out_NO[row, output] += weight.bias_O[output]
+                out_NO[row, output] += bias_O[output]
     return out_NO
 
 
 @compiled()
-def _normalised(h_ND, norm, side):  # type: ignore[no-untyped-def]
+def _normalised(h_ND, scale_D, epsilon, side):  # type: ignore[no-untyped-def]
     x_ND = np.empty_like(h_ND)
     if side is None:
         for row in range(len(h_ND)):
-            _normalise_row(h_ND[row], norm.scale_D, norm.epsilon, x_ND[row])
+            _normalise_row(h_ND[row], scale_D, epsilon, x_ND[row])
     else:
-        _normalise_side_by_side(h_ND, norm.scale_D, norm.epsilon, x_ND)
+        _normalise_side_by_side(h_ND, scale_D, epsilon, x_ND)
     return x_ND
 
 
@@ -185,9 +170,9 @@ def _add(h_ND, branch_ND):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _attention(h_ND, norm, front, heads, turns, cached, out, starts, side):  # type: ignore[no-untyped-def]
-    out_NO = _product(_normalised(h_ND, norm, side), front, starts[0], side)
-    rows, size = len(h_ND), cached.rows_PH.shape[1]
+def _attention(x_ND, front, heads, turns, cached, layer, out, start_TS, side):  # type: ignore[no-untyped-def]
+    out_NO = _product(x_ND, front, layer, start_TS[0], side)
+    rows, size = len(x_ND), cached.rows_PH.shape[1]
     out_NMH = out_NO.reshape(rows, out_NO.shape[1] // size, size)
     turned = heads.queries + heads.kv
     if turns.cos_NR.shape[1]:
@@ -196,27 +181,42 @@ def _attention(h_ND, norm, front, heads, turns, cached, out, starts, side):  # t
                 _turn_row(out_NMH[row], turned, turns.cos_NR[row], turns.sin_NR[row])
         else:
             _turn_side_by_side(out_NMH, turned, turns.cos_NR, turns.sin_NR)
+    index_NG = cached.index_LNG[layer]
     for row in range(rows):
         for part in range(2 * heads.kv):
             for h in range(size):
-                cached.rows_PH[cached.index_NG[row, part], h] = _as_stored(
+                cached.rows_PH[index_NG[row, part], h] = _as_stored(
                     out_NMH[row, heads.queries + part, h], cached.rows_PH
                 )
     out_NAH = np.empty((rows, heads.queries, size), dtype=np.float32)
     _attend(
-        cached.rows_PH, out_NMH, cached.query_S, cached.key_S, cached.value_S, cached.room_S,
-        cached.length_S, heads.queries, heads.kv, heads.scale, out_NAH,
+        cached.rows_PH, out_NMH, cached.query_Q, cached.key_LQ[layer], cached.value_LQ[layer],
+        cached.room_LQ[layer], cached.length_Q, heads.queries, heads.kv, heads.scale, out_NAH,
     )  # fmt: skip
-    _add(h_ND, _product(out_NAH.reshape(rows, heads.queries * size), out, starts[1], side))
+    return _product(out_NAH.reshape(rows, heads.queries * size), out, layer, start_TS[1], side)
 
 
 @compiled()
-def _mlp(h_ND, norm, front, form, out, starts, side):  # type: ignore[no-untyped-def]
-    out_N2I = _product(_normalised(h_ND, norm, side), front, starts[0], side)
-    a_NI = np.empty((len(h_ND), out_N2I.shape[1] // 2), dtype=np.float32)
+def _mlp(x_ND, gated, form, down, layer, start_TS, side):  # type: ignore[no-untyped-def]
+    out_N2I = _product(x_ND, gated, layer, start_TS[2], side)
+    a_NI = np.empty((len(x_ND), out_N2I.shape[1] // 2), dtype=np.float32)
     if side is None:
-        for row in range(len(h_ND)):
+        for row in range(len(x_ND)):
             _gate_row(form, out_N2I[row], a_NI[row])
     else:
         _gate_side_by_side(form, out_N2I, a_NI)
-    _add(h_ND, _product(a_NI, out, starts[1], side))
+    return _product(a_NI, down, layer, start_TS[3], side)
+
+
+@compiled()
+def _run(h_ND, layers, turns, cached, start_LTS, side):  # type: ignore[no-untyped-def]
+    for layer in range(len(start_LTS)):
+        start_TS = start_LTS[layer]
+        scale_D = layers.attention_scale_LD[layer]
+        x_ND = _normalised(h_ND, scale_D, layers.attention_epsilon, side)
+        branch_ND = _attention(
+            x_ND, layers.front, layers.heads, turns, cached, layer, layers.out, start_TS, side
+        )
+        _add(h_ND, branch_ND)
+        x_ND = _normalised(h_ND, layers.mlp_scale_LD[layer], layers.mlp_epsilon, side)
+        _add(h_ND, _mlp(x_ND, layers.gated, layers.form, layers.down, layer, start_TS, side))

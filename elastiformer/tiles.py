@@ -11,6 +11,7 @@ Shape letters: O outputs   I inputs   S slabs   C chunks of a slab   W outputs o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -73,6 +74,16 @@ class Tiles:
                 return cls(outputs, small.numpy(), *nothing)
         return cls(outputs, full_SIO.view(slabs, inputs, *lines).numpy(), *nothing)
 
+    @staticmethod
+    def one_after_another(tiles: Sequence[Tiles]) -> tuple[list[np.ndarray], list[Tiles]]:
+        """Tiles that are alike, in common memory: the arrays of all of them, and each one."""
+        stacked = [
+            arrays[0][None] if len(tiles) == 1 else _stack(arrays)
+            for arrays in zip(*(own.arrays for own in tiles), strict=True)
+        ]
+        views = zip(*stacked, strict=True)
+        return stacked, [Tiles(own.outputs, *view) for own, view in zip(tiles, views, strict=True)]
+
     @property
     def form(self) -> str:
         """What the weight is stored as."""
@@ -132,6 +143,11 @@ def even_starts(rows: int, count: int) -> np.ndarray:
 @lru_cache(maxsize=64)  # few: asked for powers of two alone
 def _all_inputs(rows: int, inputs: int) -> np.ndarray:
     return np.tile(np.arange(inputs, dtype=np.int32), rows)
+
+
+def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    # PyTorch's memory begins at the start of a cache line.
+    return torch.stack([torch.from_numpy(array) for array in arrays]).numpy()
 
 
 def _slabs(chunks: int) -> tuple[int, int]:
