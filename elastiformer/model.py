@@ -29,6 +29,7 @@ from elastiformer.sequence import Chunk, Sequence
 from elastiformer.weights import BaseIdentity, LoadedBase, load_base
 
 _FIRST_TOKENS = 8  # more rows than one thread does alone (row_kernels.py)
+_FIRST_ROWS = 5  # likewise (sub_layers.py)
 
 
 class ElasticModel(Elastic):
@@ -188,14 +189,15 @@ class ElasticModel(Elastic):
             capacity = Capacity(share, share)
             try:
                 requests = [
-                    self.sequence(capacity, _FIRST_TOKENS, _FIRST_TOKENS + 2) for _ in range(2)
+                    self.sequence(capacity, _FIRST_TOKENS, _FIRST_TOKENS + 3)
+                    for _ in range(_FIRST_ROWS)
                 ]
             except CapacityError:
                 continue  # the range of so short a request is narrower
             for request in requests:
                 self.step([Chunk(request, [0] * _FIRST_TOKENS)])
-            self.step([Chunk(request, [0]) for request in requests])
-            self.step([Chunk(requests[0], [0])])
+            for rows in (_FIRST_ROWS, 2, 1):
+                self.step([Chunk(request, [0]) for request in requests[:rows]])
             for request in requests:
                 request.release()
         return costs
