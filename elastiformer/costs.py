@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 SHARES = (0.3, 0.5, 0.65, 0.8, 0.9, 1.0)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 @dataclass(eq=False, slots=True)
