@@ -7,7 +7,8 @@ attention, one call a layer, on CUDA devices that have it. Which one runs is dec
 (`backend`), and what it cannot express (a capped score, some heads only) is the portable one's.
 
 Shape letters: N packed queries   Q queries of a request   K keys   A query heads
-    G key/value heads   H head size   S single queries
+    G key/value heads   H head size   S single queries   B requests of one size
+    C all requests   R rows with keys and values   M keys' heads and values' heads
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,11 +59,21 @@ class Read:
         return self.positions_K is None and self.count == self.held.length
 
 
+class Sides(NamedTuple):
+    """The keys and values of whole requests side by side, and where each one's rows begin."""
+
+    keys_values_RMH: Tensor  # of each row first its keys' heads, then its values'
+    key_starts: np.ndarray  # [C + 1]
+    query_starts: np.ndarray  # [C + 1]
+
+
 class Reads:
     """What the queries of one layer read, request by request."""
 
-    def __init__(self, singles: Singles, each: Callable[[], list[Read]]) -> None:
-        self.singles, self._each = singles, each
+    def __init__(
+        self, singles: Singles, each: Callable[[], list[Read]], sides: Sides | None = None
+    ) -> None:
+        self.singles, self._each, self.sides = singles, each, sides
 
     @cached_property
     def each(self) -> list[Read]:
@@ -201,44 +213,68 @@ class Varlen:
 class BothWays:
     """An encoder's attention: every query sees all keys of its request, or a window both ways.
 
-    Requests with as many queries and keys are one call, as images are; others one each.
+    Requests with as many queries and keys are one call, as images are. Where a window hides keys,
+    each request is a call.
     """
 
     name = "sdpa, both ways"
 
     def attend(self, query_NAH: Tensor, position_N: Tensor, reads: Reads, layer: Layer) -> Tensor:
+        sides = reads.sides
+        assert sides is not None, "whole requests"
+        queries_C, keys_C = np.diff(sides.query_starts), np.diff(sides.key_starts)
+        if layer.window is not None and keys_C.max() > layer.window:
+            outs = [self.one(query_NAH, position_N, read, layer) for read in reads.each]
+            return torch.cat(outs)
+        sizes, size_C = np.unique(np.stack([queries_C, keys_C]), axis=1, return_inverse=True)
+        if sizes.shape[1] == 1:
+            return _together(query_NAH, sides.keys_values_RMH, *sizes[:, 0].tolist(), layer.scale)
         out_NAH = torch.empty_like(query_NAH)
-        alike: dict[tuple[int, int] | int, list[Read]] = {}
-        for place, read in enumerate(reads.each):
-            square = read.positions_K is None and read.count == read.held.length
-            same = layer.window is None or square  # for all of this size: which keys are seen
-            alike.setdefault((read.count, read.held.length) if same else place, []).append(read)
-        for group in alike.values():
-            out_BQAH = self._together(query_NAH, position_N, group, layer)
-            for read, out_QAH in zip(group, out_BQAH, strict=True):
-                out_NAH[read.queries] = out_QAH
+        for size, (queries, keys) in enumerate(sizes.T.tolist()):
+            if not queries:
+                continue
+            among_B = size_C == size
+            query_R = _rows(sides.query_starts[:-1][among_B], queries, query_NAH.device)
+            key_R = _rows(sides.key_starts[:-1][among_B], keys, query_NAH.device)
+            out_NAH[query_R] = _together(
+                query_NAH[query_R], sides.keys_values_RMH[key_R], queries, keys, layer.scale
+            )
         return out_NAH
 
     def one(self, query_NAH: Tensor, position_N: Tensor, read: Read, layer: Layer) -> Tensor:
         """The attention output of one request's queries."""
-        return self._together(query_NAH, position_N, [read], layer)[0]
-
-    def _together(
-        self, query_NAH: Tensor, position_N: Tensor, group: Sequence[Read], layer: Layer
-    ) -> Tensor:
-        """Of requests of one size, [B, Q, A, H]."""
-        first, seen_QK = group[0], None
-        if layer.window is not None and first.held.length > layer.window:
-            seen_QK = _near(position_N[first.queries], first, layer.window)
-        query_BQAH = torch.stack([query_NAH[read.queries] for read in group])
-        out_BAQH = F.scaled_dot_product_attention(
-            query_BQAH.transpose(1, 2),
-            torch.stack([read.held.keys_GKH for read in group]),
-            torch.stack([read.held.values_GKH for read in group]),
+        seen_QK = None
+        if layer.window is not None and read.held.length > layer.window:
+            seen_QK = _near(position_N[read.queries], read, layer.window)
+        out_AQH = F.scaled_dot_product_attention(
+            query_NAH[read.queries].transpose(0, 1)[None],
+            read.held.keys_GKH[None],
+            read.held.values_GKH[None],
             attn_mask=seen_QK,
             scale=layer.scale,
-        )
-        return out_BAQH.transpose(1, 2)
+        )[0]
+        return out_AQH.transpose(0, 1)
+
+
+def _together(
+    query_NAH: Tensor, keys_values_RMH: Tensor, queries: int, keys: int, scale: float
+) -> Tensor:
+    """The attention output of requests of one size, each with all of its keys: [N, A, H]."""
+    query_BQAH = query_NAH.unflatten(0, (-1, queries))
+    keys_values_BKMH = keys_values_RMH.unflatten(0, (-1, keys))
+    key_BKGH, value_BKGH = keys_values_BKMH.chunk(2, dim=2)
+    out_BAQH = F.scaled_dot_product_attention(
+        query_BQAH.transpose(1, 2),
+        key_BKGH.transpose(1, 2),
+        value_BKGH.transpose(1, 2),
+        scale=scale,
+    )
+    return out_BAQH.transpose(1, 2).flatten(0, 1)
+
+
+def _rows(starts_B: np.ndarray, count: int, device: torch.device) -> Tensor:
+    """The numbers of so many rows behind each start."""
+    return torch.from_numpy((starts_B[:, None] + np.arange(count)).ravel()).to(device)
 
 
 def backend(device: torch.device, dtype: torch.dtype) -> Backend:

@@ -200,7 +200,7 @@ class ElasticEncoder(Elastic):
             raise InputError(f"input: {tokens} tokens; this model takes 1 to {self.context}")
         capacity = self._spread(capacity, tokens)
         self._planner.check(capacity, tokens, tokens, self._outputs is None)
-        return WholeSequence(self._planner.plan_at(capacity, tokens), item, self._outputs)
+        return WholeSequence(self._planner.of_whole(capacity, tokens, self._outputs), item)
 
     def blocks_for(
         self, capacity: Capacity, prompt_tokens: int, most_tokens: int, scored: bool = False

@@ -43,6 +43,10 @@ class EncoderForm(SparseForm):
     ) -> None:
         super().__init__(encoder.layers, adapter, shape)
         self.encoder, self.pooling, self.normalized = encoder, pooling, normalized
+        # Whole items are many rows, of which a CPU moves half as many bytes in a small type. What
+        # picks channels, or gates, on a CPU does so in float32.
+        gated = any(gate is not None for gate in self.workshop.gates)
+        self._between = self.workshop.working_dtype if gated else self.workshop.dtype
         self._headed = encoder.task is not Task.FEATURES or pooling is Pooling.OWN
         self._head_weights = sum(each.weight.numel() for each in encoder.head_modules)
         self._probes = encoder.probes
@@ -64,7 +68,9 @@ class EncoderForm(SparseForm):
                 parts_TD += map(_seen, embedded_BTD, group)
         for item, part_TD in zip(items, parts_TD, strict=True):
             assert len(part_TD) == len(item.ids), f"{len(part_TD)} tokens of {len(item.ids)}"
-        return torch.cat(parts_TD).to(self.workshop.working_dtype)
+        return torch.cat(parts_TD).to(
+            self.workshop.working_dtype if packed.picks else self._between
+        )
 
     def _tokens(self, item: Item) -> Tensor:
         ids_1T = torch.tensor([item.ids], device=self.workshop.device)

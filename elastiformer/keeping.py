@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from elastiformer.capacity import Phase, Unit
 from elastiformer.families import Layer
-from elastiformer.packed import Kind, Packed, Rows
+from elastiformer.packed import Packed, Rows
 from elastiformer.routers import by_rank, keeps, token_gate
+from elastiformer.sequence import Kind
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
 

@@ -9,7 +9,6 @@ Shape letters: N packed tokens   R rows of a group   L layers   S sites   G key/
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import TypeVar
@@ -20,23 +19,10 @@ from torch import Tensor
 
 from elastiformer.capacity import Phase
 from elastiformer.pointwise import Rotation
-from elastiformer.priced import PricedPlan
-from elastiformer.sequence import Chunk
+from elastiformer.sequence import Chunk, Kind, Numbering
 from elastiformer.sequence import Sequence as Owner
 
 S = TypeVar("S", bound=Hashable)
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What decides how a row is computed, beside its router's scores."""
-
-    plan: PricedPlan
-    phase: Phase
-
-    @property
-    def is_dense(self) -> bool:
-        return self.plan.is_dense
 
 
 class Rows:
@@ -120,30 +106,33 @@ class Packed:
         self.chunks, self.device = chunks, device
         self.ids: list[int] = []
         self.positions: list[int] = []
-        self.kinds: list[Kind] = []
-        self.sequences: list[Owner] = []  # of each row
-        starts = [0]
-        known: dict[tuple[int, Phase], Kind] = {}
+        starts, numbering, numbers = [0], Numbering(), list[int]()
         for chunk in chunks:
             sequence = chunk.sequence
             self.ids += chunk.ids
-            self.sequences += [sequence] * len(chunk.ids)
             starts.append(len(self.ids))
-            for position in range(sequence.length, sequence.length + len(chunk.ids)):
-                plan, phase = sequence.run_at(position), sequence.phase_at(position)
-                self.positions.append(position)
-                self.kinds.append(known.setdefault((id(plan), phase), Kind(plan, phase)))
+            self.positions += range(sequence.length, sequence.length + len(chunk.ids))
+            numbers += sequence.numbers(len(chunk.ids), numbering)
         self.count = len(self.ids)
         self.spans = [slice(begin, end) for begin, end in pairwise(starts)]
         self.starts = np.array(starts)
-        self.distinct_kinds = tuple(dict.fromkeys(self.kinds))
-        number = {kind: at for at, kind in enumerate(self.distinct_kinds)}
-        self.kind_N = np.array([number[kind] for kind in self.kinds])
-        self._number = number
+        self.distinct_kinds = tuple(numbering.kinds)
+        self.kind_N = np.array(numbers)
+        self._number = {kind: at for at, kind in enumerate(self.distinct_kinds)}
         self._rows: dict[frozenset[Kind], Rows] = {}
         self.repaired: dict[int, list[tuple[str, Rows]]] = {}  # by layer; filled in by who knows
         self.ids_N = torch.tensor(self.ids, dtype=torch.long, device=device)
         self.position_N = torch.tensor(self.positions, dtype=torch.long, device=device)
+
+    @cached_property
+    def kinds(self) -> list[Kind]:
+        """Of each row."""
+        return [self.distinct_kinds[number] for number in self.kind_N.tolist()]
+
+    @cached_property
+    def sequences(self) -> list[Owner]:
+        """Of each row."""
+        return [chunk.sequence for chunk in self.chunks for _ in chunk.ids]
 
     @cached_property
     def original_N(self) -> Tensor:

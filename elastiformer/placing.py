@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastiformer.attention import Read, Reads
+from elastiformer.attention import Read, Reads, Sides
 from elastiformer.cache import Held
 from elastiformer.packed import Packed, Rows
 from elastiformer.single_queries import Singles, on_host
@@ -173,47 +173,44 @@ class WholePlacing(Placing):
     def __init__(self, packed: Packed) -> None:
         self._packed = packed
         self._parts: dict[Rows, list[_Part]] = {}
-        self._held: list[Held] = []  # of each chunk, in the layer at hand
-        self._positions_CK: list[Tensor] | None = None
+        self._bounds: dict[Rows, np.ndarray] = {}
+        none_S = np.empty(0, dtype=np.int64)
+        rows_NH = torch.empty(0, 0, device=packed.device)
+        self._nobody = Singles(rows_NH, 1, none_S, none_S, none_S, none_S, none_S, none_S)
+        # Of the layer at hand: whose keys and values there are, and these.
+        self._placed = packed.nothing
+        self._keys_values_RMH: Tensor | None = None
 
     def place(self, layer: int, rows: Rows, keys_values_RMH: Tensor | None) -> None:
-        """Lay out the keys and values [R, 2G, H] of these rows, head by head."""
-        packed = self._packed
-        bounds = np.searchsorted(rows.rows_R, packed.starts).tolist()
-        count, kv_heads, memory_NH = rows.count, 0, torch.empty(0, 0, device=packed.device)
-        if keys_values_RMH is not None:
-            kv_heads, size = keys_values_RMH.shape[1] // 2, keys_values_RMH.shape[2]
-            # One more head: a chunk's part is a view that begins at its own first row.
-            memory_MRH = keys_values_RMH.new_empty(2 * kv_heads + 1, count, size)
-            memory_MRH[:-1] = keys_values_RMH.transpose(0, 1)
-            memory_NH = memory_MRH.view(-1, size)
-        self._held = [
-            Held(memory_NH, begin, kv_heads * count + begin, count, kv_heads, end - begin)
-            for begin, end in pairwise(bounds)
-        ]
-        self._positions_CK = None
-        if not rows.all:
-            position_R = rows.of(packed.position_N)
-            self._positions_CK = [position_R[begin:end] for begin, end in pairwise(bounds)]
+        """Hold the keys and values [R, 2G, H] of these rows."""
+        self._placed, self._keys_values_RMH = rows, keys_values_RMH
 
     def keys(self, layer: int) -> np.ndarray:
-        return np.array([held.length for held in self._held])
+        return np.diff(self._bounds_of(self._placed))
 
     def reads(self, layer: int, rows: Rows) -> Reads:
-        none_S = np.empty(0, dtype=np.int64)
-        rows_NH = self._held[0].rows_NH
-        nobody = Singles(rows_NH, 1, none_S, none_S, none_S, none_S, none_S, none_S)
-        return Reads(nobody, lambda: self._each(layer, rows))
+        assert self._keys_values_RMH is not None, "queries without keys"
+        starts = (self._bounds_of(self._placed), self._bounds_of(rows))
+        sides = Sides(self._keys_values_RMH, *starts)
+        return Reads(self._nobody, lambda: self._each(layer, rows), sides)
+
+    def _bounds_of(self, rows: Rows) -> np.ndarray:
+        """Where each chunk's rows begin among these, and the last one's end."""
+        if rows not in self._bounds:
+            self._bounds[rows] = np.searchsorted(rows.rows_R, self._packed.starts)
+        return self._bounds[rows]
 
     def _each(self, layer: int, rows: Rows) -> list[Read]:
-        return [
-            Read(
-                part.queries,
-                part.first,
-                part.last,
-                True,
-                self._held[part.chunk],
-                None if self._positions_CK is None else self._positions_CK[part.chunk],
-            )
-            for part in self._parts_of(rows)
-        ]
+        assert self._keys_values_RMH is not None, "queries without keys"
+        placed, position_R = self._placed, self._placed.of(self._packed.position_N)
+        _, heads, size = self._keys_values_RMH.shape
+        kv_heads, found = heads // 2, []
+        spans = list(pairwise(self._bounds_of(placed).tolist()))
+        for part in self._parts_of(rows):
+            begin, end = spans[part.chunk]
+            count = end - begin
+            rows_NH = self._keys_values_RMH[begin:end].transpose(0, 1).reshape(-1, size)
+            held = Held(rows_NH, 0, kv_heads * count, count, kv_heads, count)
+            positions_K = None if placed.all else position_R[begin:end]
+            found.append(Read(part.queries, part.first, part.last, True, held, positions_K))
+        return found

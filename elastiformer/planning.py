@@ -25,6 +25,7 @@ from elastiformer.capacity import (
 from elastiformer.errors import CapacityError
 from elastiformer.priced import PricedPlan, Pricing
 from elastiformer.routers import TOKEN_UNITS, most_kept
+from elastiformer.sequence import Kind
 
 _REMEMBERED = 4096
 _STEPS_PER_OCTAVE = 8
@@ -42,6 +43,8 @@ class Planner:
         self.pricing = {phase: Pricing(shape.of_phase(phase)) for phase in Phase}
         self._schedule = lru_cache(maxsize=_REMEMBERED)(self._make_schedule)
         self.rooms = lru_cache(maxsize=_REMEMBERED)(self._rooms)
+        # Items as long as each other and of one capacity share their kinds, to the object.
+        self.of_whole = lru_cache(maxsize=_REMEMBERED)(self._of_whole)
 
     def check(self, capacity: Capacity, prompt_tokens: int, most_tokens: int, scored: bool) -> None:
         """Refuse what no plan can give.
@@ -71,6 +74,15 @@ class Planner:
             return pricing.of(self._schedule(share, phase, context).plan_at(position))
 
         return plan_at
+
+    def _of_whole(self, capacity: Capacity, tokens: int, outputs: int | None) -> tuple[Kind, ...]:
+        """The kinds of a whole item's tokens, of which the first `outputs` are read; None: all."""
+        plan_at = self.plan_at(capacity, tokens)
+        read = tokens if outputs is None else outputs
+        phases = [Phase.OUTPUT if place < read else Phase.PROMPT for place in range(tokens)]
+        plans = [plan_at(phase, place) for place, phase in enumerate(phases)]
+        # As in every sequence, the first token skips no sub-layer.
+        return tuple(map(Kind, (plans[0].rooted, *plans[1:]), phases))
 
     def plans(self, capacity: Capacity, context: int) -> tuple[Plan, Plan]:
         """The (prompt plan, output plan) nearest to a capacity, for tokens over `context` keys."""

@@ -92,6 +92,8 @@ class Product:
         x_RI, count = reading.only_RI, reading.count
         working, x_RI = x_RI.dtype, x_RI.to(self._dtype)
         if self._packed is not None:
+            if working == self._dtype == torch.bfloat16:
+                return _packed_linear(x_RI, self._packed, count, self._small_bias_O)
             out_RO = _packed_linear(x_RI, self._packed, count)
         elif count is None:
             bias_O = None if self._bias_O is None else self._bias_O.to(x_RI.dtype)
@@ -155,6 +157,10 @@ class Product:
         return packed
 
     @cached_property
+    def _small_bias_O(self) -> Tensor | None:
+        return None if self._bias_O is None else self._bias_O.to(self._dtype)
+
+    @cached_property
     def _tiles(self) -> Tiles:
         return Tiles.of(self._joined().float())
 
@@ -210,14 +216,16 @@ def one_after_another(products: Sequence[Product], norms_LI: np.ndarray) -> Weig
     return Weight(weights, steps, lows, bias_LO, norms_LI, first.outputs, first._summed, ahead)
 
 
-def _packed_linear(x_RI: Tensor, packed: Tensor, count: int | None = None) -> Tensor:
+def _packed_linear(
+    x_RI: Tensor, packed: Tensor, count: int | None = None, bias_O: Tensor | None = None
+) -> Tensor:
     # oneDNN ignores the scalars of "none"; there the FLOP formula finds the picks among zeros.
     scalars = [] if count is None else [count]
     rows = len(x_RI)
     if rows == 1 and not torch._C._len_torch_dispatch_stack():  # nobody counts operators
         x_RI = x_RI.expand(2, -1)  # a lone row may be summed in another order than one of many
     out_RO: Tensor = torch.ops.mkldnn._linear_pointwise.default(
-        x_RI, packed, None, "none", scalars, ""
+        x_RI, packed, bias_O, "none", scalars, ""
     )
     return out_RO[:rows]
 

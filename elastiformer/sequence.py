@@ -16,6 +16,41 @@ from elastiformer.priced import PricedPlan
 from elastiformer.routers import Debt
 from elastiformer.usage import Usage
 
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What decides how a row is computed, beside its router's scores."""
+
+    plan: PricedPlan
+    phase: Phase
+
+    @property
+    def is_dense(self) -> bool:
+        return self.plan.is_dense
+
+
+class Numbering:
+    """The kinds that one step has met, in the order of their first rows."""
+
+    def __init__(self) -> None:
+        self.kinds: list[Kind] = []
+        self._number: dict[tuple[int, Phase], int] = {}
+        self._whole: dict[int, list[int]] = {}
+
+    def of(self, plan: PricedPlan, phase: Phase) -> int:
+        key = (id(plan), phase)
+        if key not in self._number:
+            self._number[key] = len(self.kinds)
+            self.kinds.append(Kind(plan, phase))
+        return self._number[key]
+
+    def of_whole(self, kinds: tuple[Kind, ...]) -> list[int]:
+        """Of an item's tokens; items that are planned alike share one tuple."""
+        if id(kinds) not in self._whole:
+            self._whole[id(kinds)] = [self.of(kind.plan, kind.phase) for kind in kinds]
+        return self._whole[id(kinds)]
+
+
 DebtKey = tuple[int, Unit, Phase]  # of a layer
 
 
@@ -70,6 +105,13 @@ class Sequence:
         """What this position runs under: its plan, but position 0 skips no sub-layer."""
         plan = self.plan_at(position)
         return plan.rooted if position == 0 else plan
+
+    def numbers(self, tokens: int, numbering: Numbering) -> list[int]:
+        """Which kinds the next tokens are of."""
+        return [
+            numbering.of(self.run_at(position), self.phase_at(position))
+            for position in range(self.length, self.length + tokens)
+        ]
 
     @property
     def moved(self) -> bool:
@@ -136,16 +178,18 @@ class Item:
 class WholeSequence(Sequence):
     """An item on its way through an encoder: one step, and nothing is kept of it.
 
-    The first `outputs` tokens are of phase output, all of them if None.
+    Every token's kind is known beforehand; those of phase output stand in front.
     """
 
-    def __init__(
-        self, plan_at: Callable[[Phase, int], PricedPlan], item: Item, outputs: int | None
-    ) -> None:
+    def __init__(self, kinds: tuple[Kind, ...], item: Item) -> None:
         tokens = len(item.ids)
-        super().__init__(plan_at, tokens, tokens, outputs is None, None)
-        self.item = item
-        self._outputs = tokens if outputs is None else outputs
+        assert len(kinds) == tokens, f"{len(kinds)} kinds of {tokens} tokens"
+        scored = all(kind.phase is Phase.OUTPUT for kind in kinds)
+        super().__init__(lambda _, position: kinds[position].plan, tokens, tokens, scored, None)
+        self.item, self._kinds = item, kinds
 
     def phase_at(self, position: int) -> Phase:
-        return Phase.OUTPUT if position < self._outputs else Phase.PROMPT
+        return self._kinds[position].phase
+
+    def numbers(self, tokens: int, numbering: Numbering) -> list[int]:
+        return numbering.of_whole(self._kinds)

@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from elastiformer.capacity import Site, Unit
 from elastiformer.expert_table import ExpertTable
 from elastiformer.families import Layer
-from elastiformer.packed import Kind, Packed, Rows
+from elastiformer.packed import Packed, Rows
 from elastiformer.products import picked
 from elastiformer.readings import pick
 from elastiformer.repair import Repair
 from elastiformer.routers import best, part_gate
+from elastiformer.sequence import Kind
 from elastiformer.workshop import Workshop
 
 

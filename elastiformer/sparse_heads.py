@@ -20,13 +20,14 @@ from elastiformer.attention import Read
 from elastiformer.capacity import Site, Unit
 from elastiformer.families import Layer
 from elastiformer.keeping import Kept
-from elastiformer.packed import Kind, Packed, Rows
+from elastiformer.packed import Packed, Rows
 from elastiformer.placing import Placing
 from elastiformer.pointwise import Rotation
 from elastiformer.products import picked
 from elastiformer.readings import Reading, pick
 from elastiformer.repair import Repair
 from elastiformer.routers import best, part_gate
+from elastiformer.sequence import Kind
 from elastiformer.workshop import Workshop
 
 

@@ -8,6 +8,8 @@ Shape letters: L layers   R rows   K kinds
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +18,15 @@ from elastiformer.capacity import Phase, Unit
 from elastiformer.packed import Packed
 from elastiformer.priced import Price
 from elastiformer.usage import Usage
+
+
+class Spent(NamedTuple):
+    """What one chunk's rows of one kind ran under."""
+
+    kind: int  # its number
+    rows: int
+    changes: Price  # by its routers
+    unattended: tuple[tuple[int, int], ...]  # of so many rows the keys of a layer
 
 
 class Taken:
@@ -54,23 +65,31 @@ class Taken:
         dense_linear = shape.dense_token_flops(context=0)
         dense_per_key = shape.dense_token_flops(context=1) - dense_linear
         keys_LC = np.stack(self._keys_LC)
-        for place, (chunk, span, outputs) in enumerate(
-            zip(packed.chunks, packed.spans, packed.output_counts, strict=True)
+        kinds = len(packed.distinct_kinds)
+        chunk_N = np.repeat(np.arange(len(packed.chunks)), np.diff(packed.starts))
+        rows_CK = np.bincount(
+            chunk_N * kinds + packed.kind_N, minlength=len(packed.chunks) * kinds
+        ).reshape(-1, kinds)
+        known: dict[tuple[object, ...], Usage] = {}  # what was run alike is counted once
+        for place, (chunk, outputs) in enumerate(
+            zip(packed.chunks, packed.output_counts, strict=True)
         ):
-            tokens = span.stop - span.start
-            usage = Usage()
+            tokens = len(chunk.ids)
+            spent = [
+                Spent(
+                    number,
+                    rows,
+                    self._changes.get((place, number), Price()),
+                    tuple(self._unattended.get((place, number), ())),
+                )
+                for number, rows in enumerate(rows_CK[place].tolist())
+                if rows
+            ]
             keys_L = keys_LC[:, place]
-            numbers, counts = np.unique(packed.kind_N[span], return_counts=True)
-            for number, rows in zip(numbers.tolist(), counts.tolist(), strict=True):
-                kind = packed.distinct_kinds[number]
-                price = kind.plan.total * rows + self._changes.get((place, number), Price())
-                attended = rows * int(kind.plan.per_key_L @ keys_L)
-                for layer, count in self._unattended.get((place, number), ()):
-                    attended -= count * int(kind.plan.per_key_L[layer] * keys_L[layer])
-                usage.block_flops += price.linear + attended
-                usage.parameters_used += price.linear
-                if not kind.is_dense:
-                    self._decide(usage, kind.phase, rows, price, units)
+            alike = (*spent, keys_L.tobytes())
+            if alike not in known:
+                known[alike] = self._sum(spent, keys_L, units)
+            usage = replace(known[alike])
             heads = outputs * shape.head_flops
             usage.parameters_used = (usage.parameters_used + heads) // 2
             usage.flops = usage.block_flops + heads
@@ -79,6 +98,21 @@ class Taken:
             usage.dense_flops = usage.dense_block_flops + heads
             usage.dense_parameters = (dense_tokens * dense_linear + heads) // 2
             chunk.sequence.usage += usage
+
+    def _sum(self, spent: Sequence[Spent], keys_L: np.ndarray, units: Sequence[Unit]) -> Usage:
+        """What the rows of one chunk ran in the blocks."""
+        usage = Usage()
+        for number, rows, changes, unattended in spent:
+            kind = self._packed.distinct_kinds[number]
+            price = kind.plan.total * rows + changes
+            attended = rows * int(kind.plan.per_key_L @ keys_L)
+            for layer, count in unattended:
+                attended -= count * int(kind.plan.per_key_L[layer] * keys_L[layer])
+            usage.block_flops += price.linear + attended
+            usage.parameters_used += price.linear
+            if not kind.is_dense:
+                self._decide(usage, kind.phase, rows, price, units)
+        return usage
 
     def _decide(
         self, usage: Usage, phase: Phase, rows: int, price: Price, units: Sequence[Unit]

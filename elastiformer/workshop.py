@@ -23,12 +23,13 @@ from elastiformer.costs import ROWS, CostTable, compare
 from elastiformer.expert_table import ExpertTable
 from elastiformer.families import Layer, Layout, Projection
 from elastiformer.lora import LoraPair
-from elastiformer.packed import Kind, Packed, Rows
+from elastiformer.packed import Packed, Rows
 from elastiformer.pointwise import Gate, Norm, lean_gate, lean_norm, working_dtype
 from elastiformer.products import Product
 from elastiformer.readings import Reading, pick
 from elastiformer.repair import Repair
 from elastiformer.routers import PartGate, Router
+from elastiformer.sequence import Kind
 
 SITES = tuple(Site)
 _PLACE = {site: place for place, site in enumerate(SITES)}

@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+HALFWAY = 4  # modules, which leave 14x14 places
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What the network makes of a batch: at each place of a 7x7 grid, and on the whole."""
 
+    parts_BCHW: Tensor  # halfway: of each place, its four quarters
     places_BCHW: Tensor
     logits_BK: Tensor
 
@@ -55,6 +58,7 @@ class Convolutions(nn.Module):
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
         self.width = 4 * width
+        self.parts_width = 4 * 2 * width
         self.body = nn.Sequential(
             Convolution(1, width),
             nn.MaxPool2d(2),
@@ -69,5 +73,7 @@ class Convolutions(nn.Module):
 
     def forward(self, x_BHW: Tensor) -> Seen:
         x_BCHW = x_BHW[:, None].contiguous(memory_format=torch.channels_last)
-        places_BCHW = self.body(x_BCHW)
-        return Seen(places_BCHW, self.head(places_BCHW.mean((2, 3))))
+        halfway_BCHW = self.body[:HALFWAY](x_BCHW)
+        places_BCHW = self.body[HALFWAY:](halfway_BCHW)
+        parts_BCHW = F.pixel_unshuffle(halfway_BCHW, 2)
+        return Seen(parts_BCHW, places_BCHW, self.head(places_BCHW.mean((2, 3))))

@@ -2,8 +2,9 @@
 
 49 patches of 4x4 pixels and a class token, in Transformers' own `ViTForImageClassification`. What
 the teacher answers, and what it sees at each of the 49 places, is learnt from the same augmented
-image. At first, heads look at neighbouring patches, as convolutions do, and part of the patches
-is left out, which costs less; both are only a beginning.
+image. At first, heads look at neighbouring patches, as convolutions do. In most steps the patches
+pass through the first few layers alone, and only the class token through all: that costs less, and
+is how a request of low capacity will run.
 
 Legend: B batch, P patches, U the width's numbers that hold places, T tokens (class token first),
 D width, C the teacher's channels, K classes, H rows, W columns.
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,18 +48,20 @@ GRID = SIDE // PATCH
 OFFSETS = [(-1, 0), (0, 1), (1, 0), (0, -1), (-1, -1), (-1, 1), (1, 1), (1, -1)]
 PERIOD = 15  # patches: waves of these lengths tell all shifts below it apart
 WAVES = 7  # an axis
+FIRST_LAYERS = 2  # after which a patch knows what the teacher knows halfway
 
 
 OPTIONS: dict[str, Any] = {
-    "batch": 250,
-    "epochs": 12,
+    "batch": 125,
+    "epochs": 8,
     "lr": 0.005,  # of matrices; of the rest, a third
-    "teacher_epochs": 4,
+    "teacher_batch": 250,
+    "teacher_epochs": 8,
     "teacher_width": 32,
-    "thin_share": 0.6,  # of the steps see only
-    "thin_patches": 25,  # of the 49
+    "leaving_share": 0.7,  # of the steps, in which patches leave early,
+    "earliest": 2,  # after so many layers at least
 }
-TEACHER_OPTIONS = ("batch", "seed", "teacher_epochs", "teacher_width")
+TEACHER_OPTIONS = ("seed", "teacher_batch", "teacher_epochs", "teacher_width")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +69,9 @@ class Size:
     """Of a vision transformer."""
 
     width: int = 128
-    layers: int = 6
+    layers: int = 8
     heads: int = 4
-    inner: int = 384
+    inner: int = 512
 
     def config(self) -> ViTConfig:
         return ViTConfig(
@@ -119,29 +123,55 @@ def build(out: Path, runs: Path, packages: Path, options: dict[str, Any]) -> dic
     return report
 
 
-class Student(nn.Module):
-    """The transformer, and a view on it that is compared with the teacher's places."""
+class Views(NamedTuple):
+    """What a student makes of a batch."""
 
-    def __init__(self, size: Size, teacher_width: int) -> None:
+    parts_BPC: Tensor  # what it sees at each patch after its first layers,
+    places_BPC: Tensor  # and when the patches leave
+    logits_BK: Tensor
+
+
+class Student(nn.Module):
+    """The transformer, and views on it that are compared with what the teacher sees."""
+
+    def __init__(self, size: Size, teacher: Convolutions) -> None:
         super().__init__()
         self.vit: Any = mixed(ViTForImageClassification(size.config()))
-        self.view_head = nn.Linear(size.width, teacher_width)
+        self.parts_head = nn.Linear(size.width, teacher.parts_width)
+        self.view_head = nn.Linear(size.width, teacher.width)
         neighbourly(self.vit)
 
-    def forward(self, x_BHW: Tensor, kept_BP: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits of the classes, and the view at each kept patch from before the last layer."""
+    def forward(self, x_BHW: Tensor, stay: int) -> Views:
+        """What it sees, and its answer.
+
+        Args:
+            stay: so many layers change the patches; all but the last are the whole model, as
+                nobody reads what the last makes of them.
+        """
         inner = self.vit.vit
         x_BTD = inner.embeddings(x_BHW[:, None])
-        if kept_BP is not None:
-            patches_BPD = x_BTD[:, 1:]
-            index = kept_BP[:, :, None].expand(-1, -1, x_BTD.shape[2])
-            x_BTD = torch.cat([x_BTD[:, :1], patches_BPD.gather(1, index)], 1)
-        *before, last = inner.layers
-        for layer in before:
+        parts_BTD = x_BTD
+        for number, layer in enumerate(inner.layers[:stay]):
             x_BTD = layer(x_BTD)
-        view_BPC = self.view_head(x_BTD[:, 1:])
-        class_BD = inner.layernorm(last(x_BTD)[:, 0])
-        return self.vit.classifier(class_BD), view_BPC
+            parts_BTD = x_BTD if number < FIRST_LAYERS else parts_BTD
+        class_B1D, patches_BPD = x_BTD[:, :1], x_BTD[:, 1:]
+        for layer in inner.layers[stay:]:
+            class_B1D = _of_class(layer, class_B1D, patches_BPD)
+        class_BD = inner.layernorm(class_B1D[:, 0])
+        parts_BPC = self.parts_head(parts_BTD[:, 1:])
+        return Views(parts_BPC, self.view_head(patches_BPD), self.vit.classifier(class_BD))
+
+
+def _of_class(layer: Any, class_B1D: Tensor, patches_BPD: Tensor) -> Tensor:
+    """What a layer makes of the class token, if the patches give no more than keys and values."""
+    attention = layer.attention
+    x_BTD = layer.layernorm_before(torch.cat([class_B1D, patches_BPD], 1))
+    projected = (attention.q_proj(x_BTD[:, :1]), attention.k_proj(x_BTD), attention.v_proj(x_BTD))
+    heads = [each.float().unflatten(2, (-1, attention.head_dim)) for each in projected]
+    seen_BA1H = F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in heads))
+    class_B1D = class_B1D + attention.o_proj(seen_BA1H.transpose(1, 2).flatten(2))
+    done: Tensor = class_B1D + layer.mlp(layer.layernorm_after(class_B1D))
+    return done
 
 
 @torch.no_grad()
@@ -224,7 +254,7 @@ def train_teacher(images: Images, folder: Path, options: dict[str, Any]) -> Conv
     """
     torch.manual_seed(seed_of("teacher", options["seed"]))
     teacher = Convolutions(options["teacher_width"], len(LABELS)).train()
-    course = Course(images, options["batch"], options["seed"])
+    course = Course(images, options["teacher_batch"], options["seed"])
     optimizers = optimizers_of(dict(teacher.named_parameters()), 0.02, 0.005, decay=0.05)
 
     def loss(step: int) -> dict[str, Tensor]:
@@ -249,9 +279,9 @@ def train_student(
     """
     seed = options["seed"]
     torch.manual_seed(seed_of("student", seed))
-    student = Student(size, teacher.width).train()
+    student = Student(size, teacher).train()
     course = Course(images, options["batch"], seed)
-    scale = spread(teacher, course)
+    scales = spread(teacher, course)
     optimizers = optimizers_of(
         dict(student.named_parameters()), options["lr"], options["lr"] / 3, decay=0.05
     )
@@ -259,54 +289,65 @@ def train_student(
 
     def loss(step: int) -> dict[str, Tensor]:
         x_BHW, labels_B = course.take(step)
-        kept_BP = None
-        if step < options["thin_share"] * steps:
-            chance = torch.Generator().manual_seed(seed_of("kept", seed, step))
-            noise_BP = torch.rand(len(x_BHW), GRID * GRID, generator=chance)
-            kept_BP = noise_BP.argsort(1)[:, : options["thin_patches"]]
         with autocast():
             with torch.no_grad():
                 seen: Seen = teacher(x_BHW)
-            logits_BK, view_BPC = student(x_BHW, kept_BP)
-        return lessons(seen, scale, logits_BK.float(), view_BPC.float(), kept_BP, labels_B)
+            views = student(x_BHW, stay_in(step, size.layers, options))
+        return lessons(seen, scales, Views(*(each.float() for each in views)), labels_B)
 
     schedule = Schedule(steps, warmup=0.08, checkpoint_every=100)
     fit("student", student, optimizers, loss, schedule, folder, options)
     return student.vit.eval()
 
 
+def stay_in(step: int, layers: int, options: Mapping[str, Any]) -> int:
+    """How many layers change the patches in a step."""
+    whole = layers - 1
+    chance = random.Random(seed_of("stay", options["seed"], step))
+    if options["earliest"] < whole and chance.random() < options["leaving_share"]:
+        return chance.randrange(options["earliest"], whole)
+    return whole
+
+
+class Scales(NamedTuple):
+    """Mean and deviation of each channel of what a teacher sees."""
+
+    parts_2C: Tensor
+    places_2C: Tensor
+
+
 @torch.no_grad()
-def spread(teacher: Convolutions, course: Course) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each of the teacher's channels, over the places of one batch."""
-    places_BCHW = teacher(course.take(0)[0]).places_BCHW.float()
-    return places_BCHW.mean((0, 2, 3)), places_BCHW.std((0, 2, 3)) + 1e-3
+def spread(teacher: Convolutions, course: Course) -> Scales:
+    """Over the places of one batch."""
+    seen: Seen = teacher(course.take(0)[0])
+
+    def of(seen_BCHW: Tensor) -> Tensor:
+        wide_BCHW = seen_BCHW.float()
+        return torch.stack([wide_BCHW.mean((0, 2, 3)), wide_BCHW.std((0, 2, 3)) + 1e-3])
+
+    return Scales(of(seen.parts_BCHW), of(seen.places_BCHW))
 
 
-def lessons(
-    seen: Seen,
-    scale: tuple[Tensor, Tensor],
-    logits_BK: Tensor,
-    view_BPC: Tensor,
-    kept_BP: Tensor | None,
-    labels_B: Tensor,
-) -> dict[str, Tensor]:
-    """KL to the teacher's answer, squared distance to what it sees, and the labels themselves."""
-    mean, deviation = scale
-    places_BPC = seen.places_BCHW.float().flatten(2).transpose(1, 2)
-    if kept_BP is not None:
-        index = kept_BP[:, :, None].expand(-1, -1, places_BPC.shape[2])
-        places_BPC = places_BPC.gather(1, index)
+def lessons(seen: Seen, scales: Scales, views: Views, labels_B: Tensor) -> dict[str, Tensor]:
+    """KL to the teacher's answer, squared distances to what it sees, and the labels themselves."""
     taught = F.log_softmax(seen.logits_BK.float(), 1)
-    said = F.log_softmax(logits_BK, 1)
+    said = F.log_softmax(views.logits_BK, 1)
     answers = F.kl_div(said, taught, log_target=True, reduction="batchmean")
-    places = F.mse_loss(view_BPC, (places_BPC - mean) / deviation)
+    parts = _distance(views.parts_BPC, seen.parts_BCHW, scales.parts_2C)
+    places = _distance(views.places_BPC, seen.places_BCHW, scales.places_2C)
     labels = F.nll_loss(said, labels_B)
     return {
         "answers": answers.detach(),
+        "parts": parts.detach(),
         "places": places.detach(),
         "labels": labels.detach(),
-        "total": answers + 0.5 * places + 0.2 * labels,
+        "total": answers + 0.25 * parts + 0.5 * places + 0.2 * labels,
     }
+
+
+def _distance(view_BPC: Tensor, seen_BCHW: Tensor, scale_2C: Tensor) -> Tensor:
+    seen_BPC = seen_BCHW.float().flatten(2).transpose(1, 2)
+    return F.mse_loss(view_BPC, (seen_BPC - scale_2C[0]) / scale_2C[1])
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from elastiformer.encoder import Batch, ElasticEncoder
 from elastiformer.encoders import Pooling
 from elastiformer.errors import AdapterError, CapacityError, InputError, UnsupportedModel
 from elastiformer.lora import PARTS
-from elastiformer.sequence import Item, WholeSequence
+from elastiformer.sequence import Item, Kind, WholeSequence
 from tests.elastiformer.elastic import EVERY_UNIT, any_plan
 from tests.tiny import tiny
 from tests.tiny_encoders import (
@@ -65,12 +65,13 @@ def elastic_encoder(
 
 def planned(model: ElasticEncoder, item: Item, plans: tuple[Plan, Plan]) -> WholeSequence:
     """A request that runs under the given (prompt plan, output plan)."""
-    sequence = model.sequence(DENSE, item)
-    priced = [
-        model._planner.pricing[phase].of(plan) for phase, plan in zip(Phase, plans, strict=True)
-    ]
-    sequence._plan_at = lambda phase, position: priced[phase is Phase.OUTPUT]
-    return sequence
+    dense = model._planner.of_whole(DENSE, len(item.ids), model._outputs)
+    priced = {
+        phase: model._planner.pricing[phase].of(plan)
+        for phase, plan in zip(Phase, plans, strict=True)
+    }
+    first, *others = (Kind(priced[kind.phase], kind.phase) for kind in dense)
+    return WholeSequence((Kind(first.plan.rooted, first.phase), *others), item)
 
 
 def stepped(model: ElasticEncoder, *sequences: WholeSequence) -> list[torch.Tensor]:
