@@ -62,7 +62,10 @@ class Product:
 
     def run(self, reading: Reading) -> Tensor:
         """The outputs [R, O]."""
-        by_row = reading.has_picks and len(reading.x_RI) <= self.few.rows(reading.share)
+        x_RI = reading.x_RI
+        by_row = reading.has_picks and len(x_RI) <= self.few.rows(reading.share)
+        if self.has_tiles and x_RI.dtype != torch.float32:
+            by_row = False  # the kernels read float32
         return self.by_row(reading) if by_row else self.at_once(reading)
 
     def dense(self, x_RI: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from training.canvas_answers import IGNORED, IMAGE
 from training.canvas_model import UNUSED
 from training.canvas_tower import PATCHES, Canvases, begun_tower, pixels
 from training.canvases import SIDE, Question
+from training.convolutions import Convolutions
 from training.files import RunError
 from training.vision import Size, Student, write_vision
 
@@ -27,7 +28,7 @@ def language():
 @pytest.fixture
 def tower(tmp_path):
     torch.manual_seed(0)
-    student = Student(Size(width=32, layers=2, heads=2, inner=40), teacher_width=8)
+    student = Student(Size(width=32, layers=2, heads=2, inner=40), Convolutions(2, 10))
     write_vision(student.vit, tmp_path / "tower")
     return tmp_path / "tower"
 

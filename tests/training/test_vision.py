@@ -4,19 +4,32 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from elastiformer.capacity import WHOLE_LAYER, LayerPlan, dense_plan
+from elastiformer.encoder import ElasticEncoder
 from tests.training.fashion import sample
 from training import vision
 from training.convolutions import Convolutions
 from training.fashion_mnist import normalized
 from training.fitting import Stopped
-from training.vision import GRID, OFFSETS, Size, Student, accuracy, in_colour, lessons
+from training.vision import (
+    GRID,
+    OFFSETS,
+    Scales,
+    Size,
+    Student,
+    Views,
+    accuracy,
+    in_colour,
+    lessons,
+    stay_in,
+)
 
-TINY = Size(width=32, layers=2, heads=2, inner=40)
+TINY = Size(width=32, layers=4, heads=2, inner=40)
 
 
 def student(size: Size = TINY) -> Student:
     torch.manual_seed(0)
-    return Student(size, teacher_width=8)
+    return Student(size, Convolutions(2, 10))
 
 
 def test_at_first_each_head_looks_at_one_neighbour():
@@ -42,12 +55,36 @@ def test_training_sees_what_the_served_model_computes():
     trained = student()
     x_BHW = normalized(sample().pixels_NHW[:3].float() / 255)
     with torch.inference_mode():
-        logits_BK, view_BPC = trained(x_BHW, None)
+        whole = trained(x_BHW, TINY.layers - 1)
         expected = trained.vit(x_BHW[:, None]).logits
-        thin, thin_view = trained(x_BHW, torch.arange(GRID * GRID).expand(3, -1)[:, :9])
-    torch.testing.assert_close(logits_BK, expected, atol=1e-5, rtol=1e-5)
-    assert view_BPC.shape == (3, 49, 8) and thin_view.shape == (3, 9, 8)
-    assert not torch.allclose(thin, expected)
+        left = trained(x_BHW, 2)
+    torch.testing.assert_close(whole.logits_BK, expected, atol=1e-5, rtol=1e-5)
+    assert whole.places_BPC.shape == (3, 49, 8) and whole.parts_BPC.shape == (3, 49, 16)
+    assert not torch.allclose(left.logits_BK, expected)
+    assert not torch.allclose(left.places_BPC, whole.places_BPC)
+
+
+def test_patches_that_leave_early_are_a_plan_that_keeps_no_later_layer():
+    trained = student()
+    images = in_colour(trained.vit)
+    x_BHW = normalized(sample().pixels_NHW[:3].float() / 255)
+    model = ElasticEncoder(images)
+    gone = LayerPlan(attention_tokens=0.0, mlp_tokens=0.0)
+    plan = (WHOLE_LAYER,) * 2 + (gone,) * 2
+    items = [model.image(each.expand(3, -1, -1)) for each in x_BHW]
+    with torch.inference_mode():
+        expected = trained(x_BHW, 2).logits_BK
+        plans = [(plan, dense_plan(4))] * 3
+        actual = model.masked(model.collate(items), plans).outputs
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_most_steps_let_the_patches_leave_and_the_others_are_whole():
+    options = {"leaving_share": 0.7, "earliest": 2, "seed": 3}
+    stays = [stay_in(step, 8, options) for step in range(400)]
+    assert set(stays) == {2, 3, 4, 5, 6, 7}
+    assert 0.25 < stays.count(7) / 400 < 0.35
+    assert {stay_in(step, 3, options) for step in range(9)} == {2}  # nothing to leave
 
 
 def test_in_colour_a_grey_image_says_the_same():
@@ -64,16 +101,18 @@ def test_there_is_nothing_to_learn_from_a_teacher_that_is_matched():
     x_BHW = normalized(sample().pixels_NHW[:4].float() / 255)
     with torch.no_grad():
         seen = teacher(x_BHW)
-    places = seen.places_BCHW.flatten(2).transpose(1, 2)
+    parts, places = (
+        each.flatten(2).transpose(1, 2) for each in (seen.parts_BCHW, seen.places_BCHW)
+    )
     labels = seen.logits_BK.argmax(1)
-    kept = torch.tensor([[3, 0, 48]]).expand(4, -1)
-    scale = (torch.zeros(8), torch.ones(8))
+    plain = Scales(*(torch.stack([torch.zeros(n), torch.ones(n)]) for n in (16, 8)))
 
-    parts = lessons(seen, scale, seen.logits_BK, places[:, [3, 0, 48]], kept, labels)
-    assert float(parts["answers"]) == pytest.approx(0, abs=1e-6)
-    assert float(parts["places"]) == 0
-    other = lessons(seen, scale, -seen.logits_BK, places[:, [3, 0, 47]], kept, labels)
-    assert float(other["answers"]) > 0 and float(other["places"]) > 0
+    matched = lessons(seen, plain, Views(parts, places, seen.logits_BK), labels)
+    assert float(matched["answers"]) == pytest.approx(0, abs=1e-6)
+    assert float(matched["parts"]) == float(matched["places"]) == 0
+    other = Views(parts.roll(1, 1), places.roll(1, 1), -seen.logits_BK)
+    told = lessons(seen, plain, other, labels)
+    assert all(float(told[name]) > 0 for name in ("answers", "parts", "places"))
 
 
 @pytest.fixture
@@ -81,7 +120,14 @@ def small(monkeypatch):
     """The build on 64 images: nothing of it is left out but size."""
     monkeypatch.setattr(vision, "fetch_images", lambda _: {"train": sample(), "test": sample()})
     monkeypatch.setattr(vision, "Size", lambda: TINY)
-    changes = {"batch": 32, "epochs": 30, "teacher_epochs": 20, "teacher_width": 4, "lr": 0.01}
+    changes = {
+        "batch": 32,
+        "epochs": 30,
+        "teacher_batch": 32,
+        "teacher_epochs": 20,
+        "teacher_width": 4,
+        "lr": 0.01,
+    }
     return {**vision.OPTIONS, **changes, "seed": 0}
 
 
