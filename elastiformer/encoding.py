@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -55,29 +54,33 @@ class EncoderForm(SparseForm):
         return WholePlacing(packed)
 
     def _embed(self, packed: Packed) -> Tensor:
-        parts_TD: list[Tensor] = []
-        items = [_item(chunk) for chunk in packed.chunks]
-        for _, alike in groupby(items, key=_pixels_shape):
-            group = list(alike)
-            if group[0].pixels_CHW is None:
-                parts_TD += [self._tokens(item) for item in group]
-            else:
-                pixels = [item.pixels_CHW for item in group if item.pixels_CHW is not None]
-                pixels_BCHW = torch.stack(pixels).to(self.workshop.device, self.workshop.dtype)
-                embedded_BTD = self.encoder.embed(pixels_BCHW)
-                parts_TD += map(_seen, embedded_BTD, group)
-        for item, part_TD in zip(items, parts_TD, strict=True):
-            assert len(part_TD) == len(item.ids), f"{len(part_TD)} tokens of {len(item.ids)}"
+        alike: dict[tuple[object, ...], list[tuple[int, Item]]] = {}
+        for place, chunk in enumerate(packed.chunks):
+            item = _item(chunk)
+            alike.setdefault(_form(item), []).append((place, item))
+        part_of: dict[int, Tensor] = {}
+        for group in alike.values():
+            places, items = zip(*group, strict=True)
+            embedded_BTD = self._together(items)
+            part_of |= zip(places, map(_seen, embedded_BTD, items), strict=True)
+        parts_TD = [part_of[place] for place in range(len(part_of))]
+        for chunk, part_TD in zip(packed.chunks, parts_TD, strict=True):
+            assert len(part_TD) == len(chunk.ids), f"{len(part_TD)} tokens of {len(chunk.ids)}"
         return torch.cat(parts_TD).to(
             self.workshop.working_dtype if packed.picks else self._between
         )
 
-    def _tokens(self, item: Item) -> Tensor:
-        ids_1T = torch.tensor([item.ids], device=self.workshop.device)
-        if item.types is None or not self.encoder.takes_types:
-            return self.encoder.embed(ids_1T)[0]
-        types_1T = torch.tensor([item.types], device=self.workshop.device)
-        return self.encoder.embed(ids_1T, token_type_ids=types_1T)[0]
+    def _together(self, items: Sequence[Item]) -> Tensor:
+        """The embedded tokens of items of one form, [B, T, D]; of an image all of its patches."""
+        tools = self.workshop
+        if items[0].pixels_CHW is not None:
+            pixels = [item.pixels_CHW for item in items if item.pixels_CHW is not None]
+            return self.encoder.embed(torch.stack(pixels).to(tools.device, tools.dtype))
+        ids_BT = torch.tensor([item.ids for item in items], device=tools.device)
+        if items[0].types is None or not self.encoder.takes_types:
+            return self.encoder.embed(ids_BT)
+        types_BT = torch.tensor([item.types for item in items], device=tools.device)
+        return self.encoder.embed(ids_BT, token_type_ids=types_BT)
 
     def _logits(self, h_ND: Tensor, packed: Packed) -> list[Tensor]:
         """What the head makes of each item: float32 [outputs], of every token [T, outputs]."""
@@ -157,11 +160,14 @@ def _item(chunk: Chunk) -> Item:
     return chunk.sequence.item
 
 
-def _pixels_shape(item: Item) -> Sequence[int]:
-    return () if item.pixels_CHW is None else tuple(item.pixels_CHW.shape)
+def _form(item: Item) -> tuple[object, ...]:
+    """What items must share to be embedded in one call."""
+    if item.pixels_CHW is not None:
+        return tuple(item.pixels_CHW.shape)
+    return len(item.ids), item.types is None
 
 
 def _seen(embedded_TD: Tensor, item: Item) -> Tensor:
     """The tokens that the item holds: of a masked image not all."""
-    whole = len(item.ids) == len(embedded_TD)
+    whole = item.pixels_CHW is None or len(item.ids) == len(embedded_TD)
     return embedded_TD if whole else embedded_TD[torch.tensor(item.ids, device=embedded_TD.device)]
