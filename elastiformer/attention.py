@@ -227,10 +227,12 @@ class BothWays:
             outs = [self.one(query_NAH, position_N, read, layer) for read in reads.each]
             return torch.cat(outs)
         sizes, size_C = np.unique(np.stack([queries_C, keys_C]), axis=1, return_inverse=True)
-        if sizes.shape[1] == 1:
-            return _together(query_NAH, sides.keys_values_RMH, *sizes[:, 0].tolist(), layer.scale)
+        each_size = sizes.T.tolist()
+        if len(each_size) == 1:
+            queries, keys = each_size[0]
+            return _together(query_NAH, sides.keys_values_RMH, queries, keys, layer.scale)
         out_NAH = torch.empty_like(query_NAH)
-        for size, (queries, keys) in enumerate(sizes.T.tolist()):
+        for size, (queries, keys) in enumerate(each_size):
             if not queries:
                 continue
             among_B = size_C == size
@@ -260,8 +262,8 @@ def _together(
     query_NAH: Tensor, keys_values_RMH: Tensor, queries: int, keys: int, scale: float
 ) -> Tensor:
     """The attention output of requests of one size, each with all of its keys: [N, A, H]."""
-    query_BQAH = query_NAH.unflatten(0, (-1, queries))
-    keys_values_BKMH = keys_values_RMH.unflatten(0, (-1, keys))
+    query_BQAH = query_NAH.view(-1, queries, *query_NAH.shape[1:])
+    keys_values_BKMH = keys_values_RMH.view(-1, keys, *keys_values_RMH.shape[1:])
     key_BKGH, value_BKGH = keys_values_BKMH.chunk(2, dim=2)
     out_BAQH = F.scaled_dot_product_attention(
         query_BQAH.transpose(1, 2),
