@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class EncoderForm(SparseForm):
         self._headed = encoder.task is not Task.FEATURES or pooling is Pooling.OWN
         self._head_weights = sum(each.weight.numel() for each in encoder.head_modules)
         self._probes = encoder.probes
+        self._outside_products = lru_cache(maxsize=256)(self._count_outside)
 
     def _placing(self, packed: Packed) -> Placing:
         return WholePlacing(packed)
@@ -105,14 +107,16 @@ class EncoderForm(SparseForm):
     def _charge(self, packed: Packed) -> None:
         """Count what stands before and after the layers: it is never left out."""
         for chunk, outputs in zip(packed.chunks, packed.output_counts, strict=True):
-            parameters, scores = self._outside_products(_item(chunk), outputs)
+            pixels_CHW = _item(chunk).pixels_CHW
+            sides = None if pixels_CHW is None else tuple(pixels_CHW.shape[1:])
+            parameters, scores = self._outside_products(sides, outputs)
             usage = chunk.sequence.usage
             usage.flops += 2 * (parameters + scores)
             usage.dense_flops += 2 * (parameters + scores)
             usage.parameters_used += parameters
             usage.dense_parameters += parameters
 
-    def _outside_products(self, item: Item, outputs: int) -> tuple[int, int]:
+    def _count_outside(self, sides: tuple[int, int] | None, outputs: int) -> tuple[int, int]:
         """The multiply-adds of patches and head of one item: with parameters, and of scores."""
         times = outputs if self.encoder.task is Task.TOKEN_CLASSIFICATION else 1
         parameters, scores = times * self._head_weights, 0
@@ -120,8 +124,8 @@ class EncoderForm(SparseForm):
             width = probe.embed_dim
             parameters += (1 + 2 * outputs) * width * width  # its query, all keys and values
             scores += 2 * outputs * width
-        if item.pixels_CHW is not None:
-            patches = self.encoder.patch_count(*item.pixels_CHW.shape[1:])
+        if sides is not None:
+            patches = self.encoder.patch_count(*sides)
             parameters += patches * sum(each.weight.numel() for each in self.encoder.patches)
         return parameters, scores
 
