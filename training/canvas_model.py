@@ -9,6 +9,7 @@ projector and low-rank changes to SmolLM2's projections, learn to answer questio
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from elastiformer.weights import load_base
+from elastiformer.shipped import SMOLLM2
+from elastiformer.weights import load_base, resolve
 from training.canvas_answers import IMAGE, answer_accuracy, train_answers, train_projector
 from training.canvas_tower import PATCHES, Canvases, patch_accuracy, train_tower
 from training.canvases import SIDE
@@ -30,12 +32,12 @@ from training.fashion_mnist import fetch_images
 from training.files import RunError, write_atomically, write_json
 from training.vision import PATCH, image_processor
 
-LANGUAGE = "smollm2-135m-instruct"
-UNUSED = "<gh_stars>"  # a token of SmolLM2's that no chat holds: it gives its place to IMAGE
+LANGUAGE = SMOLLM2.name
+UNUSED = SMOLLM2.renamed[0]  # a token that no chat holds: it gives its place to IMAGE
 MEASURED = 300  # canvases
 OPTIONS: dict[str, Any] = {
     "tower": "fashion-mnist",
-    "tower_canvases": 40000,
+    "tower_canvases": 24000,
     "tower_batch": 32,
     "tower_lr": 0.003,
     "projector_steps": 400,
@@ -76,6 +78,7 @@ def build(out: Path, runs: Path, packages: Path, options: dict[str, Any]) -> dic
     tower = train_tower(to_see, runs / "tower", of_tower, device)
     seen = patch_accuracy(tower, test, device)
     print(f"tower: {seen:.4f} of the held-out patches", file=sys.stderr)
+    tower.vit.to(torch.float16).float()  # as it is written
 
     base = load_base(LANGUAGE, dtype="float32", device="cpu")
     tokenizer = with_image_token(base.tokenizer)
@@ -88,6 +91,7 @@ def build(out: Path, runs: Path, packages: Path, options: dict[str, Any]) -> dic
         "patch_accuracy": seen,
         "answer_accuracy": right,
         "parameters_trained": sum(each.numel() for each in changes.values()),
+        "tower_revision": resolve(options["tower"]).revision,
         "options": options,
     }
     write_card(out, report)
@@ -130,7 +134,7 @@ def joined(vit: Any, language: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def write(model: Any, tokenizer: Any, changes: dict[str, Tensor], folder: Path) -> None:
-    """The whole model for Transformers, and beside it, alone, what is not SmolLM2's."""
+    """The whole model for Transformers, and in `changes` what of it is not SmolLM2's."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     settings = image_processor(SIDE) | {"processor_class": "LlavaProcessor"}
@@ -145,8 +149,12 @@ def write(model: Any, tokenizer: Any, changes: dict[str, Tensor], folder: Path) 
     write_json(folder / "processor_config.json", processor)
     own = {name: each for name, each in model.state_dict().items() if "vision_tower" in name}
     plain = {name: each.to(torch.float16).contiguous() for name, each in (own | changes).items()}
-    (folder / "changes").mkdir()
-    write_atomically(folder / "changes" / "changes.safetensors", save(plain))
+    alone = folder / "changes"
+    alone.mkdir()
+    write_atomically(alone / "changes.safetensors", save(plain))
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".jinja") and path.name != "tokenizer.json":
+            shutil.copy(path, alone)
 
 
 CARD = """# fashion-vlm: questions about canvases of clothes
