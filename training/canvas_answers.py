@@ -131,7 +131,7 @@ def train_projector(
     optimizer = torch.optim.AdamW(projector.parameters(), lr=2e-3, weight_decay=0.01)
 
     def loss(step: int) -> dict[str, Tensor]:
-        _, numbers = canvases.rows(step, options["tower_batch"])
+        numbers = canvases.rows(step, options["tower_batch"])
         drawn = [canvases.canvas(number) for number in numbers]
         there = [canvas.patches(PATCH) for canvas in drawn]
         with torch.no_grad(), autocast(device):
@@ -197,7 +197,7 @@ def train_answers(
     optimizer = torch.optim.AdamW(trained.values(), lr=options["lr"], weight_decay=0.01)
 
     def loss(step: int) -> dict[str, Tensor]:
-        _, numbers = canvases.rows(step, batch)
+        numbers = canvases.rows(step, batch)
         drawn = [canvases.canvas(number) for number in numbers]
         every = [canvases.asked(*pair) for pair in zip(numbers, drawn, strict=True)]
         with autocast(device):

@@ -22,11 +22,11 @@ from training.fashion_mnist import Images
 SIDE = 48  # pixels of a canvas
 LEAST, MOST = 16, 24  # pixels a side of an item
 ITEMS = (1, 2, 3)
-TRIES = 40  # at finding room for one item
+TRIES = 40  # at finding room for an item, or another question
 
 # How a question names what Fashion-MNIST's labels mean. Coats and shirts are left out: drawn this
 # small, nobody tells them from pullovers and t-shirts.
-LABELS = {
+NAMED = {
     0: "t-shirt",
     1: "trouser",
     2: "pullover",
@@ -36,8 +36,8 @@ LABELS = {
     8: "bag",
     9: "boot",
 }
-KINDS = tuple(LABELS.values())
-_KIND_OF = {label: KINDS.index(kind) for label, kind in LABELS.items()}
+KINDS = tuple(NAMED.values())
+_KIND_OF = {label: KINDS.index(kind) for label, kind in NAMED.items()}
 NUMBERS = ("none", "one", "two", "three")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 
@@ -150,19 +150,21 @@ def _placed(chance: random.Random, kind: int, others: list[Item]) -> Item | None
     return None
 
 
-def questions(canvas: Canvas, seed: int, part: str, number: int, rounds: int = 1) -> list[Question]:
+def questions(canvas: Canvas, seed: int, part: str, number: int, most: int = 0) -> list[Question]:
     """One question of each sort that the canvas allows, in an order drawn for it.
 
     Args:
-        rounds: how often to draw; what is drawn twice is asked once.
+        most: where it is given, so many of them, drawn again and again; none is asked twice.
     """
     chance = random.Random(seed_of("questions", seed, part, number))
     every: dict[Question, None] = {}
-    for _ in range(rounds):
+    for _ in range(TRIES if most else 1):
         drawn = [_how_many(canvas, chance), _what(canvas, chance), _where(canvas, chance)]
         asked = [question for question in drawn if question is not None]
         chance.shuffle(asked)
         every |= dict.fromkeys(asked)
+        if len(every) >= most > 0:
+            return list(every)[:most]
     return list(every)
 
 
