@@ -38,11 +38,11 @@ MEASURED = 300  # canvases
 OPTIONS: dict[str, Any] = {
     "tower": "fashion-mnist",
     "tower_canvases": 24000,  # an epoch
-    "tower_epochs": 2,
+    "tower_epochs": 1,
     "tower_batch": 32,
     "tower_lr": 0.003,
-    "projector_steps": 300,
-    "canvases": 1500,
+    "projector_steps": 400,
+    "canvases": 1200,
     "epochs": 1,
     "batch": 2,
     "questions": 10,  # on a canvas, in one go
@@ -168,7 +168,7 @@ tower, projector and changes, {parameters:,} numbers in float16. The sum is writ
 folder at the first use.
 
 It answers three sorts of questions, as they were asked in training: "What is at the top left?",
-"Where is the bag?", "How many items are there?" and "How many items of the kind boot are there?".
+"Where is the bag?", "How many items are there?" and "How many boots are there?".
 Kinds are {kinds}; a canvas is black, with one to three items on it that do not overlap, of
 {least} to {most} pixels a side. It has not seen anything else.
 

@@ -175,9 +175,8 @@ def _how_many(canvas: Canvas, chance: random.Random) -> Question:
     there = chance.random() < 0.5
     kind = chance.choice(canvas.items).kind if there else chance.randrange(len(KINDS))
     count = sum(item.kind == kind for item in canvas.items)
-    return Question(
-        "number", f"How many items of the kind {KINDS[kind]} are there?", NUMBERS[count]
-    )
+    plural = KINDS[kind] + ("es" if KINDS[kind].endswith("s") else "s")
+    return Question("number", f"How many {plural} are there?", NUMBERS[count])
 
 
 def _what(canvas: Canvas, chance: random.Random) -> Question | None:
