@@ -114,4 +114,5 @@ class PictureStudent(NumberedStudent):
             features_BPD = self.model.vlm.features(batch.pixels_NCHW)
         looked_BP = answer_attention(self.model, batch, features_BPD)
         scores_BP = adapter.routers.image(features_BPD)
-        return -(looked_BP * scores_BP.log_softmax(-1)).sum()
+        told: Tensor = (looked_BP * scores_BP.log_softmax(-1)).sum()
+        return -told
