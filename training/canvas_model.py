@@ -34,7 +34,7 @@ from training.vision import PATCH, image_processor
 
 LANGUAGE = SMOLLM2.name
 UNUSED = SMOLLM2.renamed[0]  # a token that no chat holds: it gives its place to IMAGE
-MEASURED = 300  # canvases
+MEASURED = 150  # canvases
 OPTIONS: dict[str, Any] = {
     "tower": "fashion-mnist",
     "tower_canvases": 24000,  # an epoch
