@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -42,7 +42,7 @@ OPTIONS: dict[str, Any] = {
     "tower_batch": 32,
     "tower_lr": 0.003,
     "projector_steps": 400,
-    "canvases": 1200,
+    "canvases": 1000,
     "epochs": 1,
     "batch": 2,
     "questions": 10,  # on a canvas, in one go
@@ -119,6 +119,8 @@ def with_image_token(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTok
 def joined(vit: Any, language: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Tower, a fresh projector and the language model as one."""
     image_token: Any = tokenizer.convert_tokens_to_ids(IMAGE)
+    for part in (vit, language):
+        part.config.name_or_path = ""  # where it lay on this machine is nobody's business
     config = LlavaConfig(
         vision_config=vit.config,
         text_config=language.config,
@@ -128,7 +130,10 @@ def joined(vit: Any, language: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
         vision_feature_select_strategy="default",
     )
     model: Any = LlavaForConditionalGeneration(config)
-    model.model.vision_tower = vit
+    tower = model.model.vision_tower
+    for parameter in tower.pooler.parameters():
+        nn.init.zeros_(parameter)  # LLaVA reads the hidden states; its towers have one all the same
+    tower.load_state_dict(vit.state_dict() | tower.pooler.state_dict(prefix="pooler."))
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.tie_weights()
     return model.eval()
