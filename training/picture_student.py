@@ -100,6 +100,8 @@ class PictureStudent(NumberedStudent):
         ).sum()
         distil = distil / whole.rows
         losses = summed(distil, result.routes, objective, whole)
+        if objective.weights.agreement == 0:
+            return losses
         agreement = losses.agreement + self._image_agreement(batch) / whole.rows
         total = losses.total + objective.weights.agreement * (agreement - losses.agreement)
         return Losses(losses.distil, losses.balance, agreement, total)
