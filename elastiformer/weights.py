@@ -131,10 +131,9 @@ def resolve(base: str) -> Resolved:
         BaseModelError: naming the base and what is wrong with it.
     """
     if base in EMBEDDED:
-        embedded = EMBEDDED[base]
-        return Resolved(base, _unpacked(base, embedded), f"sha256:{embedded.sha256}")
+        return Resolved(base, *_embedded(base))
     if base in SHIPPED:
-        return Resolved(base, *shipped(base))
+        return Resolved(base, *shipped(base, _embedded))
     folder = Path(base).expanduser()
     if base and folder.is_dir():
         _check_folder(folder)
@@ -358,14 +357,17 @@ def _computes_in_bfloat16(device: torch.device) -> bool:
 _CONVERSION = 1
 
 
-def _unpacked(name: str, embedded: Embedded) -> Path:
+def _embedded(name: str) -> tuple[Path, str]:
+    embedded = EMBEDDED[name]
+
     def convert(folder: Path) -> None:
         requirement = embedded.requirement
         source = installed_file(name, requirement, embedded.package, embedded.file)
         check_sha256(name, source, embedded.sha256, requirement)
         _convert(name, source, folder)
 
-    return made_once(name, f"{name}-{embedded.sha256[:8]}-{_CONVERSION}", convert)
+    folder = made_once(name, f"{name}-{embedded.sha256[:8]}-{_CONVERSION}", convert)
+    return folder, f"sha256:{embedded.sha256}"
 
 
 def _convert(name: str, source: Path, folder: Path) -> None:

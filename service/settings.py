@@ -25,6 +25,7 @@ EMBEDDED_DEFAULTS = {
     "smollm2": "smollm2-135m-instruct",
     "sentiment": "sentiment",
     "fashion-mnist": "fashion-mnist",
+    "fashion-vlm": "fashion-vlm",
 }
 TASKS = ("generate", "classify", IMAGE_TEXT_TO_TEXT, *(task.value for task in Task))
 DEFAULT_EFFORT = {"low": 0.6, "medium": 0.8, "high": 1.0}

@@ -27,12 +27,13 @@ LOW_TO_HIGH = """
         answers readings streams routes app server __main__
 
     training: __init__ files options signals progress processes packages data stream examples
-        exchanges losses lessons student encoder_student picture_student checkpoint mixed fitting
-        fashion_mnist convolutions vision masked_images reviews corpora sentiment canvases
-        canvas_tower canvas_answers canvas_model build quality encoder_quality picture_quality
-        allotment tuning sensitivity baselines pictures stopwatch reports encoder_reports loop
-        encoder_calibrate encoder_evaluate picture_evaluate overlap domain_report distill repair
-        ranks calibrate evaluate domains reconstruct summarize synthesize __main__
+        exchanges choosers losses lessons student encoder_student picture_student checkpoint
+        mixed fitting fashion_mnist convolutions vision masked_images reviews canvases corpora
+        sentiment canvas_tower canvas_answers canvas_model build quality encoder_quality
+        picture_quality allotment tuning sensitivity baselines pictures stopwatch reports
+        encoder_reports loop encoder_calibrate encoder_evaluate picture_reports picture_evaluate
+        overlap domain_report distill repair ranks calibrate evaluate domains reconstruct
+        summarize synthesize __main__
 """
 
 _COMPILED = {
@@ -58,13 +59,14 @@ DOORS = {
         "training.canvas_answers",
         "training.canvas_model",
         "training.canvas_tower",
+        "training.choosers",
         "training.data",
         "training.encoder_evaluate",
         "training.stream",
         "training.evaluate",
         "training.masked_images",
         "training.mixed",
-        "training.picture_quality",
+        "training.picture_evaluate",
         "training.reconstruct",
         "training.sentiment",
         "training.vision",

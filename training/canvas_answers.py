@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from elastiformer.shipped import SMOLLM2
 from training.canvas_tower import PATCHES, Canvases, Tower, pixels
 from training.canvases import CORNERS, KINDS, Question
 from training.data import seed_of
@@ -28,7 +29,7 @@ from training.mixed import autocast, mixed
 from training.sentiment import Changed, Kept
 from training.vision import PATCH
 
-IMAGE = "<image>"
+IMAGE = SMOLLM2.renamed[1]
 BEFORE, AFTER = "<|im_start|>user\n", "\n"  # the image
 IGNORED = -100
 WHOLE_EVERY = 8  # steps: so often a step sees all image tokens
@@ -130,7 +131,7 @@ def train_projector(
     optimizer = torch.optim.AdamW(projector.parameters(), lr=2e-3, weight_decay=0.01)
 
     def loss(step: int) -> dict[str, Tensor]:
-        _, numbers = canvases.rows(step, options["tower_batch"])
+        numbers = canvases.rows(step, options["tower_batch"])
         drawn = [canvases.canvas(number) for number in numbers]
         there = [canvas.patches(PATCH) for canvas in drawn]
         with torch.no_grad(), autocast(device):
@@ -196,7 +197,7 @@ def train_answers(
     optimizer = torch.optim.AdamW(trained.values(), lr=options["lr"], weight_decay=0.01)
 
     def loss(step: int) -> dict[str, Tensor]:
-        _, numbers = canvases.rows(step, batch)
+        numbers = canvases.rows(step, batch)
         drawn = [canvases.canvas(number) for number in numbers]
         every = [canvases.asked(*pair) for pair in zip(numbers, drawn, strict=True)]
         with autocast(device):
@@ -215,6 +216,9 @@ def train_answers(
     steps = round(canvases.count // batch * options["epochs"])
     schedule = Schedule(steps, warmup=0.05, checkpoint_every=25)
     fit("answers", Kept(trained), [optimizer], loss, schedule, folder, options)
+    with torch.no_grad():
+        for each in trained.values():
+            each.copy_(each.to(torch.float16))  # as they are written
     changes = {name: each.detach().cpu().clone() for name, each in trained.items()}
     merge_changes(thin)
     return changes

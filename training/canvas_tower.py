@@ -33,28 +33,30 @@ PATCHES = (SIDE // PATCH) ** 2
 
 @dataclass(frozen=True, slots=True)
 class Canvases:
-    """The canvases of a part, made when they are asked for."""
+    """The canvases of a part, so many an epoch, made when they are asked for."""
 
     images: Images
     seed: int
     part: str
     count: int
-    rounds: int = 1  # of questions on each
+    questions: int = 0  # on each; 0: one of each sort
 
     def canvas(self, number: int) -> Canvas:
         return compose(self.images, self.seed, self.part, number)
 
     def asked(self, number: int, canvas: Canvas) -> list[Question]:
-        return questions(canvas, self.seed, self.part, number, self.rounds)
+        return questions(canvas, self.seed, self.part, number, self.questions)
 
     def order(self, epoch: int) -> list[int]:
+        """The numbers of an epoch's canvases, which no other epoch has."""
         drawn = torch.Generator().manual_seed(seed_of("canvases", self.seed, epoch))
-        return list(torch.randperm(self.count, generator=drawn).tolist())
+        order_N = torch.randperm(self.count, generator=drawn) + epoch * self.count
+        return list(order_N.tolist())
 
-    def rows(self, step: int, batch: int) -> tuple[int, list[int]]:
-        """The epoch of a step, and the numbers of its canvases."""
+    def rows(self, step: int, batch: int) -> list[int]:
+        """The numbers of a step's canvases."""
         epoch, at = divmod(step, self.count // batch)
-        return epoch, self.order(epoch)[at * batch : (at + 1) * batch]
+        return self.order(epoch)[at * batch : (at + 1) * batch]
 
 
 def pixels(canvases: Sequence[Canvas]) -> Tensor:
@@ -117,20 +119,35 @@ def begun_tower(folder: Path) -> Tower:
     return Tower(large)
 
 
-def train_tower(canvases: Canvases, folder: Path, options: dict[str, Any], device: str) -> Tower:
+def train_tower(canvases: Canvases, runs: Path, options: dict[str, Any], device: str) -> Tower:
     """A tower that tells what stands in each patch.
+
+    It learns over several epochs, each a run of its own whose learning rate rises and falls.
 
     Raises:
         Stopped, RunError, BaseModelError: see their messages.
     """
     torch.manual_seed(seed_of("tower", options["seed"]))
     tower = begun_tower(resolve(options["tower"]).path).to(device).train()
+    for epoch in range(options["tower_epochs"]):
+        _train_epoch(tower, canvases, epoch, runs / f"tower-{epoch}", options, device)
+    return tower.eval()
+
+
+def _train_epoch(
+    tower: Tower,
+    canvases: Canvases,
+    epoch: int,
+    folder: Path,
+    options: dict[str, Any],
+    device: str,
+) -> None:
     rate, batch = options["tower_lr"], options["tower_batch"]
     optimizers = optimizers_of(dict(tower.named_parameters()), rate, rate / 3, decay=0.05)
+    steps = canvases.count // batch
 
     def loss(step: int) -> dict[str, Tensor]:
-        _, numbers = canvases.rows(step, batch)
-        drawn = [canvases.canvas(number) for number in numbers]
+        drawn = [canvases.canvas(number) for number in canvases.rows(epoch * steps + step, batch)]
         there = [canvas.patches(PATCH) for canvas in drawn]
         with autocast(device):
             seen: Sight = tower(pixels(drawn).to(device))
@@ -141,9 +158,7 @@ def train_tower(canvases: Canvases, folder: Path, options: dict[str, Any], devic
         # Few patches hold a middle, so that its mean is small.
         return parts | {"total": kinds + corners + 4 * middles}
 
-    steps = canvases.count // batch
-    fit("tower", tower, optimizers, loss, Schedule(steps), folder, options)
-    return tower.eval()
+    fit(f"tower {epoch}", tower, optimizers, loss, Schedule(steps), folder, options)
 
 
 def _told(said_BPK: Tensor, true: Sequence[Tensor]) -> Tensor:

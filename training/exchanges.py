@@ -84,13 +84,22 @@ def read_exchanges(data: str, model: ElasticVlm) -> Exchanges:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: not JSON ({error.msg})") from error
-        each.append(_exchange(record, where, path.parent, model))
+        each.append(exchange_of(record, where, path.parent, model))
     if not each:
         raise DataError(f"{data}: holds no exchange")
     return Exchanges(data, tuple(each))
 
 
-def _exchange(record: object, where: str, beside: Path, model: ElasticVlm) -> Exchange:
+def exchange_of(record: object, where: str, beside: Path, model: ElasticVlm) -> Exchange:
+    """One line of `DATA`.
+
+    Args:
+        where: names it in errors.
+        beside: the folder that images without an address of their own lie in.
+
+    Raises:
+        DataError: it is malformed, or too long for the model.
+    """
     if not isinstance(record, Mapping):
         raise DataError(f'{where}: an object with "image" and "text"; got {record!r:.60}')
     said: dict[str, str] = {}

@@ -8,22 +8,23 @@ many image tokens and choose them otherwise.
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from elastiformer import AdapterError, Calibration, CapacityError, Phase, Unit
 from elastiformer.calibration import DataRecord
 from elastiformer.vlm import ElasticVlm
-from training.encoder_reports import cell_of
+from training.choosers import CHOOSERS
 from training.exchanges import Exchange, Exchanges, read_exchanges
-from training.files import write_atomically, write_json
 from training.picture_quality import (
-    CHOOSERS,
-    PictureQuality,
     answers_at,
     chosen_by,
     prefill_flops,
@@ -31,9 +32,9 @@ from training.picture_quality import (
     prompt_at,
     quality,
 )
+from training.picture_reports import PictureReport, Prefill, write_pictures
 from training.picture_student import LEAST_IMAGE_SHARE
 from training.progress import track
-from training.reports import table
 
 TIMED = 16  # exchanges
 TOLERANCE = 0.02  # what an exchange spends lies so near to what it asked
@@ -77,6 +78,7 @@ def calibrate_pictures(args: argparse.Namespace) -> dict[str, Any]:
         "not_reached": [each for each in args.capacities if each not in served],
         "worst_miss": worst,
         "promise_kept": worst <= TOLERANCE,
+        "runs_whole": [str(phase) for phase, path in draft.paths.items() if not path],
         "measured": [asdict(row) for row in measured],
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -90,7 +92,8 @@ def evaluate_pictures(args: argparse.Namespace) -> dict[str, Any]:
     """
     started = time.monotonic()
     model = _loaded(args)
-    if model.calibration is None:
+    calibration = model.calibration
+    if calibration is None:
         raise AdapterError(f"{args.adapter}: not calibrated; run python -m training calibrate")
     exchanges = read_exchanges(args.data, model)
     some = _some(exchanges, args.items)
@@ -107,37 +110,62 @@ def evaluate_pictures(args: argparse.Namespace) -> dict[str, Any]:
     timed = some[:TIMED]
     times = prefill_times(model, timed, served, args.repeats) if args.repeats else {}
     flops = {capacity: prefill_flops(model, timed, capacity) for capacity in times}
-    report = {
-        "about": {
-            "adapter": model.adapter.identity if model.adapter else None,
-            "base": asdict(model.identity),
-            "data": {"name": Path(exchanges.source).name, "sha256": exchanges.sha256},
-            "exchanges": len(some),
-            "seed": args.seed,
-            "dtype": str(model.dtype).removeprefix("torch."),
-        },
-        "ours": [asdict(row) for row in ours],
-        "choosers": {name: [asdict(row) for row in rows] for name, rows in beside.items()},
-        "prefill": {
-            f"{capacity:g}": {
-                "time_ratio": ratio,
-                "flops_ratio": flops[capacity] / flops[1.0],
-            }
-            for capacity, ratio in times.items()
-        },
-        "refused": [each for each in args.capacities if each not in served],
+    prefill = {
+        capacity: Prefill(ratio, flops[capacity] / flops[1.0]) for capacity, ratio in times.items()
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "report.json", report)
-    write_atomically(args.out / "report.md", _markdown(ours, beside, times, flops).encode())
+    report = PictureReport(
+        about=_about(model, calibration, exchanges, len(some), args),
+        ours=ours,
+        choosers=beside,
+        prefill=prefill,
+        refused=[each for each in args.capacities if each not in served],
+    )
+    files = write_pictures(args.out, report, model, some, args.seed)
+    if args.update_adapter:
+        assert model.adapter is not None
+        rows = tuple(row.measured(times.get(row.capacity)) for row in ours)
+        data = DataRecord(
+            Path(exchanges.source).name,
+            exchanges.sha256,
+            len(some),
+            calibration.context,
+            args.seed,
+        )
+        model.adapter.calibration = replace(calibration, measured=rows, data=data)
+        model.adapter.save(args.adapter)
     return {
         "report": str(args.out),
-        "files": ["report.json", "report.md"],
+        "files": files,
         "capacities": served,
         "right": {f"{row.capacity:g}": row.right for row in ours},
         "kept": {f"{row.capacity:g}": row.kept for row in ours},
         "time_ratio": {f"{capacity:g}": ratio for capacity, ratio in times.items()},
         "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _about(
+    model: ElasticVlm,
+    calibration: Calibration,
+    exchanges: Exchanges,
+    measured: int,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    return {
+        "adapter": model.adapter.identity if model.adapter else None,
+        "base": asdict(model.identity),
+        "data": {"name": Path(exchanges.source).name, "sha256": exchanges.sha256},
+        "exchanges": measured,
+        "seed": args.seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "runs_whole": [str(phase) for phase, path in calibration.paths.items() if not path],
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
 
 
@@ -167,25 +195,3 @@ def _reached(model: ElasticVlm, exchanges: Sequence[Exchange], capacity: float) 
     except CapacityError:
         return False
     return True
-
-
-def _markdown(
-    ours: Sequence[PictureQuality],
-    beside: Mapping[str, Sequence[PictureQuality]],
-    times: Mapping[float, float],
-    flops: Mapping[float, int],
-) -> str:
-    heads = ["capacity", "image tokens kept", "spent", "KL", "answers right", "as full"]
-    heads += ["prefill time / full", "prefill FLOPs / full"]
-    heads += [f"{name}: right" for name in beside]
-    rows = []
-    for row in ours:
-        others = [
-            next((each.right for each in those if each.capacity == row.capacity), None)
-            for those in beside.values()
-        ]
-        paid = flops[row.capacity] / flops[1.0] if row.capacity in flops else None
-        numbers = [row.kept, row.spent, row.kl, row.right, row.same, times.get(row.capacity), paid]
-        rows.append([f"{row.capacity:g}", *map(cell_of, [*numbers, *others])])
-    told = "The others keep as many tokens of each image and choose them otherwise."
-    return "\n".join(["# Image tokens left out", "", *table(heads, rows), "", told, ""])

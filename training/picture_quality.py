@@ -2,7 +2,7 @@
 
 Answers are read off one pass over prompt and answer through the form that is served: where every
 token of the answer is the likeliest one, greedy decoding writes it and stops. Others that choose
-which image tokens stay (`CHOOSERS`) are run through the masked form, at equal counts.
+which image tokens stay (choosers.py) are run through the masked form, at equal counts.
 
 Shape letters: B exchanges   P image tokens   T tokens   R answer tokens   V vocabulary
 """
@@ -10,15 +10,12 @@ Shape letters: B exchanges   P image tokens   T tokens   R answer tokens   V voc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from elastiformer import Capacity, Chunk
 from elastiformer.calibration import Measured
@@ -26,12 +23,11 @@ from elastiformer.capacity import dense_plan
 from elastiformer.imaged import ImagedPrompt
 from elastiformer.sight import keep
 from elastiformer.vlm import ElasticVlm
-from training.data import seed_of
+from training.choosers import CHOOSERS
 from training.exchanges import Exchange, collated, judged, picture_in
 from training.losses import Divergence, kl_per_token
 
 AT_ONCE = 8
-EARLY_LAYER = 1  # the second one, as FastV takes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,81 +171,6 @@ def _judged(
         apart.append(float(kl_per_token(whole_RV, said_RV, Divergence()).mean()))
     share = fmean(kept) / model.sight.tokens
     return capacity, share, fmean(apart), fmean(right), fmean(same)
-
-
-# Who else could choose.
-
-
-def at_random(model: ElasticVlm, exchanges: Sequence[Exchange], seed: int) -> Tensor:
-    """Noise, the same for an exchange whoever stands beside it: [B, P]."""
-    rows = [
-        torch.rand(
-            model.sight.tokens,
-            generator=torch.Generator().manual_seed(seed_of("dropped", seed, each.digest.hex())),
-        )
-        for each in exchanges
-    ]
-    return torch.stack(rows).to(model.device)
-
-
-def by_class_attention(model: ElasticVlm, exchanges: Sequence[Exchange], seed: int) -> Tensor:
-    """How much the tower's class token attends to each: [B, P].
-
-    Of a tower without one, how much all its tokens do. Source: LLaVA-PruMerge (arXiv:2403.15388),
-    of which the merging is left out.
-    """
-    config: Any = model.vlm.whole.config
-    tower: Any = model.vlm.tower
-    batch = collated(exchanges, model)
-    layer = config.vision_feature_layer
-    with _eager(tower):
-        attended = tower(batch.pixels_NCHW, output_attentions=True).attentions
-    read = layer if isinstance(layer, int) and layer < 0 else -1
-    attention_BTT: Tensor = attended[read].float().mean(1)
-    if config.vision_feature_select_strategy == "default":
-        return attention_BTT[:, 0, 1:]
-    return attention_BTT.mean(1)[:, -model.sight.tokens :]
-
-
-def by_early_attention(model: ElasticVlm, exchanges: Sequence[Exchange], seed: int) -> Tensor:
-    """How much the last prompt token attends to each in an early layer: [B, P].
-
-    It alone knows the question. What it costs to run these layers over all tokens is not counted.
-    Source: FastV (arXiv:2403.06764), which leaves them out from there on and not before.
-    """
-    batch = collated(exchanges, model)
-    embedded_BTD = model.embedded(batch, model.vlm.features(batch.pixels_NCHW))
-    language: Any = model.vlm.language.base_model
-    with _eager(language):
-        attended = language(
-            inputs_embeds=embedded_BTD,
-            attention_mask=batch.mask_BT,
-            output_attentions=True,
-            use_cache=False,
-        ).attentions
-    attention_BTT: Tensor = attended[min(EARLY_LAYER, len(attended) - 1)].float().mean(1)
-    last_B = torch.tensor([len(each.prompt) - 1 for each in exchanges], device=model.device)
-    asked_BT = attention_BTT[torch.arange(len(exchanges), device=model.device), last_B]
-    image_BT = batch.ids_BT == model.vlm.image_token
-    return asked_BT[image_BT].view(len(exchanges), -1)
-
-
-CHOOSERS: dict[str, Callable[[ElasticVlm, Sequence[Exchange], int], Tensor]] = {
-    "random": at_random,
-    "class attention": by_class_attention,
-    "early attention": by_early_attention,
-}
-
-
-@contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
-    """Attention as plain products, which alone says who attends to whom."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 # Time.

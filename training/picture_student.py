@@ -3,7 +3,11 @@
 Teacher and student differ in length, as the student's image tokens are fewer: they are compared
 token by token of the answer, found by where each stood in what was sent.
 
+Through the answers a router hears only of tokens that stay. Of all of them it hears by its
+agreement: its scores are to say which image tokens the teacher looks at while it answers.
+
 Shape letters: B exchanges   T tokens as sent   S tokens that stay   V vocabulary
+    P image tokens   D width
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from torch import Tensor
 
 from elastiformer.capacity import Unit, dense_plan
 from elastiformer.vlm import ElasticVlm, ImagedBatch, ImagedResult
+from training.choosers import answer_attention
 from training.data import seed_of
 from training.exchanges import Exchanges, collated, judged
 from training.lessons import LEAST_EVERY, Lesson, Teacher
@@ -94,4 +99,22 @@ class PictureStudent(NumberedStudent):
             ]
         ).sum()
         distil = distil / whole.rows
-        return summed(distil, result.routes, objective, whole)
+        losses = summed(distil, result.routes, objective, whole)
+        if objective.weights.agreement == 0:
+            return losses
+        agreement = losses.agreement + self._image_agreement(batch) / whole.rows
+        total = losses.total + objective.weights.agreement * (agreement - losses.agreement)
+        return Losses(losses.distil, losses.balance, agreement, total)
+
+    def _image_agreement(self, batch: ImagedBatch) -> Tensor:
+        """How badly the router's scores foretell where the teacher looks, in nats, summed."""
+        adapter = self.model.adapter
+        assert adapter is not None, "a student without an adapter"
+        if adapter.routers.image is None:
+            return torch.zeros((), device=self.model.device)
+        with torch.no_grad():
+            features_BPD = self.model.vlm.features(batch.pixels_NCHW)
+        looked_BP = answer_attention(self.model, batch, features_BPD)
+        scores_BP = adapter.routers.image(features_BPD)
+        told: Tensor = (looked_BP * scores_BP.log_softmax(-1)).sum()
+        return -told

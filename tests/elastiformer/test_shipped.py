@@ -17,7 +17,7 @@ from transformers import (
 
 from elastiformer import shipped
 from elastiformer.errors import BaseModelError
-from elastiformer.shipped import MODELS, SHIPPED, PackagedBase, added
+from elastiformer.shipped import MODELS, SHIPPED, EmbeddedBase, PackagedBase, added
 from elastiformer.weights import resolve
 from tests.training.fashion import sample
 
@@ -96,6 +96,32 @@ def test_a_package_that_is_missing_or_another_one_is_refused(tiny_shipped):
         resolve("tiny")
 
 
+def test_changes_to_an_embedded_model_are_a_larger_one_with_a_token_of_its_own(
+    tmp_path, monkeypatch
+):
+    language, changes = tmp_path / "language", tmp_path / "models" / "seeing"
+    language.mkdir()
+    changes.mkdir(parents=True)
+    save_file({"model.w.weight": torch.eye(2)}, language / "model.safetensors")
+    (language / "tokenizer.json").write_text('{"a": 1, "<unused>": 2}')
+    (changes / "config.json").write_text("{}")
+    own = {"inner.w.down_RF": torch.ones(1, 2), "inner.w.up_GR": torch.ones(2, 1)}
+    save_file(own | {"tower.weight": torch.zeros(1)}, changes / "changes.safetensors")
+    base = EmbeddedBase("language", "inner.", ("<unused>", "<seen>"))
+    monkeypatch.setitem(shipped.SHIPPED, "seeing", base)
+    monkeypatch.setattr(shipped, "MODELS", tmp_path / "models")
+    monkeypatch.setenv("ELASTI_CACHE", str(tmp_path / "cache"))
+
+    folder, revision = shipped.shipped("seeing", lambda _: (language, "sha256:1"))
+    weights = load_file(folder / "model.safetensors")
+    assert torch.equal(weights["inner.w.weight"], torch.eye(2) + 1)
+    assert weights.keys() == {"inner.w.weight", "tower.weight"}
+    assert json.loads((folder / "tokenizer.json").read_text()) == {"a": 1, "<seen>": 2}
+    assert (folder / "config.json").is_file() and not (folder / "changes.safetensors").exists()
+    # Above another language model it is another one.
+    assert shipped.shipped("seeing", lambda _: (language, "sha256:2"))[1] != revision
+
+
 # What really comes along.
 
 
@@ -103,7 +129,7 @@ def test_a_package_that_is_missing_or_another_one_is_refused(tiny_shipped):
 def test_each_has_a_card_and_is_small(name):
     folder = MODELS / name
     assert (folder / "README.md").read_text("utf-8").startswith(f"# {name}: ")
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 4_000_000
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 12_000_000
 
 
 def test_fashion_mnist_tells_clothes_apart():

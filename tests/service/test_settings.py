@@ -63,6 +63,7 @@ def test_without_models_the_embedded_ones_are_served_each_with_its_adapter():
         ("smollm2", "smollm2-135m-instruct"),
         ("sentiment", "sentiment"),
         ("fashion-mnist", "fashion-mnist"),
+        ("fashion-vlm", "fashion-vlm"),
     ]
     assert all((Path(spec.adapter) / "calibration.json").is_file() for spec in served)
 

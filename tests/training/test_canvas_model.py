@@ -12,7 +12,7 @@ from training import canvas_answers, canvas_model, vision
 from training.canvas_answers import IGNORED, IMAGE
 from training.canvas_model import UNUSED
 from training.canvas_tower import PATCHES, Canvases, begun_tower, pixels
-from training.canvases import SIDE, Question
+from training.canvases import KINDS, SIDE, Question
 from training.convolutions import Convolutions
 from training.files import RunError
 from training.vision import Size, Student, write_vision
@@ -41,7 +41,7 @@ def test_the_tower_begins_with_the_classifier_s_layers_on_a_larger_grid(tower):
             assert torch.equal(weight, small.vit.state_dict()[name])
     assert begun.vit.embeddings.position_embeddings.shape == (1, PATCHES + 1, 32)
     seen = begun(torch.zeros(2, 3, SIDE, SIDE))
-    assert seen.kinds_BPK.shape == (2, PATCHES, 11)
+    assert seen.kinds_BPK.shape == (2, PATCHES, len(KINDS) + 1)
     assert seen.corners_BPQ.shape == (2, PATCHES, 5) and seen.middles_BP2.shape[2] == 2
 
 
@@ -119,10 +119,10 @@ def features_of(model, canvas):
 
 def test_a_question_in_a_row_of_several_is_answered_as_alone(model):
     model, tokenizer = model
-    test = Canvases(sample(), 0, "test", 1, rounds=4)
+    test = Canvases(sample(), 0, "test", 1, questions=6)
     canvas = test.canvas(0)
     asked = test.asked(0, canvas)
-    assert len(asked) > 3 and len(set(asked)) == len(asked)
+    assert len(asked) == 6 and len(set(asked)) == len(asked)
     all_BP = torch.arange(PATCHES)[None]
     with torch.inference_mode():
         features_BPD = features_of(model, canvas)

@@ -9,7 +9,15 @@ import pytest
 from PIL import Image
 
 from tests.training.fashion import sample
-from training.corpora import join_sentences, labelled_images, labelled_reviews, untag, write_parts
+from training.canvases import SIDE, compose, questions
+from training.corpora import (
+    asked_canvases,
+    join_sentences,
+    labelled_images,
+    labelled_reviews,
+    untag,
+    write_parts,
+)
 from training.data import read_corpus
 from training.fashion_mnist import LABELS
 from training.files import DataError
@@ -71,6 +79,21 @@ def test_images_are_written_as_they_are_and_read_by_others(tmp_path):
         file = io.BytesIO(base64.b64decode(row["image"].partition(",")[2]))
         assert np.array_equal(np.array(Image.open(file)), pixels.numpy())
         assert row["label"] == LABELS[int(label)]
+
+
+def test_canvases_are_written_with_what_is_asked_of_them(tmp_path):
+    parts = {"train": sample(), "test": sample()}
+    report = asked_canvases(parts, {"train": 1, "heldout": 1, "test": 4}, tmp_path)
+    written = rows(tmp_path, "fashion-vlm-test.jsonl")
+    canvases = [compose(sample(), 0, "test", number) for number in range(4)]
+    asked = [questions(canvas, 0, "test", number) for number, canvas in enumerate(canvases)]
+    expected = [(each.text, each.answer) for some in asked for each in some]
+    assert [(row["question"], row["text"]) for row in written] == expected
+    assert report["test"]["examples"] == len(written)
+    file = io.BytesIO(base64.b64decode(written[0]["image"].partition(",")[2]))
+    shown = np.array(Image.open(file))
+    assert shown.shape == (SIDE, SIDE)
+    assert np.abs(shown / 255 - canvases[0].grey_HW.numpy()).max() <= 0.5 / 255 + 1e-6
 
 
 def test_an_editorial_is_its_sentences_in_order_without_their_ratings():

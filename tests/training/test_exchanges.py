@@ -17,10 +17,11 @@ from tests.service.encoders import content, uri
 from tests.tiny import LAYERS, TURN_END
 from tests.tiny_vlms import IMAGE_TOKEN, PATCH, PATCHES, SIDE, save_tiny_vlm, tiny_vlm
 from training.__main__ import main
+from training.choosers import CHOOSERS, answer_attention
 from training.exchanges import collated, judged, read_exchanges
 from training.files import DataError
 from training.losses import kl_divergence
-from training.picture_quality import CHOOSERS, answers_at, chosen_by, quality
+from training.picture_quality import answers_at, chosen_by, quality
 from training.picture_student import aligned
 
 PLANS = (dense_plan(LAYERS), dense_plan(LAYERS))
@@ -178,6 +179,21 @@ def test_choosers_keep_as_many_and_each_its_own(data):
     assert not torch.equal(scores["random"], CHOOSERS["random"](model, exchanges, 1))
     row = chosen_by(model, "random", exchanges, 1.0, dense, 0)
     assert row.kl == pytest.approx(0, abs=1e-6) and row.kept == 1.0
+
+
+def test_where_the_teacher_looks_is_told_for_every_image_token(data):
+    """And the router hears of it, of tokens that it drops as well."""
+    model = elastic()
+    exchanges = read_exchanges(str(data), model).each[:3]
+    batch = collated(exchanges, model)
+    features_BPD = model.vlm.features(batch.pixels_NCHW)
+    looked_BP = answer_attention(model, batch, features_BPD)
+    torch.testing.assert_close(looked_BP.sum(1), torch.ones(3))
+    assert bool((looked_BP > 0).all())
+    alone = collated(exchanges[:1], model)
+    torch.testing.assert_close(
+        answer_attention(model, alone, features_BPD[:1]), looked_BP[:1], atol=1e-5, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize(
