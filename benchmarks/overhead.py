@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import machine, models
 from benchmarks.results import Goal, Report, Table, told, write
-from benchmarks.runs import STAGGER, Decoding, timed
+from benchmarks.runs import STAGGER, TRIAL_STEPS, Decoding, timed
 from benchmarks.timing import Interval, Spread, ratios, take_turns
 from elastiformer import DENSE, Chunk, ElasticModel
 from elastiformer.errors import InputError
@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--least", type=whole(1), default=5, help="rounds, however long they take")
     parser.add_argument("--prompt", type=whole(2), default=512, help="tokens of the prefill")
     parser.add_argument("--context", type=whole(2), default=CONTEXT, help="tokens before decoding")
-    parser.add_argument("--steps", type=whole(4), default=STEPS, help="decode steps, at most")
+    least = len(BATCHES) * (TRIAL_STEPS + 1)
+    parser.add_argument("--steps", type=whole(least), default=STEPS, help="decode steps, at most")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         name: Decoding(model, DENSE, ids, max(BATCHES), args.context, args.steps)
         for name, model in loaded.items()
     }
-    most = args.steps // len(BATCHES) - 1
+    most = args.steps // len(BATCHES) - TRIAL_STEPS
     for rows in BATCHES:
         turns = {name: _decode(each, rows) for name, each in running.items()}
         measured += _measure(args, f"decode, batch {rows}", turns, most)
@@ -91,7 +92,7 @@ def _measure(
     turns: Mapping[str, Callable[[], float]],
     most: int = 1_000_000,
 ) -> list[Measured]:
-    taken = take_turns(turns, args.seconds, min(args.least, most), work, most)
+    taken = take_turns(turns, args.seconds, min(args.least, most), work, most, TRIAL_STEPS)
     return [
         Measured(
             work,

@@ -15,10 +15,13 @@ from torch import Tensor
 from benchmarks.machine import synchronize
 from elastiformer import Capacity, Chunk, ElasticModel, Usage
 from elastiformer import Sequence as Request
+from elastiformer.costs import TRIAL_TURNS
 from elastiformer.elastic import Elastic
 
 STEP_TOKENS = 512  # of one step: the server's default
 STAGGER = 8
+# Of so many steps of a kind some find out which of two ways is faster: they are not measured.
+TRIAL_STEPS = 2 * TRIAL_TURNS + 1
 
 
 @dataclass(frozen=True, slots=True)

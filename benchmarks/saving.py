@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from benchmarks import machine, models
 from benchmarks.results import Goal, Report, Table, told, write
 from benchmarks.roofline import Roofline
-from benchmarks.runs import STAGGER, Decoding, Flops, timed
+from benchmarks.runs import STAGGER, TRIAL_STEPS, Decoding, Flops, timed
 from benchmarks.timing import Spread, ratios, take_turns
 from elastiformer import DENSE, Capacity, Chunk, ElasticModel
 from training.options import real, whole
@@ -177,12 +177,10 @@ def _decode(
     measured: list[Measured] = []
     steps_left = STEPS
     for place, rows in enumerate(args.batches):
-        most = steps_left // (len(args.batches) - place)
-        least = min(args.least, most - 1)
+        most = steps_left // (len(args.batches) - place) - TRIAL_STEPS
+        least = min(args.least, most)
         before = running[DENSE].steps
-        measured += _measure(
-            args, Decode(running, rows), capacities, least, most - 1, roofline, model
-        )
+        measured += _measure(args, Decode(running, rows), capacities, least, most, roofline, model)
         steps_left -= running[DENSE].steps - before
     for each in running.values():
         each.release()
@@ -199,7 +197,8 @@ def _measure(
     model: ElasticModel | None = None,
 ) -> list[Measured]:
     ways = {models.label_of(capacity): partial(work.turn, capacity) for capacity in capacities}
-    taken = take_turns(ways, args.seconds, least or args.least, work.name, most)
+    warm_up = 1 if model is None else TRIAL_STEPS
+    taken = take_turns(ways, args.seconds, least or args.least, work.name, most, warm_up)
     dense_flops, dense_taken = work.flops(DENSE), taken[models.label_of(DENSE)]
     roof = {}
     if roofline is not None and model is not None:

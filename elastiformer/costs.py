@@ -31,13 +31,16 @@ class FewRows:
 SINGLE_ROWS = FewRows((1,) * len(SHARES))
 
 
+TRIAL_TURNS = 3  # of each way
+
+
 class Trial:
     """Which of two ways is faster, found in use: they give the same, so at first they take turns.
 
     For each kind of work both have some turns; the one with the lower median has all that follow.
     """
 
-    def __init__(self, turns: int = 5) -> None:
+    def __init__(self, turns: int = TRIAL_TURNS) -> None:
         self._turns = turns
         self._taken: defaultdict[tuple[Hashable, bool], list[float]] = defaultdict(list)
         self._is_first_faster: dict[Hashable, bool] = {}

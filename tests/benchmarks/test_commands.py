@@ -110,7 +110,7 @@ def test_mixed_runs_the_same_requests_in_every_way(run):
 
 
 def test_overhead_has_a_control_and_an_interval(run):
-    written = run("overhead", *QUICK, "--prompt", "16", "--context", "8", "--steps", "8")
+    written = run("overhead", *QUICK, "--prompt", "16", "--context", "8", "--steps", "16")
     check(written, "overhead")
     assert len(written["results"]) == 9  # three models, three kinds of work
     used = [row["ratio"] for row in written["results"] if row["model"] == WITH]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from elastiformer import DENSE, Chunk, ElasticModel, Unit, dense_plan
+from elastiformer.costs import TRIAL_TURNS
 from elastiformer.decoding import Decoding
 from tests.elastiformer.elastic import PROMPT, TOKENS, any_plan, elastic, planned, text
 from tests.tiny import LAYERS, WINDOW, tiny
@@ -77,7 +78,7 @@ def test_many_rows_try_both_ways_and_get_the_same_bits(monkeypatch):
     with counting(monkeypatch, may=True) as whole:
         found = decoded(model, channel_plans(), rows, steps)
     assert torch.equal(found, expected)
-    assert 5 <= len(whole) <= steps - 5  # five turns each, and then the faster one
+    assert TRIAL_TURNS <= len(whole) <= steps - TRIAL_TURNS  # and then the faster one has all
 
 
 def test_many_rows_of_bfloat16_keep_to_one_way(monkeypatch):
