@@ -21,6 +21,7 @@ from numba.extending import intrinsic
 from elastiformer.kernels import TURN, _search_row, _search_side_by_side, compiled
 from elastiformer.lanes import _multiply_one, _multiply_some
 from elastiformer.row_kernels import (
+    _ALONE,
     _gate_row,
     _gate_side_by_side,
     _normalise_row,
@@ -29,8 +30,6 @@ from elastiformer.row_kernels import (
     _turn_side_by_side,
 )
 from elastiformer.single_queries import _attend
-
-_ALONE = 4  # so few rows are searched, normalised and gated faster by one thread
 
 
 class Weight(NamedTuple):
