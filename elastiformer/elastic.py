@@ -31,6 +31,7 @@ from elastiformer.errors import AdapterError
 from elastiformer.experts import coactivation_order
 from elastiformer.families import Layout
 from elastiformer.lora import PARTS, LoraPhases
+from elastiformer.originals import Originals
 from elastiformer.planning import Planner
 from elastiformer.pool import Pool
 from elastiformer.prefixes import PrefixStore
@@ -62,6 +63,7 @@ class Elastic(ABC):
             base.config.name_or_path or type(base).__name__, "unknown", config_hash(base.config)
         )
         self.layout = layout
+        self._originals: Originals | None = None
         self.adapter: Adapter | None = None
         self.cache: Pool | None = None
         self.prefixes: PrefixStore | None = None
@@ -97,7 +99,7 @@ class Elastic(ABC):
 
     @cached_property
     def _sparse(self) -> SparseForm:
-        return SparseForm(self.layout, self.adapter, self.shape)
+        return SparseForm(self.layout, self.adapter, self.shape, self._originals)
 
     @property
     def config(self) -> Any:

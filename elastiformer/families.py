@@ -102,7 +102,10 @@ class Projection:
 
     @property
     def weight_OI(self) -> Tensor:
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return self.part_of(self.module.weight)  # type: ignore[arg-type]
+
+    def part_of(self, weight: Tensor) -> Tensor:
+        """What it is of its module's weight, or of another in its place: [O, I]."""
         # GPT-2's Conv1D keeps its weight as inputs x outputs.
         return (weight.T if isinstance(self.module, Conv1D) else weight)[self.start : self.stop]
 

@@ -63,6 +63,7 @@ class ElasticModel(Elastic):
     @classmethod
     def _of(cls, loaded: LoadedBase, adapter: str | os.PathLike[str] | None) -> Self:
         model = cls(loaded.model, tokenizer=loaded.tokenizer, identity=loaded.identity)
+        model._originals = loaded.originals
         model.attach_saved(adapter)
         return model
 

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from elastiformer.costs import SINGLE_ROWS, FewRows
 from elastiformer.families import Projection
 from elastiformer.lanes import ahead_of
+from elastiformer.originals import Originals
 from elastiformer.readings import Reading
 from elastiformer.sub_layers import Weight
 from elastiformer.tiles import Picks, Tiles, everything
@@ -45,8 +46,10 @@ def picked(weight_IO: Tensor, bias_O: Tensor | None, x_RI: Tensor, index_RK: Ten
 class Product:
     """The product with all projections that read the same input, their outputs side by side."""
 
-    def __init__(self, projections: tuple[Projection, ...]) -> None:
-        self.projections = projections
+    def __init__(
+        self, projections: tuple[Projection, ...], originals: Originals | None = None
+    ) -> None:
+        self.projections, self._originals = projections, originals
         first_OI = projections[0].weight_OI
         self.inputs, self._dtype = first_OI.shape[1], first_OI.dtype
         sizes = [len(projection.weight_OI) for projection in projections]
@@ -165,7 +168,22 @@ class Product:
 
     @cached_property
     def _tiles(self) -> Tiles:
-        return Tiles.of(self._joined().float())
+        # What was rounded to bfloat16 may have had a form of fewer bytes before.
+        original_OI = self._original()
+        on_grid = None if original_OI is None else Tiles.on_grid(original_OI)
+        return on_grid or Tiles.of(self._joined().float())
+
+    def _original(self) -> Tensor | None:
+        """The weights side by side as the base's files hold them, where those are finer."""
+        if self._originals is None:
+            return None
+        parts = []
+        for projection in self.projections:
+            weight = self._originals.weight(projection.module)
+            if weight is None:
+                return None
+            parts.append(projection.part_of(weight))
+        return torch.cat(parts)
 
     @cached_property
     def _summed(self) -> int:

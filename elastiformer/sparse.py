@@ -25,6 +25,7 @@ from elastiformer.costs import CostTable, Trial
 from elastiformer.decoding import Decoding
 from elastiformer.families import Layout
 from elastiformer.keeping import Keeping
+from elastiformer.originals import Originals
 from elastiformer.packed import Packed
 from elastiformer.placing import Placing
 from elastiformer.pointwise import Norm, Rotation, turns_halves
@@ -40,9 +41,15 @@ Rotations = dict[str | None, Rotation]  # by layer type
 class SparseForm:
     """Runs steps of packed rows for one model. One thread owns it."""
 
-    def __init__(self, layout: Layout, adapter: Adapter | None, shape: ModelShape) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        adapter: Adapter | None,
+        shape: ModelShape,
+        originals: Originals | None = None,
+    ) -> None:
         self.layout, self.adapter, self.shape = layout, adapter, shape
-        self.workshop = Workshop(layout, adapter)
+        self.workshop = Workshop(layout, adapter, originals)
         keeping = Keeping(self.workshop)
         self._attention = SparseAttention(self.workshop, keeping)
         self._mlp = SparseMlp(self.workshop, keeping)

@@ -59,20 +59,26 @@ class Tiles:
     @classmethod
     def of(cls, weight_OI: Tensor) -> Tiles:
         """Lay out a float32 weight."""
-        outputs, inputs = weight_OI.shape
-        slabs, chunks = _slabs(-(-outputs // WIDTH))
-        padded_OI = F.pad(weight_OI, (0, 0, 0, slabs * chunks * WIDTH - outputs))
-        full_SIO = padded_OI.view(slabs, -1, inputs).transpose(1, 2).contiguous()
-        lines = (chunks, WIDTH)
-        if (grid := _on_grid(full_SIO.numpy())) is not None:
-            return cls(outputs, *(array.reshape(*array.shape[:2], chunks, -1) for array in grid))
+        if (on_grid := cls.on_grid(weight_OI)) is not None:
+            return on_grid
+        full_SIO, lines = _in_slabs(weight_OI)
         nothing = (lanes.NOTHING, lanes.NOTHING)
         for dtype, stored in ((torch.bfloat16, torch.uint16), (torch.float16, torch.int16)):
             small_SIO = full_SIO.to(dtype)
             if torch.equal(small_SIO.float(), full_SIO):
-                small = small_SIO.view(stored).view(slabs, inputs, *lines)
-                return cls(outputs, small.numpy(), *nothing)
-        return cls(outputs, full_SIO.view(slabs, inputs, *lines).numpy(), *nothing)
+                small = small_SIO.view(stored).view(*full_SIO.shape[:2], *lines)
+                return cls(len(weight_OI), small.numpy(), *nothing)
+        full = full_SIO.view(*full_SIO.shape[:2], *lines)
+        return cls(len(weight_OI), full.numpy(), *nothing)
+
+    @classmethod
+    def on_grid(cls, weight_OI: Tensor) -> Tiles | None:
+        """Lay out a float32 weight that lies on a grid; None where it lies on none."""
+        full_SIO, (chunks, _) = _in_slabs(weight_OI)
+        grid = _on_grid(full_SIO.numpy())
+        if grid is None:
+            return None
+        return cls(len(weight_OI), *(a.reshape(*a.shape[:2], chunks, -1) for a in grid))
 
     @staticmethod
     def one_after_another(tiles: Sequence[Tiles]) -> tuple[list[np.ndarray], list[Tiles]]:
@@ -156,6 +162,15 @@ def _slabs(chunks: int) -> tuple[int, int]:
     slabs = threads * -(-chunks // (threads * _MOST_CHUNKS))
     each = -(-chunks // slabs)
     return -(-chunks // each), each
+
+
+def _in_slabs(weight_OI: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """The weight [S, I, outputs of a slab], zeros behind it, and its chunks and their width."""
+    outputs, inputs = weight_OI.shape
+    slabs, chunks = _slabs(-(-outputs // WIDTH))
+    padded_OI = F.pad(weight_OI, (0, 0, 0, slabs * chunks * WIDTH - outputs))
+    full_SIO = padded_OI.view(slabs, -1, inputs).transpose(1, 2).contiguous()
+    return full_SIO, (chunks, WIDTH)
 
 
 def _on_grid(full_SIO: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:

@@ -35,6 +35,7 @@ from transformers.distributed import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from elastiformer.errors import BaseModelError, UnsupportedModel
+from elastiformer.originals import Originals
 from elastiformer.shipped import SHIPPED, shipped
 from elastiformer.unpacking import check_sha256, installed_file, made_once
 
@@ -90,6 +91,7 @@ class LoadedBase:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     identity: BaseIdentity
+    originals: Originals
 
 
 def load_base(
@@ -114,6 +116,7 @@ def load_base(
         model=model,
         tokenizer=load_tokenizer(resolved),
         identity=BaseIdentity(resolved.name, resolved.revision, config_hash(model.config)),
+        originals=Originals(resolved.path, model),
     )
 
 

@@ -23,6 +23,7 @@ from elastiformer.costs import ROWS, CostTable, compare
 from elastiformer.expert_table import ExpertTable
 from elastiformer.families import Layer, Layout, Projection
 from elastiformer.lora import LoraPair
+from elastiformer.originals import Originals
 from elastiformer.packed import Packed, Rows
 from elastiformer.pointwise import Gate, Norm, lean_gate, lean_norm, working_dtype
 from elastiformer.products import Product
@@ -45,8 +46,10 @@ class Closes(NamedTuple):
 class Workshop:
     """One model's tools. What is asked for in every layer of every step is made once."""
 
-    def __init__(self, layout: Layout, adapter: Adapter | None) -> None:
-        self.layout, self.adapter = layout, adapter
+    def __init__(
+        self, layout: Layout, adapter: Adapter | None, originals: Originals | None = None
+    ) -> None:
+        self.layout, self.adapter, self._originals = layout, adapter, originals
         weight = layout.layers[0].out.weight_OI
         self.device, self.dtype = weight.device, weight.dtype
         # Between products a CPU works in float32: it is no slower there, and rounds less.
@@ -67,7 +70,8 @@ class Workshop:
         self.head: Product | None = None
         if layout.head is not None:
             outputs = len(layout.head.weight)  # type: ignore[arg-type]
-            self.head = Product((Projection("head", layout.head, "", 0, outputs),))
+            head = Projection("head", layout.head, "", 0, outputs)
+            self.head = Product((head,), originals)
         self._products: dict[tuple[Projection, ...], Product] = {}
         self._experts: dict[int, ExpertTable] = {}
         self._pairs: dict[tuple[int, str], dict[str, LoraPair]] = {}
@@ -75,7 +79,7 @@ class Workshop:
     def product(self, *projections: Projection) -> Product:
         """The product with these projections, which read the same input."""
         if projections not in self._products:
-            self._products[projections] = Product(projections)
+            self._products[projections] = Product(projections, self._originals)
         return self._products[projections]
 
     def at_site(self, layer: Layer, site: Site) -> Product:

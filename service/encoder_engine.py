@@ -41,12 +41,12 @@ class EncoderEngine(Engine):
 
     def _read(self, shares: Many[Share], logits: Many[Tensor]) -> None:
         for share, outputs in zip(shares, logits, strict=True):
-            row = self._rows.get(share.entry)
+            row = self._ledger.rows.get(share.entry)
             if row is None:
                 continue  # another item of its request has failed
             if not bool(torch.isfinite(outputs).all()):
                 error = StepFailed("the model gave a number that is not finite")
-                self._fail(row.request, error)
+                self._ledger.fail(row.request, error)
                 continue
-            self._deliver(row, Encoded(share.entry.job.number, outputs.cpu()))
-            self._end(share.entry, "stop")
+            self._ledger.deliver(row, Encoded(share.entry.job.number, outputs.cpu()))
+            self._ledger.end(share.entry, "stop")

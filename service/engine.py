@@ -15,7 +15,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -32,8 +32,9 @@ from elastiformer.vlm import ElasticVlm
 from service.bench import Bench
 from service.energy import Bill, Meter
 from service.errors import Cancelled, Draining, EngineDead, StepFailed, TimedOut
-from service.metrics import Finished, Metrics
-from service.orders import Done, Event, Failed, Order, Scored, Ticket
+from service.ledger import Ledger
+from service.metrics import Metrics
+from service.orders import Order, Scored, Ticket
 from service.pace import Pace
 from service.rows import Request, Row, draw_of, grouped
 from service.scheduler import Entry, Job, Limits, Scheduler, Share
@@ -74,13 +75,11 @@ class Engine:
         self._meter = meter
         self._scheduler = Scheduler(limits)
         self._pace = Pace()
-        self._requests: dict[Entry, Request] = {}  # in the order of their submission
         self._leaving: list[Request] = []  # cancelled since the last turn
-        self._rows: dict[Entry, Row] = {}
-        self._outbox: list[tuple[Ticket, Event]] = []
         self._ends = self._end_tokens()
         self._bench = bench or Bench(f"engine {name}")
         self._wake = self._bench.wake
+        self._ledger = Ledger(name, metrics, self._scheduler, self._wake, clock, meter)
         self._stopping = False
         self._death: BaseException | None = None
 
@@ -97,7 +96,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         with self._wake:
-            return not self._requests
+            return not self._ledger.requests
 
     def checked(self, order: Order) -> Order:
         """The order with what each of its jobs reserves, before it waits; any thread.
@@ -182,7 +181,7 @@ class Engine:
             if self.draining:
                 raise Draining("this server is about to stop and takes no new work")
             self._scheduler.add(request.entries)
-            self._requests |= dict.fromkeys(request.entries, request)
+            self._ledger.add(request)
             self._gauge()
             self._wake.notify_all()
         return ticket
@@ -212,13 +211,13 @@ class Engine:
             if not self._stopping:
                 self._turn()
                 return True
-            self._fail_all(Draining("this server has stopped"))
+            self._abandon(Draining("this server has stopped"))
         except BaseException as error:
             with self._wake:
                 self._death = error
             self._series.alive.set(0)
             log.critical("the engine of %r has died", self.name, exc_info=error)
-            self._fail_all(EngineDead(f"the engine of {self.name!r} has stopped working"))
+            self._abandon(EngineDead(f"the engine of {self.name!r} has stopped working"))
         return False
 
     def resting(self) -> AbstractContextManager[None]:
@@ -239,27 +238,23 @@ class Engine:
                 self._pace.learn(self._clock() - begun, shares)
             self._gauge()
         finally:
-            self._send()
+            self._ledger.send()
 
     def _drop(self) -> None:
         with self._wake:
             leaving, self._leaving = self._leaving, []
         for request in leaving:
-            self._fail(request, Cancelled("the caller went away"))
+            self._ledger.fail(request, Cancelled("the caller went away"))
         now = self._clock()
         # Whoever came first is late first.
-        while (first := self._oldest()) is not None and now > first.deadline:
+        while (first := self._ledger.oldest()) is not None and now > first.deadline:
             limit = f"{self._timeout_seconds:g} seconds"
-            self._fail(first, TimedOut(f"this request took longer than {limit}"))
-
-    def _oldest(self) -> Request | None:
-        with self._wake:
-            return next(iter(self._requests.values()), None)
+            self._ledger.fail(first, TimedOut(f"this request took longer than {limit}"))
 
     def _open(self, entry: Entry) -> None:
-        if entry not in self._requests:
+        if entry not in self._ledger.requests:
             return  # another job of its request failed in this turn
-        request, job, now = self._requests[entry], entry.job, self._clock()
+        request, job, now = self._ledger.requests[entry], entry.job, self._clock()
         if request.admitted is None:
             request.admitted = now
         waited = now - request.submitted
@@ -267,16 +262,16 @@ class Engine:
         try:
             sequence = self._sequence(job)
         except ElastiError as error:
-            self._fail(request, error)
+            self._ledger.fail(request, error)
         except Exception as error:
             log.exception("a sequence could not be opened")
-            self._fail(request, StepFailed(f"no sequence could be opened: {_kind(error)}"))
+            self._ledger.fail(request, StepFailed(f"no sequence could be opened: {_kind(error)}"))
         else:
             entry.done = entry.cached = sequence.cached_tokens
             if self.shares_prefixes and not job.scored:
                 self._series.prefix_queries.inc(len(job.prompt))
                 self._series.prefix_hits.inc(entry.cached)
-            self._rows[entry] = Row(
+            self._ledger.rows[entry] = Row(
                 request=request,
                 entry=entry,
                 sequence=sequence,
@@ -302,7 +297,7 @@ class Engine:
         return end_tokens(self.model)
 
     def _step(self, shares: Many[Share]) -> None:
-        rows = [self._rows[share.entry] for share in shares]
+        rows = [self._ledger.rows[share.entry] for share in shares]
         try:
             chunks = [
                 Chunk(row.sequence, share.ids) for row, share in zip(rows, shares, strict=True)
@@ -313,8 +308,9 @@ class Engine:
             self._read(shares, logits)
         except Exception as error:
             log.exception("a step of %d sequences failed", len(shares))
+            failure = StepFailed(f"the model failed in a step: {_kind(error)}")
             for request in dict.fromkeys(row.request for row in rows):
-                self._fail(request, StepFailed(f"the model failed in a step: {_kind(error)}"))
+                self._ledger.fail(request, failure)
 
     def _read(self, shares: Many[Share], logits: Many[Tensor]) -> None:
         """What is made of a step's outputs."""
@@ -340,7 +336,7 @@ class Engine:
             entry, job = share.entry, share.entry.job
             if not (job.scored or job.given):
                 continue
-            row, known = self._rows[entry], job.known
+            row, known = self._ledger.rows[entry], job.known
             first = entry.done - len(logits_RV) + 1  # the token that the first row is about
             targets = known[first : entry.done + 1]
             if targets:
@@ -348,34 +344,34 @@ class Engine:
                 try:
                     row.scores += score(logits_RV[: len(targets)], targets, top)
                 except BrokenLogits as error:
-                    self._fail(row.request, StepFailed(str(error)))
+                    self._ledger.fail(row.request, StepFailed(str(error)))
                     continue
             if entry.done == job.fed_tokens:
-                self._deliver(row, Scored(job.number, tuple(row.scores)))
+                self._ledger.deliver(row, Scored(job.number, tuple(row.scores)))
                 if not job.most_new:
-                    self._end(entry, "length")
+                    self._ledger.end(entry, "length")
 
     def _draw(self, shares: Iterable[Share], logits: Iterable[Tensor]) -> None:
         """Choose the next token of every row that has one to come, all rows together."""
+        ledger = self._ledger
         entries: list[Entry] = []
         last: list[Tensor] = []
         for share, logits_RV in zip(shares, logits, strict=True):
             entry = share.entry
-            if entry in self._rows and entry.ready == 0:
+            if entry in ledger.rows and entry.ready == 0:
                 if entry.job.most_new:
                     entries.append(entry)
                     last.append(logits_RV[-1])
                 else:
-                    self._end(entry, "length")
+                    ledger.end(entry, "length")
         while entries:
             try:
                 sampled = sample(side_by_side(last), [self._wish(entry) for entry in entries])
             except BrokenLogits as error:
-                for place in reversed(error.rows):
-                    self._fail(self._rows[entries[place]].request, StepFailed(str(error)))
-                    del entries[place], last[place]
                 # A failed request takes its other rows with it.
-                kept = [place for place, entry in enumerate(entries) if entry in self._rows]
+                for request in {ledger.rows[entries[place]].request for place in error.rows}:
+                    ledger.fail(request, StepFailed(str(error)))
+                kept = [place for place, entry in enumerate(entries) if entry in ledger.rows]
                 entries, last = [entries[p] for p in kept], [last[p] for p in kept]
                 continue
             for entry, token in zip(entries, sampled, strict=True):
@@ -383,90 +379,22 @@ class Engine:
             return
 
     def _wish(self, entry: Entry) -> Draw:
-        row = self._rows[entry]
+        row = self._ledger.rows[entry]
         if entry.generated_tokens < row.request.order.least_new:
             return replace(row.draw, banned=self._ends)
         return row.draw
 
     def _append(self, entry: Entry, sampled: Sampled) -> None:
-        row = self._rows[entry]
+        row = self._ledger.rows[entry]
         event = row.take(sampled, self._ends, self._clock())
-        self._deliver(row, event)
+        self._ledger.deliver(row, event)
         if event.ended:
-            self._end(entry, event.ended)
+            self._ledger.end(entry, event.ended)
 
-    # Endings.
-
-    def _end(self, entry: Entry, reason: str) -> None:
-        """One job is complete; the last one completes its request."""
-        request = self._requests[entry]
-        # Counted first: who sees the engine idle finds everything counted.
-        self._metrics.success.labels(self.name, reason).inc()
-        request.finish_reasons.append(reason)
-        self._forget(entry)
-        request.open_jobs -= 1
-        if request.open_jobs == 0:
-            self._close(request)
-
-    def _fail(self, request: Request, error: Exception) -> None:
-        if request.ended:
-            return
-        reason = "abort" if isinstance(error, Cancelled) else "error"
-        for entry in request.entries:
-            if entry in self._requests:
-                self._metrics.success.labels(self.name, reason).inc()
-                self._forget(entry)
-        self._close(request, error)
-
-    def _fail_all(self, error: Exception) -> None:
-        for request in list(dict.fromkeys(self._requests.values())):
-            self._fail(request, error)
+    def _abandon(self, error: Exception) -> None:
+        self._ledger.fail_all(error)
         self._gauge()
-        self._send()
-
-    def _close(self, request: Request, error: Exception | None = None) -> None:
-        assert not request.ended, "a request has one ending"
-        request.ended = True
-        if self._meter is not None and request.bill is not None:
-            self._meter.close(request.bill)
-        resolved, summary = request.order.resolved, request.summary(self._clock())
-        self._metrics.finish(
-            self.name,
-            Finished(
-                tier=resolved.tier,
-                usage=summary.usage,
-                prompt_tokens=summary.prompt_tokens,
-                generated_tokens=summary.generated_tokens,
-                asked=resolved.requested if isinstance(resolved.requested, float) else None,
-                total_seconds=summary.total_seconds,
-                first_token_seconds=summary.first_token_seconds,
-                energy_joules=summary.energy_joules,
-            ),
-        )
-        ending = Done(summary) if error is None else Failed(error, summary)
-        self._outbox.append((request.ticket, ending))
-
-    def _forget(self, entry: Entry) -> None:
-        with self._wake:
-            request = self._requests.pop(entry)
-            self._scheduler.remove(entry)
-        row = self._rows.pop(entry, None)
-        if row is not None:
-            request.usage += row.sequence.usage
-            row.sequence.release()
-
-    def _deliver(self, row: Row, event: Event) -> None:
-        self._outbox.append((row.request.ticket, event))
-
-    def _send(self) -> None:
-        """Hand a turn's events to their event loops, in one call each."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Event]]] = {}
-        for ticket, event in self._outbox:
-            by_loop.setdefault(ticket.loop, []).append((ticket, event))
-        self._outbox = []
-        for loop, events in by_loop.items():
-            with suppress(RuntimeError):  # a closed loop: whoever waited has gone with it
-                loop.call_soon_threadsafe(_hand_over, events)
+        self._ledger.send()
 
     def _gauge(self) -> None:
         scheduler, series = self._scheduler, self._series
@@ -483,11 +411,6 @@ def end_tokens(model: Elastic) -> tuple[int, ...]:
     ends = list(asked) if isinstance(asked, list | tuple) else [asked]
     ends.append(model.tokenizer.eos_token_id)
     return tuple(dict.fromkeys(token for token in ends if token is not None))
-
-
-def _hand_over(events: Iterable[tuple[Ticket, Event]]) -> None:
-    for ticket, event in events:
-        ticket.deliver(event)
 
 
 def _kind(error: Exception) -> str:

@@ -146,7 +146,7 @@ class Moody(ElasticModel):
 
     def blame(self, chunks) -> None:
         among = {chunk.sequence for chunk in chunks}
-        rows = self.engine._rows.values()
+        rows = self.engine._ledger.rows.values()
         self.failed |= {row.request.ticket for row in rows if row.sequence in among}
 
 
@@ -263,7 +263,7 @@ def check(ended: Ended, day: Day, has_left: bool) -> None:
 
 def nothing_is_left(house: House, model: Moody) -> None:
     engine = house.engine
-    assert not engine._rows and not engine._requests and engine._scheduler.idle
+    assert not engine._ledger.rows and not engine._ledger.requests and engine._scheduler.idle
     for name in ("running", "waiting"):
         assert house.value(f"elasti_num_requests_{name}") == 0
     assert house.value("elasti_kv_cache_usage_perc") == 0
@@ -298,7 +298,7 @@ def test_every_order_gets_exactly_one_ending(day):
     )
     house = House(app, None)
     model.engine = house.engine
-    model.engine._clock = clock
+    model.engine._clock = model.engine._ledger._clock = clock
 
     async def talk() -> None:
         async with opened(app) as house, asyncio.timeout(20):

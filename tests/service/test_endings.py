@@ -61,6 +61,34 @@ def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(fault, at_step
     in_house(visit, models={"tiny": Faulty(fault, at_step)})
 
 
+class Broken(ElasticModel):
+    """A real model whose first step of three rows gives no numbers for the last two."""
+
+    broke = False
+
+    def __init__(self) -> None:
+        super().__init__(tiny(), tokenizer=tiny_tokenizer())
+
+    def step(self, chunks):
+        logits = super().step(chunks)
+        if len(chunks) == 3 and not self.broke:
+            self.broke = True
+            logits[1:] = [torch.full_like(each, torch.nan) for each in logits[1:]]
+        return logits
+
+
+def test_a_request_with_two_broken_rows_takes_nobody_along():
+    async def visit(house):
+        first = asyncio.create_task(house.post("/v1/completions", **LONG))
+        while house.engine.idle:
+            await asyncio.sleep(0)
+        broken = await house.post("/v1/completions", **LONG | {"n": 2})
+        assert broken.json()["error"]["code"] == "step_failed"
+        assert (await first).json()["usage"]["completion_tokens"] == LONG["max_tokens"]
+
+    in_house(visit, models={"tiny": Broken()})
+
+
 def test_an_error_in_mid_stream_arrives_as_an_event():
     async def visit(house):
         reply = await house.post("/v1/completions", **LONG, stream=True)
@@ -101,7 +129,7 @@ def test_a_request_that_takes_too_long_ends_with_an_error():
 def test_stopping_the_engine_ends_what_runs():
     async def visit(house):
         running = asyncio.create_task(house.post("/v1/completions", **LONG))
-        while not house.engine._requests:
+        while house.engine.idle:
             await asyncio.sleep(0)
         await asyncio.to_thread(house.engine.stop)
         assert (await running).status_code == 503
@@ -138,7 +166,7 @@ def test_every_order_gets_one_ending_whatever_happens():
         assert kinds == {Done, Cancelled, StepFailed}
         jobs = sum(len(ticket.order.jobs) for ticket in tickets)
         assert house.value("elasti_request_success_total") == jobs
-        assert house.engine._scheduler.idle and not house.engine._rows
+        assert house.engine._scheduler.idle and not house.engine._ledger.rows
         assert house.engine._scheduler.reserved_blocks == 0
 
     in_house(visit, models={"tiny": Faulty(RuntimeError("boom"), 25)}, max_running=5)
@@ -167,7 +195,7 @@ def test_work_stops_when_its_caller_leaves(street, stream):
         async with httpx.AsyncClient(base_url=address, timeout=60) as client:
             body = LONG | {"model": "tiny", "stream": stream, "capacity": 0.7}
             asking = asyncio.create_task(client.post("/v1/completions", json=body))
-            await soon(lambda: house.engine._rows)
+            await soon(lambda: house.engine._ledger.rows)
             await leave(asking)
         await house.until_idle()
 
@@ -186,7 +214,7 @@ def test_a_waiting_caller_who_leaves_is_forgotten(street):
         async with httpx.AsyncClient(base_url=address, timeout=60) as client:
             body = LONG | {"model": "tiny"}
             first = asyncio.create_task(client.post("/v1/completions", json=body))
-            await soon(lambda: house.engine._rows)
+            await soon(lambda: house.engine._ledger.rows)
             second = client.post("/v1/completions", json=body | {"stream": True})
             waiting = asyncio.create_task(second)
             await soon(lambda: house.engine._scheduler.waiting)

@@ -101,14 +101,14 @@ def test_a_socket_closed_in_the_middle_of_a_prompt_ends_it(street):
 def test_who_leaves_the_queue_is_forgotten_and_the_next_one_moves_up(street, stream):
     async def visit(house, model, call):
         _, first = await call()
-        await soon(lambda: house.engine._rows)
+        await soon(lambda: house.engine._ledger.rows)
         _, second = await call(stream=stream)
-        await soon(lambda: len(house.engine._requests) == 2)
+        await soon(lambda: len(house.engine._ledger.requests) == 2)
         reader, _ = await call(stream=True, max_tokens=3)
-        await soon(lambda: len(house.engine._requests) == 3)
+        await soon(lambda: len(house.engine._ledger.requests) == 3)
         second.close()
-        await soon(lambda: len(house.engine._requests) == 2, 4 * STEP_SECONDS + 5)
-        assert house.engine._rows  # the first one was not disturbed
+        await soon(lambda: len(house.engine._ledger.requests) == 2, 4 * STEP_SECONDS + 5)
+        assert house.engine._ledger.rows  # the first one was not disturbed
         first.close()
         answer = await reader.readuntil(b"[DONE]")  # neither was the third
         assert b'"finish_reason": "length"' in answer
@@ -122,7 +122,7 @@ def test_who_stays_does_not_notice_who_leaves(street):
     async def visit(house, model, call):
         reader, _ = await call(max_tokens=12)
         _, writer = await call(stream=True)
-        await soon(lambda: len(house.engine._rows) == 2)
+        await soon(lambda: len(house.engine._ledger.rows) == 2)
         writer.close()
         head, _, text = (await reader.readuntil(b"}}")).partition(b"\r\n\r\n")
         assert b" 200 " in head

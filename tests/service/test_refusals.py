@@ -243,7 +243,7 @@ def test_a_draining_server_takes_no_new_work_and_finishes_the_old():
         running = asyncio.create_task(
             house.complete("a", max_tokens=100, ignore_eos=True, capacity=0.7)
         )
-        while not house.engine._requests:
+        while not house.engine._ledger.requests:
             await asyncio.sleep(0)
         house.hall.drain()
         reply = await house.post("/v1/completions", **COMPLETION)

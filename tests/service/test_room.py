@@ -68,7 +68,7 @@ def test_what_must_wait_waits_in_order_and_everything_is_given_back():
         asking = []
         for number in range(3):
             asking.append(asyncio.create_task(ask(number)))
-            while len(house.engine._requests) + len(order) <= number:
+            while len(house.engine._ledger.requests) + len(order) <= number:
                 await asyncio.sleep(0.001)
         used = set()
         while not all(each.done() for each in asking):
