@@ -59,7 +59,7 @@ class Decoding:
             and all(kind.phase is Phase.OUTPUT for kind in kinds)
             and not torch._C._len_torch_dispatch_stack()  # nobody counts operators
             and self._runs is not None
-            and packed.count <= (_MOST_ROWS if self._gives_same_bits else self._few_rows)
+            and packed.count <= (_MOST_ROWS if self._may_run_many else self._few_rows)
             and max(packed.positions) < self._window
             and all(self._workshop.repair_name(self._last, kind) is None for kind in kinds)
         )
@@ -103,10 +103,15 @@ class Decoding:
         return round(2 * log2(packed.count)), round(4 * log2(max(linear, 1)))
 
     @cached_property
-    def _gives_same_bits(self) -> bool:
-        """Whether many rows get the same bits here as where their products go at once."""
+    def _may_run_many(self) -> bool:
+        """Whether many rows may go this way too, if that is faster.
+
+        They get the same bits as where their products go at once; or the base is in a small type,
+        in which those of many rows are rounded otherwise than those of few, whichever way they go.
+        """
         tools = self._workshop
-        return all(tools.at_site(self._last, site).has_one_answer for site in SITES)
+        has_one_answer = all(tools.at_site(self._last, site).has_one_answer for site in SITES)
+        return has_one_answer or tools.dtype != torch.float32
 
     @cached_property
     def _few_rows(self) -> int:

@@ -52,12 +52,10 @@ def search(
         _search_side_by_side(x_RI, norms_I, index_P, value_P, start_S)
 
 
-def keep_largest(
-    x_RI: np.ndarray, norms_I: np.ndarray, start_S: np.ndarray, only_RI: np.ndarray
-) -> None:
-    """Fill in `x`, zero but for what `search` would find."""
+def keep_largest(x_RI: np.ndarray, norms_I: np.ndarray, start_S: np.ndarray) -> None:
+    """Make `x` zero but for what `search` would find, in place."""
     with TURN:
-        _keep_largest(x_RI, norms_I, start_S, only_RI)
+        _keep_largest(x_RI, norms_I, start_S)
 
 
 def fit_grid(
@@ -206,24 +204,23 @@ def _search_row(x_RI, norms_I, index_P, value_P, start_S, row):  # type: ignore[
 
 
 @compiled(parallel=True)
-def _keep_largest(x_RI, norms_I, start_S, only_RI):  # type: ignore[no-untyped-def]
+def _keep_largest(x_RI, norms_I, start_S):  # type: ignore[no-untyped-def]
     for row in prange(len(x_RI)):
-        x_I, only_I = x_RI[row], only_RI[row]
+        x_I = x_RI[row]
         wanted = start_S[row + 1] - start_S[row]
         if wanted == len(x_I):
-            only_I[:] = x_I
             continue
         bits_I = _weigh(x_I, norms_I)
         least, missing, has_all = _least_kept(bits_I, wanted)
         if has_all:
             for i in range(len(x_I)):
-                only_I[i] = x_I[i] if bits_I[i] >= least else np.float32(0)
+                x_I[i] = x_I[i] if bits_I[i] >= least else np.float32(0)
             continue
         for i in range(len(x_I)):
             ties = bits_I[i] == least
             keeps = bits_I[i] > least or (ties and missing > 0)
             missing -= np.int32(ties)
-            only_I[i] = x_I[i] if keeps else np.float32(0)
+            x_I[i] = x_I[i] if keeps else np.float32(0)
 
 
 @compiled()

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 from elastiformer.accounting import ModelShape
 from elastiformer.adapter import Adapter
@@ -33,6 +34,17 @@ _STEPS_PER_OCTAVE = 8
 PlanAt = Callable[[Phase, int], PricedPlan]
 
 
+class _Priced(NamedTuple):
+    """A schedule and its plans' prices: a plan is too long to be looked up for every token."""
+
+    schedule: Schedule
+    fuller: PricedPlan
+    leaner: PricedPlan
+
+    def at(self, position: int) -> PricedPlan:
+        return self.fuller if self.schedule.is_fuller(position) else self.leaner
+
+
 class Planner:
     """Plans for one model and its adapter."""
 
@@ -42,6 +54,7 @@ class Planner:
         self.calibration: Calibration | None = adapter.calibration if adapter is not None else None
         self.pricing = {phase: Pricing(shape.of_phase(phase)) for phase in Phase}
         self._schedule = lru_cache(maxsize=_REMEMBERED)(self._make_schedule)
+        self._priced = lru_cache(maxsize=_REMEMBERED)(self._price)
         self.rooms = lru_cache(maxsize=_REMEMBERED)(self._rooms)
         # Items as long as each other and of one capacity share their kinds, to the object.
         self.of_whole = lru_cache(maxsize=_REMEMBERED)(self._of_whole)
@@ -61,19 +74,27 @@ class Planner:
     def plan_at(self, capacity: Capacity, prompt_tokens: int) -> PlanAt:
         """The plan of each token of a request, by phase and position."""
         context_of_prompt = prompt_context(prompt_tokens)
+        uniform = {phase: self._uniform(capacity.of(phase), phase) for phase in Phase}
 
         def plan_at(phase: Phase, position: int) -> PricedPlan:
-            share, pricing = capacity.of(phase), self.pricing[phase]
-            if share == 1.0:
-                return pricing.dense
-            if isinstance(share, UnitShares):
-                return pricing.of((share.layer_plan(),) * len(self.shape.layers))
+            share = capacity.of(phase)
+            if (plan := uniform[phase]) is not None:
+                return plan
+            assert not isinstance(share, UnitShares), "keep shares are the same for all tokens"
             # A prompt is run whole, and each of its tokens owes all of its keys.
             within = position < prompt_tokens
             context = context_of_prompt if within else output_context(position)
-            return pricing.of(self._schedule(share, phase, context).plan_at(position))
+            return self._priced(share, phase, context).at(position)
 
         return plan_at
+
+    def _uniform(self, share: Share, phase: Phase) -> PricedPlan | None:
+        """The plan of all tokens of a phase, where they have one and the same."""
+        if share == 1.0:
+            return self.pricing[phase].dense
+        if isinstance(share, UnitShares):
+            return self.pricing[phase].of((share.layer_plan(),) * len(self.shape.layers))
+        return None
 
     def _of_whole(self, capacity: Capacity, tokens: int, outputs: int | None) -> tuple[Kind, ...]:
         """The kinds of a whole item's tokens, of which the first `outputs` are read; None: all."""
@@ -137,6 +158,10 @@ class Planner:
     def _make_schedule(self, share: float, phase: Phase, context: int) -> Schedule:
         assert self.calibration is not None
         return self.calibration.schedule(share, phase, self.shape, context)
+
+    def _price(self, share: float, phase: Phase, context: int) -> _Priced:
+        schedule, pricing = self._schedule(share, phase, context), self.pricing[phase]
+        return _Priced(schedule, pricing.of(schedule.fuller), pricing.of(schedule.leaner))
 
     def _check(self, share: Share, phase: Phase, context: int) -> None:
         """Refuse a share that this model cannot run."""

@@ -49,6 +49,11 @@ def lean_norm(module: nn.Module) -> Norm:
     return _as_it_is(module)
 
 
+def makes_anew(norm: Norm) -> bool:
+    """Whether what a norm gives is another tensor than it was given."""
+    return not isinstance(norm, nn.Identity)
+
+
 def working_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """What a model of this type is computed in between its products."""
     small = dtype in (torch.bfloat16, torch.float16)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastiformer.tiles import Picks, even_starts, everything, over_zeros, search
+from elastiformer.kernels import keep_largest
+from elastiformer.tiles import Picks, even_starts, everything, search
 
 
 class Wanted(NamedTuple):
@@ -35,14 +36,16 @@ class Reading:
         wanted: Wanted | None = None,
         kept_RI: Tensor | None = None,
         is_even: bool = True,
+        own: bool = False,
     ) -> None:
         """All of `x`; or of `count` channels over all rows: to be searched for, or marked.
 
         Args:
             is_even: whether every row keeps as many.
+            own: whether `x` may be changed: nobody else reads what is left out of it.
         """
         self.x_RI, self.count = x_RI, count
-        self._wanted, self._kept_RI, self._is_even = wanted, kept_RI, is_even
+        self._wanted, self._kept_RI, self._is_even, self._own = wanted, kept_RI, is_even, own
 
     @property
     def share(self) -> float:
@@ -59,7 +62,9 @@ class Reading:
         if self.count is None:
             return self.x_RI
         if self._wanted is not None:
-            return torch.from_numpy(over_zeros(self.on_host_RI, *self._wanted))
+            only_RI = self.on_host_RI if self._own else self.on_host_RI.copy()
+            keep_largest(only_RI, *self._wanted)
+            return torch.from_numpy(only_RI)
         assert self._kept_RI is not None, "channels that nobody marked"
         return self.x_RI * self._kept_RI
 
@@ -86,11 +91,12 @@ class Reading:
         return on_host_RI
 
 
-def pick(x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray) -> Reading:
+def pick(x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray, own: bool = False) -> Reading:
     """Each row's channels of the largest size x column norm.
 
     Args:
         counts: how many, the same for every row or one for each [R].
+        own: whether `x` may be changed.
     """
     rows, inputs = x_RI.shape
     is_even = isinstance(counts, int)
@@ -105,7 +111,7 @@ def pick(x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray) -> Reading:
             return Reading(x_RI)
     count = int(start_S[-1])
     if x_RI.device.type == "cpu" and x_RI.dtype == torch.float32:
-        return Reading(x_RI, count, Wanted(norms_I.numpy(), start_S))
+        return Reading(x_RI, count, Wanted(norms_I.numpy(), start_S), own=own)
     order_RI = (x_RI.abs().float() * norms_I).argsort(dim=1, descending=True)
     count_R1 = torch.from_numpy(np.diff(start_S)).to(x_RI.device)[:, None]
     best_RI = torch.arange(inputs, device=x_RI.device) < count_R1

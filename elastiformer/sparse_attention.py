@@ -16,7 +16,7 @@ from elastiformer.families import Layer
 from elastiformer.keeping import Keeping, Kept
 from elastiformer.packed import Packed, Rows
 from elastiformer.placing import Placing
-from elastiformer.pointwise import Rotation
+from elastiformer.pointwise import Rotation, makes_anew
 from elastiformer.sparse_heads import SparseHeads
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
@@ -73,7 +73,9 @@ class SparseAttention:
         if not cached.count:
             placing.place(layer.index, cached, None)
             return None
-        reading = tools.read(layer, Site.ATTENTION_IN, cached.of(x_ND), packed, cached)
+        # The routers of heads, and they alone, read this after us.
+        may_change = not packed.leaves_heads_out and makes_anew(tools.attention_norms[layer.index])
+        reading = tools.read(layer, Site.ATTENTION_IN, cached.of(x_ND), packed, cached, may_change)
         together = asking.count == cached.count
         parts = (layer.query, layer.key, layer.value) if together else (layer.key, layer.value)
         out_RO = tools.mended(layer, tools.product(*parts), reading, packed, cached)
@@ -117,7 +119,7 @@ class SparseAttention:
         reads = placing.reads(layer.index, rows)
         out_QAH = tools.backend.attend(query_QAH, rows.of(packed.position_N), reads, layer)
         out_QO = out_QAH.reshape(rows.count, -1)
-        reading = tools.read(layer, Site.ATTENTION_OUT, out_QO, packed, rows)
+        reading = tools.read(layer, Site.ATTENTION_OUT, out_QO, packed, rows, own=True)
         product = tools.at_site(layer, Site.ATTENTION_OUT)
         branch_QD = tools.mended(layer, product, reading, packed, rows)
         kept.join(h_ND, branch_QD, rows, layer.after_attention)

@@ -13,6 +13,7 @@ from elastiformer.capacity import Site, Unit
 from elastiformer.families import Layer
 from elastiformer.keeping import Keeping
 from elastiformer.packed import Packed, Rows
+from elastiformer.pointwise import makes_anew
 from elastiformer.sparse_experts import SparseExperts
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
@@ -47,10 +48,11 @@ class SparseMlp:
 
     def _branch(self, layer: Layer, x_RD: Tensor, packed: Packed, rows: Rows) -> Tensor:
         tools = self.workshop
-        reading = tools.read(layer, Site.MLP_IN, x_RD, packed, rows)
+        own = makes_anew(tools.mlp_norms[layer.index])
+        reading = tools.read(layer, Site.MLP_IN, x_RD, packed, rows, own)
         front = tools.at_site(layer, Site.MLP_IN)
         out_RO = tools.mended(layer, front, reading, packed, rows)
         gate = tools.gates[layer.index]
         a_RI = layer.activation(out_RO) if gate is None else gate(out_RO)
-        reading = tools.read(layer, Site.MLP_OUT, a_RI, packed, rows)
+        reading = tools.read(layer, Site.MLP_OUT, a_RI, packed, rows, own=True)
         return tools.mended(layer, tools.at_site(layer, Site.MLP_OUT), reading, packed, rows)

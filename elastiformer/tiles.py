@@ -126,13 +126,6 @@ def search(x_RI: np.ndarray, norms_I: np.ndarray, start_S: np.ndarray) -> Picks:
     return Picks(index_P, value_P, start_S)
 
 
-def over_zeros(x_RI: np.ndarray, norms_I: np.ndarray, start_S: np.ndarray) -> np.ndarray:
-    """`x`, zero but for what `search` would find."""
-    only_RI = np.empty_like(x_RI)
-    kernels.keep_largest(x_RI, norms_I, start_S, only_RI)
-    return only_RI
-
-
 def everything(x_RI: np.ndarray) -> Picks:
     """All inputs of each row."""
     rows, inputs = x_RI.shape

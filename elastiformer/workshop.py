@@ -85,12 +85,24 @@ class Workshop:
     def at_site(self, layer: Layer, site: Site) -> Product:
         return self.product(*layer.at_site(site))
 
-    def read(self, layer: Layer, site: Site, x_RI: Tensor, packed: Packed, rows: Rows) -> Reading:
-        """What products at `site` read of these rows."""
+    def read(
+        self,
+        layer: Layer,
+        site: Site,
+        x_RI: Tensor,
+        packed: Packed,
+        rows: Rows,
+        own: bool = False,
+    ) -> Reading:
+        """What products at `site` read of these rows.
+
+        Args:
+            own: whether `x` may be changed.
+        """
         if not packed.picks:
             return Reading(x_RI)
         counts = packed.channels(layer.index, _PLACE[site], rows)
-        return pick(x_RI, self.layout.column_norms(layer, site), counts)
+        return pick(x_RI, self.layout.column_norms(layer, site), counts, own)
 
     def experts(self, layer: Layer) -> ExpertTable:
         assert self.adapter is not None, "experts without an adapter"
@@ -178,7 +190,8 @@ class Workshop:
                 sample_RI: Tensor = sample_RI,
             ) -> None:
                 product, norms_I = next(turns)
-                reading = pick(sample_RI[:rows], norms_I, round(share * product.inputs))
+                count = round(share * product.inputs)
+                reading = pick(sample_RI[:rows].clone(), norms_I, count, own=True)
                 _ = product.by_row(reading) if by_row else product.at_once(reading)
 
             each = seconds / len(SITES)

@@ -10,7 +10,7 @@ from elastiformer import kernels
 from elastiformer.families import Projection
 from elastiformer.products import Product
 from elastiformer.readings import Reading, pick
-from elastiformer.tiles import Picks, Tiles, even_starts, everything, over_zeros, search
+from elastiformer.tiles import Picks, Tiles, even_starts, everything, search
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,8 @@ def test_the_search_finds_what_a_stable_sort_finds(rows, values):
         assert (picks.value_P[own] == x_RI[row, picks.index_P[own]]).all()
     only_RI = np.zeros_like(x_RI)
     only_RI[np.repeat(np.arange(rows), counts_R), picks.index_P] = picks.value_P
-    assert (over_zeros(x_RI, norms_I, start_S) == only_RI).all()
+    kernels.keep_largest(x_RI, norms_I, start_S)
+    assert (x_RI == only_RI).all()
 
 
 def test_rows_that_pick_and_rows_that_do_not_share_a_product():
@@ -111,7 +112,10 @@ def test_rows_that_pick_and_rows_that_do_not_share_a_product():
         assert reading.count == 138
         only_RI = x_RI.clone()
         only_RI[1, x_RI[1].abs().argsort()[:54]] = 0
-        assert torch.equal(reading.only_RI, only_RI)
+        before_RI = x_RI.clone()
+        assert torch.equal(reading.only_RI, only_RI) and torch.equal(x_RI, before_RI)
+        own = pick(before_RI, torch.ones(64), np.array([64, 10, 64]), own=True)
+        assert own.only_RI.data_ptr() == before_RI.data_ptr() and torch.equal(before_RI, only_RI)
         for out_RO in (product.by_row(reading), product.at_once(reading)):
             torch.testing.assert_close(out_RO, linear(only_RI))
 
