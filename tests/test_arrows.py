@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LOW_TO_HIGH = """
     elastiformer: errors tasks capacity usage accounting calibration card priced families encoders
-        experts routers lora lora_files unpacking shipped weights encoder_weights vlms vlm_weights
+        experts routers lora lora_files unpacking shipped originals weights encoder_weights vlms vlm_weights
         misfits adapter masked pool cache sequence imaged prefixes kernels row_kernels pointwise
         packed taken costs lanes single_queries sub_layers tiles readings products flop_formulas
         expert_table repair attention placing workshop keeping sparse_heads sparse_attention
@@ -23,7 +23,7 @@ LOW_TO_HIGH = """
         inputs images encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
 
     service: __init__ errors build settings schemas scheduler pace metrics knob orders energy rows
-        bench middleware engine encoder_engine led served zero_shot items desk tracing logs
+        bench ledger middleware engine encoder_engine led served zero_shot items desk tracing logs
         answers readings streams routes app server __main__
 
     training: __init__ files options signals progress processes packages data stream examples

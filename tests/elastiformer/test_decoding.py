@@ -1,4 +1,4 @@
-"""Decode steps in two calls a layer give, to the last bit, what the sub-layers' parts give."""
+"""Decode steps in one call for many layers give, to the last bit, what the sub-layers' parts give."""
 
 from __future__ import annotations
 
@@ -81,13 +81,18 @@ def test_many_rows_try_both_ways_and_get_the_same_bits(monkeypatch):
     assert TRIAL_TURNS <= len(whole) <= steps - TRIAL_TURNS  # and then the faster one has all
 
 
-def test_many_rows_of_bfloat16_keep_to_one_way(monkeypatch):
+def test_many_rows_of_bfloat16_try_both_ways_and_differ_by_its_rounding(monkeypatch):
     model = elastic("llama", (Unit.CHANNELS,), lora_rank=0)
     model.base.to(torch.bfloat16)
     model.attach(model.adapter)
+    rows, steps = 12, 12
+    plans = channel_plans()[:1]  # of two nearly equal channels rounding may pick either
+    with counting(monkeypatch, may=False):
+        expected = decoded(model, plans, rows, steps)
     with counting(monkeypatch, may=True) as whole:
-        decoded(model, channel_plans(), 12)
-    assert whole == []
+        found = decoded(model, plans, rows, steps)
+    assert TRIAL_TURNS <= len(whole) <= steps - TRIAL_TURNS
+    assert 0 < (found - expected).std() < 0.03 * expected.std()
 
 
 @pytest.mark.parametrize(
