@@ -1,4 +1,4 @@
-"""Decode steps in one call for many layers give, to the last bit, what the sub-layers' parts give."""
+"""Decode steps in one call for many layers give what the sub-layers' parts give, to the last bit."""
 
 from __future__ import annotations
 
