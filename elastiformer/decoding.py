@@ -96,7 +96,7 @@ class Decoding:
         return min((window for window in windows if window is not None), default=float("inf"))
 
     def work(self, packed: Packed) -> Hashable | None:
-        """What a step that fits is like in time; None where there are few rows, which are faster here."""
+        """What a step that fits is like in time; None of few rows: they are faster here."""
         if packed.count <= self._few_rows:
             return None
         linear = sum(kind.plan.total.linear for kind in packed.kinds) / packed.count

@@ -1,4 +1,4 @@
-"""Decode steps in one call for many layers give what the sub-layers' parts give, to the last bit."""
+"""Decode steps in one call for many layers give the bits that the sub-layers' parts give."""
 
 from __future__ import annotations
 
