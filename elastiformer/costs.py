@@ -35,7 +35,7 @@ TRIAL_TURNS = 3  # of each way
 
 
 class Trial:
-    """Which of two ways is faster, found in use: they give the same, so at first they take turns.
+    """Which of two ways is faster, found in use: either will do, so at first they take turns.
 
     For each kind of work both have some turns; the one with the lower median has all that follow.
     """
