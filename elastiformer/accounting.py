@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from elastiformer.capacity import WHOLE_LAYER, LayerPlan, Phase, Plan
@@ -198,7 +198,7 @@ def layer_cost(
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelShape:
     """A whole model's layers and its output head."""
 
@@ -234,11 +234,14 @@ class ModelShape:
 
     def dense_token_flops(self, context: int) -> int:
         """Block FLOPs of one token that attends to `context` keys, at capacity 1.0."""
-        total = 0
-        for shape in self.layers:
-            cost = layer_cost(shape, WHOLE_LAYER, "complete", True)
-            total += cost.attention_kept + context * cost.attention_per_key + cost.mlp_kept
-        return total
+        linear, per_key = self._dense_flops
+        return linear + context * per_key
+
+    @cached_property
+    def _dense_flops(self) -> tuple[int, int]:
+        costs = [layer_cost(shape, WHOLE_LAYER, "complete", True) for shape in self.layers]
+        linear = sum(cost.attention_kept + cost.mlp_kept for cost in costs)
+        return linear, sum(cost.attention_per_key for cost in costs)
 
     def planned_token_flops(self, plan: Plan, context: int) -> float:
         """Block FLOPs of one token under a plan, routers and LoRA included.

@@ -135,13 +135,18 @@ class Packed:
         return [chunk.sequence for chunk in self.chunks for _ in chunk.ids]
 
     @cached_property
-    def original_N(self) -> Tensor:
+    def originals(self) -> list[int]:
         """Where the rows stand in what callers sent, image tokens that were dropped included."""
         if not any(chunk.sequence.moved for chunk in self.chunks):
-            return self.position_N
+            return self.positions
         pairs = zip(self.sequences, self.positions, strict=True)
-        originals = [sequence.original(place) for sequence, place in pairs]
-        return torch.tensor(originals, dtype=torch.long, device=self.device)
+        return [sequence.original(place) for sequence, place in pairs]
+
+    @cached_property
+    def original_N(self) -> Tensor:
+        if self.originals is self.positions:
+            return self.position_N
+        return torch.tensor(self.originals, dtype=torch.long, device=self.device)
 
     def rows_of(self, kinds: frozenset[Kind]) -> Rows:
         if kinds not in self._rows:

@@ -124,15 +124,10 @@ class CompiledGate:
 
 
 class Rotation:
-    """Cosines and signed sines of one step's rows, for layers that rotate alike."""
+    """Cosines and sines of one step's rows, for layers that rotate alike."""
 
     def __init__(self, cos_NR: Tensor, sin_NR: Tensor) -> None:
         self.cos_NR, self.sin_NR = cos_NR, sin_NR
-        self._cos_N1R = cos_NR[:, None]
-        self._half = cos_NR.shape[1] // 2
-        # x * cos + (second half, negated; first half) * sin, with the sign in the sine.
-        signed_NR = torch.cat([-sin_NR[:, : self._half], sin_NR[:, self._half :]], 1)
-        self._sin_N1R = signed_NR[:, None]
 
     def turn(self, x_NMH: Tensor, heads: int | None = None) -> None:
         """Rotate the first heads, or all, in place."""
@@ -141,19 +136,23 @@ class Rotation:
             row_kernels.turn(x_NMH.numpy(), heads, *self.on_host)
             return
         part_NMR = x_NMH[:, :heads, : self.cos_NR.shape[1]]
-        rolled_NMR = part_NMR.roll(self._half, -1)
-        torch.addcmul(part_NMR * self._cos_N1R, rolled_NMR, self._sin_N1R, out=part_NMR)
+        cos_N1R, sin_N1R = self._signed
+        rolled_NMR = part_NMR.roll(cos_N1R.shape[-1] // 2, -1)
+        torch.addcmul(part_NMR * cos_N1R, rolled_NMR, sin_N1R, out=part_NMR)
 
     @cached_property
     def on_host(self) -> tuple[np.ndarray, np.ndarray]:
         return self.cos_NR.contiguous().numpy(), self.sin_NR.contiguous().numpy()
 
+    @cached_property
+    def _signed(self) -> tuple[Tensor, Tensor]:
+        """x * cos + (second half, negated; first half) * sin, with the sign in the sine."""
+        first_NR, second_NR = self.sin_NR.chunk(2, dim=1)
+        return self.cos_NR[:, None], torch.cat([-first_NR, second_NR], 1)[:, None]
+
     def of(self, index: slice | Tensor) -> Rotation:
         """The rotation of some of the rows."""
-        some = object.__new__(Rotation)
-        some.cos_NR, some.sin_NR, some._half = self.cos_NR[index], self.sin_NR[index], self._half
-        some._cos_N1R, some._sin_N1R = self._cos_N1R[index], self._sin_N1R[index]
-        return some
+        return Rotation(self.cos_NR[index], self.sin_NR[index])
 
 
 @torch.inference_mode()

@@ -28,14 +28,13 @@ from elastiformer.keeping import Keeping
 from elastiformer.originals import Originals
 from elastiformer.packed import Packed
 from elastiformer.placing import Placing
-from elastiformer.pointwise import Norm, Rotation, turns_halves
+from elastiformer.pointwise import Norm
+from elastiformer.rotary import Rotary, Rotations
 from elastiformer.sequence import Chunk
 from elastiformer.sparse_attention import SparseAttention
 from elastiformer.sparse_mlp import SparseMlp
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
-
-Rotations = dict[str | None, Rotation]  # by layer type
 
 
 class SparseForm:
@@ -54,7 +53,7 @@ class SparseForm:
         self._attention = SparseAttention(self.workshop, keeping)
         self._mlp = SparseMlp(self.workshop, keeping)
         self._decoding, self._trial = Decoding(self.workshop), Trial()
-        self._rotation_checked = False
+        self._rotary = Rotary(layout)
 
     @torch.inference_mode()
     def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:
@@ -63,7 +62,7 @@ class SparseForm:
         packed = Packed(chunks, self.workshop.device)
         placing, taken = self._placing(packed), Taken(packed, self.shape)
         h_ND = self._embed(packed)
-        rotations = self._rotations(packed, h_ND)
+        rotations = self._rotary.of(packed, h_ND)
         self._run_layers(h_ND, packed, placing, taken, rotations)
         logits = self._logits(h_ND, packed)
         taken.settle(self.adapter.units if self.adapter is not None else ())
@@ -117,28 +116,6 @@ class SparseForm:
     def _inputs(self, packed: Packed) -> Tensor:
         embedded_ND: Tensor = self.layout.embedding(packed.ids_N)
         return embedded_ND
-
-    def _rotations(self, packed: Packed, h_ND: Tensor) -> Rotations:
-        """Cosines and sines, by the type of layer that has frequencies of its own."""
-        rotary = self.layout.rotary
-        if rotary is None:
-            return {}
-        # Where frequencies depend on a sequence's length, batch-mates must not change them.
-        spans = packed.spans if self.layout.rotary_by_length else [slice(None)]
-        kinds = {
-            layer.layer_type if self.layout.rotary_by_layer_type else None: layer
-            for layer in self.layout.layers
-        }
-        rotations = {}
-        for kind, layer in kinds.items():
-            extra = () if kind is None else (kind,)
-            parts = [rotary(h_ND, packed.original_N[span][None], *extra) for span in spans]
-            cos_NR, sin_NR = (torch.cat([part[at][0] for part in parts]) for at in (0, 1))
-            if not self._rotation_checked:
-                assert turns_halves(layer, cos_NR.shape[1], h_ND.dtype, h_ND.device), kind
-            rotations[kind] = Rotation(cos_NR, sin_NR)
-        self._rotation_checked = True
-        return rotations
 
     def _logits(self, h_ND: Tensor, packed: Packed) -> list[Tensor]:
         assert self.workshop.head is not None, "logits without a head"

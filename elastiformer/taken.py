@@ -64,7 +64,7 @@ class Taken:
         packed, shape = self._packed, self._shape
         dense_linear = shape.dense_token_flops(context=0)
         dense_per_key = shape.dense_token_flops(context=1) - dense_linear
-        keys_LC = np.stack(self._keys_LC)
+        keys_LC = np.array(self._keys_LC)
         kinds = len(packed.distinct_kinds)
         chunk_N = np.repeat(np.arange(len(packed.chunks)), np.diff(packed.starts))
         rows_CK = np.bincount(

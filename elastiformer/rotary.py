@@ -1,0 +1,73 @@
+"""The cosines and sines by which a step's queries and keys are rotated, by type of layer.
+
+Where they depend on the position alone they are looked up: computing them anew takes as long as a
+layer of one row.
+
+Shape letters: N rows   P positions   D width   R rotated part of a head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from elastiformer.families import Layer, Layout
+from elastiformer.packed import Packed
+from elastiformer.pointwise import Rotation, turns_halves
+
+_LEAST = 512  # positions that are computed at once
+
+Rotations = dict[str | None, Rotation]  # by layer type; None: of all layers
+
+
+class Rotary:
+    """Makes the rotations of one model's steps."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        # A layer of each type that has frequencies of its own.
+        self._examples: dict[str | None, Layer] = {
+            layer.layer_type if layout.rotary_by_layer_type else None: layer
+            for layer in layout.layers
+        }
+        self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
+        self._unchecked = dict(self._examples)
+
+    def of(self, packed: Packed, h_ND: Tensor) -> Rotations:
+        """The rotations of packed rows; none where nothing is rotated."""
+        if self._layout.rotary is None:
+            return {}
+        if self._layout.rotary_by_length:
+            # Batch-mates must not change each other's frequencies.
+            positions = [packed.original_N[span] for span in packed.spans]
+            found = {kind: self._computed(kind, positions, h_ND) for kind in self._examples}
+        else:
+            self._cover(max(packed.originals) + 1, h_ND)
+            at_N = packed.original_N
+            found = {
+                kind: (cos_PR.index_select(0, at_N), sin_PR.index_select(0, at_N))
+                for kind, (cos_PR, sin_PR) in self._tables.items()
+            }
+        return {kind: Rotation(*both) for kind, both in found.items()}
+
+    def _cover(self, positions: int, h_ND: Tensor) -> None:
+        """Have tables for so many positions."""
+        if self._tables and len(next(iter(self._tables.values()))[0]) >= positions:
+            return
+        every_P = torch.arange(max(_LEAST, 1 << (positions - 1).bit_length()), device=h_ND.device)
+        self._tables = {kind: self._computed(kind, [every_P], h_ND) for kind in self._examples}
+
+    def _computed(
+        self, kind: str | None, positions: Sequence[Tensor], h_ND: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions that stand in sequences of their own."""
+        rotary = self._layout.rotary
+        assert rotary is not None, "a rotation of what is not rotated"
+        extra = () if kind is None else (kind,)
+        parts = [rotary(h_ND, each[None], *extra) for each in positions]
+        cos_NR, sin_NR = (torch.cat([part[at][0] for part in parts]) for at in (0, 1))
+        if (layer := self._unchecked.pop(kind, None)) is not None:
+            assert turns_halves(layer, cos_NR.shape[1], h_ND.dtype, h_ND.device), kind
+        return cos_NR, sin_NR
