@@ -2,13 +2,14 @@
 
 A row's price is its plan's, less what its token routers left out; only the latter is noted here.
 
-Shape letters: L layers   R rows   K kinds
+Shape letters: L layers   N rows   R some of them   C chunks   K kinds   S times that rows were left
+    out   P fields of a price
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ class Spent(NamedTuple):
     kind: int  # its number
     rows: int
     changes: Price  # by its routers
-    unattended: tuple[tuple[int, int], ...]  # of so many rows the keys of a layer
+    unattended: int  # FLOPs of attention that its routers left out
 
 
 class Taken:
@@ -34,9 +35,7 @@ class Taken:
 
     def __init__(self, packed: Packed, shape: ModelShape) -> None:
         self._packed, self._shape = packed, shape
-        # Per chunk and kind, by number: what its routers changed, and keys not attended to.
-        self._changes: dict[tuple[int, int], Price] = {}
-        self._unattended: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._skipped: list[tuple[int, Unit, np.ndarray]] = []
         self._keys_LC: list[np.ndarray] = []
 
     def keys(self, keys_C: np.ndarray) -> None:
@@ -45,19 +44,7 @@ class Taken:
 
     def skipped(self, layer: int, unit: Unit, rows_R: np.ndarray) -> None:
         """A token router left these rows out."""
-        packed = self._packed
-        chunk_R = np.searchsorted(packed.starts, rows_R, side="right") - 1
-        kinds = len(packed.distinct_kinds)
-        pairs, counts = np.unique(chunk_R * kinds + packed.kind_N[rows_R], return_counts=True)
-        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
-            key = divmod(pair, kinds)
-            plan = packed.distinct_kinds[key[1]].plan
-            if unit is Unit.MLP_TOKENS:
-                changed = plan.skipped_mlp[layer]
-            else:
-                changed = plan.skipped_attention[layer]
-                self._unattended.setdefault(key, []).append((layer, count))
-            self._changes[key] = self._changes.get(key, Price()) + changed * count
+        self._skipped.append((layer, unit, rows_R))
 
     def settle(self, units: Sequence[Unit]) -> None:
         """Add to each sequence what its rows spent."""
@@ -67,21 +54,16 @@ class Taken:
         keys_LC = np.array(self._keys_LC)
         kinds = len(packed.distinct_kinds)
         chunk_N = np.repeat(np.arange(len(packed.chunks)), np.diff(packed.starts))
-        rows_CK = np.bincount(
-            chunk_N * kinds + packed.kind_N, minlength=len(packed.chunks) * kinds
-        ).reshape(-1, kinds)
+        pair_N = chunk_N * kinds + packed.kind_N
+        rows_CK = np.bincount(pair_N, minlength=len(packed.chunks) * kinds).reshape(-1, kinds)
+        changes_CK, unattended_CK = self._changes(pair_N, keys_LC)
         known: dict[tuple[object, ...], Usage] = {}  # what was run alike is counted once
         for place, (chunk, outputs) in enumerate(
             zip(packed.chunks, packed.output_counts, strict=True)
         ):
             tokens = len(chunk.ids)
             spent = [
-                Spent(
-                    number,
-                    rows,
-                    self._changes.get((place, number), Price()),
-                    tuple(self._unattended.get((place, number), ())),
-                )
+                Spent(number, rows, changes_CK[place][number], unattended_CK[place][number])
                 for number, rows in enumerate(rows_CK[place].tolist())
                 if rows
             ]
@@ -99,15 +81,46 @@ class Taken:
             usage.dense_parameters = (dense_tokens * dense_linear + heads) // 2
             chunk.sequence.usage += usage
 
+    def _changes(
+        self, pair_N: np.ndarray, keys_LC: np.ndarray
+    ) -> tuple[list[list[Price]], list[list[int]]]:
+        """What routers changed in price, and the FLOPs of attention they left out: [C, K].
+
+        Args:
+            pair_N: each row's chunk x number of kinds + kind.
+        """
+        chunks, kinds = len(self._packed.chunks), self._packed.distinct_kinds
+        if not self._skipped:
+            return [[Price()] * len(kinds)] * chunks, [[0] * len(kinds)] * chunks
+        counts_SCK = np.array(
+            [
+                np.bincount(pair_N[rows_R], minlength=chunks * len(kinds))
+                for _, _, rows_R in self._skipped
+            ]
+        ).reshape(-1, chunks, len(kinds))
+        changed_SKP = np.zeros((len(self._skipped), len(kinds), len(fields(Price))), dtype=np.int64)
+        per_key_SK = np.zeros((len(self._skipped), len(kinds)), dtype=np.int64)
+        for place, (layer, unit, _) in enumerate(self._skipped):
+            of_mlp = unit is Unit.MLP_TOKENS
+            for number, kind in enumerate(kinds):
+                plan = kind.plan
+                changed = (plan.skipped_mlp if of_mlp else plan.skipped_attention).get(layer)
+                if changed is not None:
+                    changed_SKP[place, number] = astuple(changed)
+                    per_key_SK[place, number] = 0 if of_mlp else plan.per_key_L[layer]
+        changes_CKP = np.einsum("sck,skp->ckp", counts_SCK, changed_SKP)
+        keys_SC = keys_LC[[layer for layer, _, _ in self._skipped]]
+        unattended_CK = np.einsum("sck,sk,sc->ck", counts_SCK, per_key_SK, keys_SC)
+        changes = [[Price(*each) for each in of_chunk] for of_chunk in changes_CKP.tolist()]
+        return changes, unattended_CK.tolist()
+
     def _sum(self, spent: Sequence[Spent], keys_L: np.ndarray, units: Sequence[Unit]) -> Usage:
         """What the rows of one chunk ran in the blocks."""
         usage = Usage()
         for number, rows, changes, unattended in spent:
             kind = self._packed.distinct_kinds[number]
             price = kind.plan.total * rows + changes
-            attended = rows * int(kind.plan.per_key_L @ keys_L)
-            for layer, count in unattended:
-                attended -= count * int(kind.plan.per_key_L[layer] * keys_L[layer])
+            attended = rows * int(kind.plan.per_key_L @ keys_L) - unattended
             usage.block_flops += price.linear + attended
             usage.parameters_used += price.linear
             if not kind.is_dense:
