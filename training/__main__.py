@@ -9,6 +9,7 @@
                                   --out REPORT_DIR
     python -m training domains    --base BASE --data DATA --test DATA --domain NAME=LABEL,LABEL
                                   --domain NAME=LABEL,LABEL --out REPORT_DIR
+    python -m training recipe     --base BASE --data DATA --held-out DATA --out REPORT_DIR
     python -m training reconstruct --base BASE --adapter DIR --data DATA --out REPORT_DIR
     python -m training summarize  --reports REPORT_DIR REPORT_DIR --out FILE.md
 
@@ -38,6 +39,7 @@ COMMANDS = (
     "calibrate",
     "evaluate",
     "domains",
+    "recipe",
     "reconstruct",
     "summarize",
 )

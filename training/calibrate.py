@@ -225,14 +225,9 @@ class _Job:
         return {phase: self._path(phase) for phase in (Phase.OUTPUT, Phase.PROMPT)}
 
     def thresholds(self) -> Thresholds:
-        """Quantiles of every token router's scores on the probed texts."""
+        """Those of the probed texts."""
         assert self._model.adapter is not None
-        at = torch.linspace(0, 1, QUANTILES)
-        found: Thresholds = {phase: {} for phase in Phase}
-        for phase, unit, layer, scores_N in self._meter.scores(self._model.adapter.units):
-            values = tuple(torch.quantile(scores_N, at).tolist())
-            found[phase].setdefault(unit, {})[layer] = values
-        return found
+        return thresholds(self._meter, self._model.adapter.units)
 
     def draw(self, picture: Path, calibration: Calibration, served: Sequence[float]) -> None:
         from training.pictures import draw_calibration
@@ -342,6 +337,16 @@ def lowest(paths: Paths, shape: ModelShape, context: int, asked: Sequence[float]
         return True
 
     return min(capacity for capacity in asked if reached(capacity))
+
+
+def thresholds(meter: Meter, units: Sequence[Unit]) -> Thresholds:
+    """Quantiles of every token router's scores on a meter's texts, all tokens kept."""
+    at = torch.linspace(0, 1, QUANTILES)
+    found: Thresholds = {phase: {} for phase in Phase}
+    for phase, unit, layer, scores_N in meter.scores(units):
+        values = tuple(torch.quantile(scores_N, at).tolist())
+        found[phase].setdefault(unit, {})[layer] = values
+    return found
 
 
 def trimmed(

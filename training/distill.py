@@ -111,7 +111,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-capacity",
         type=real(above=0, below=1),
         default=0.5,
-        help="the lowest that is trained",
+        help="the lowest that is trained; of uniform lessons, the lowest keep share",
+    )
+    add(
+        "--lessons",
+        default="mixed",
+        choices=["mixed", "uniform"],
+        help="plans of all kinds; or the paper's: one share in all layers, every token scored",
     )
     add("--kl", default="forward", choices=list(Direction), help="teacher to student, or back")
     add("--top-k", type=whole(0), default=0, help="teacher's likeliest tokens compared; 0: all")
@@ -161,7 +167,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 def train(args: argparse.Namespace, world: World) -> dict[str, Any] | None:
     """One run in a world that stands: from the options to the adapter."""
     with Stop() as stop:
-        return _begin(args, world).go(stop)
+        settle(args, world)
+        return prepared(args, world, *_student(args, world)).go(stop)
 
 
 def read_text(args: argparse.Namespace, tokenizer: Any) -> Text:
@@ -183,8 +190,8 @@ def read_text(args: argparse.Namespace, tokenizer: Any) -> Text:
     return Text(corpus.sha256, train_WT, held_WT, Windows(train_WT, args.seed))
 
 
-def _begin(args: argparse.Namespace, world: World) -> Distillation:
-    """Everything that comes before the first step, in the order in which it can be refused."""
+def settle(args: argparse.Namespace, world: World) -> None:
+    """Give every option the value that it has for this base, or refuse it."""
     reads_images = is_vlm(args.base)
     if reads_images or task_asked(args) is not None:
         # Rows are items or exchanges, whatever their lengths.
@@ -211,7 +218,16 @@ def _begin(args: argparse.Namespace, world: World) -> Distillation:
         setattr(args, name, asked)
     if of_layers and not args.output_units:
         raise RunError("--output-units: at least one; whole late layers are for prompts only")
-    student, text, sample = _student(args, world)
+
+
+def prepared(
+    args: argparse.Namespace, world: World, student: Student, text: Text, sample: Any
+) -> Distillation:
+    """A run before its first step, or before the first that is left; its options are settled.
+
+    Args:
+        sample: a little of the text, to split experts by.
+    """
     model = student.model
     options = {name: _plain(value) for name, value in vars(args).items() if name not in FREE}
     options |= {"data_sha256": text.sha256, "base_revision": model.identity.revision}
@@ -269,8 +285,13 @@ def _student(args: argparse.Namespace, world: World) -> tuple[Student, Text, Any
     if args.window > model.context:
         raise RunError(f"--window {args.window}: the context of this model is {model.context}")
     text = read_text(args, tokenizer_of(model))
-    windows = torch.randperm(len(text.train_WT), generator=chosen)[:EXPERT_WINDOWS]
-    return TextStudent(model), text, text.train_WT[windows]
+    return TextStudent(model), text, sample_of(text, args.seed)
+
+
+def sample_of(text: Text, seed: int) -> torch.Tensor:
+    """The windows by which experts are split."""
+    chosen = torch.Generator().manual_seed(seed_of("experts", seed))
+    return text.train_WT[torch.randperm(len(text.train_WT), generator=chosen)[:EXPERT_WINDOWS]]
 
 
 def _picture_student(

@@ -35,12 +35,13 @@ from training.encoder_calibrate import labels_of, recalibrate, some, uniform_cal
 from training.encoder_evaluate import random_routers
 from training.encoder_quality import Judged, measure_items
 from training.examples import Examples, read_examples
-from training.files import DataError, RunError, write_atomically, write_json
+from training.files import DataError, RunError, same_run, write_atomically
 from training.options import real, units, whole
 from training.overlap import Choice, by_chance, choice_of, jaccard
 from training.progress import track
 
 EVERYTHING = "all"
+FREE = {"out", "seeds", "items", "capacities", "device"}  # what may differ when a run goes on
 OVERLAP_ITEMS = 64  # of each domain, on which the kept tokens are compared
 
 
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     domains = _disjoint(args.domain)
     folder = args.out.with_name(args.out.name + ".run")
     folder.mkdir(parents=True, exist_ok=True)
-    _same_run(folder / "options.json", args)
+    same_run(folder / "options.json", vars(args), FREE)
     for part, source in (("train", args.data), ("test", args.test)):
         write_domains(source, domains, args.by, folder / part)
     names = [*domains, EVERYTHING]
@@ -125,20 +126,6 @@ def _disjoint(given: Sequence[tuple[str, tuple[str, ...]]]) -> dict[str, tuple[s
     if twice := sorted({value for value in values if values.count(value) > 1}):
         raise RunError(f"--domain: {', '.join(twice)}: in two domains, which are disjoint")
     return domains
-
-
-def _same_run(path: Path, args: argparse.Namespace) -> None:
-    """Note what is run, or refuse to mix it with what another run has left."""
-    free = {"out", "seeds", "items", "capacities", "device"}
-    options = json.loads(
-        json.dumps({k: v for k, v in vars(args).items() if k not in free}, default=str)
-    )
-    if path.exists() and (before := json.loads(path.read_text())) != options:
-        changed = [name for name in options if before.get(name) != options[name]]
-        raise RunError(
-            f"{path.parent}: holds a run with another {', '.join(changed)}; choose another --out"
-        )
-    write_json(path, options)
 
 
 def write_domains(

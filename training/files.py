@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from elastiformer.errors import ElastiError
@@ -43,3 +44,19 @@ def sync_folder(folder: Path) -> None:
 
 def write_json(path: Path, value: object) -> None:
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def same_run(path: Path, options: Mapping[str, object], free: Collection[str]) -> None:
+    """Note what is run, or refuse to mix it with what another run has left.
+
+    Args:
+        free: options in which a run may differ from the one that it goes on with.
+    """
+    noted = {name: value for name, value in options.items() if name not in free}
+    noted = json.loads(json.dumps(noted, default=str))
+    if path.exists() and (before := json.loads(path.read_text())) != noted:
+        changed = [name for name in noted if before.get(name) != noted[name]]
+        raise RunError(
+            f"{path.parent}: holds a run with another {', '.join(changed)}; choose another --out"
+        )
+    write_json(path, noted)

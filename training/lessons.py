@@ -3,7 +3,8 @@
 One adapter serves every capacity, so every row draws its own: how much to spend, how to divide it
 among units and layers, and where the prompt ends. Drawn is what calibration may later choose from:
 uniform shares, shares that differ by layer, and for prompts whole late layers left out, which is
-where a prompt's savings are. Every fourth row spends the least.
+where a prompt's savings are. Every fourth row spends the least. Uniform lessons are the paper's:
+every token is scored, and every layer keeps the same share of each unit.
 
 A lesson is a function of the seed, the step and the row: nothing here has a state.
 """
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from elastiformer.accounting import ModelShape
-from elastiformer.capacity import LayerPlan, Plan, Site, Unit, dense_plan
+from elastiformer.capacity import LayerPlan, Plan, Site, Unit, UnitShares, dense_plan
 from training.data import seed_of
 
 GRID = 16  # shares are sixteenths: as fine as calibration's, and few enough to remember costs of
@@ -59,16 +60,19 @@ class Teacher:
     window: int
     seed: int
     tolerance: Mapping[tuple[int, str], float] = field(default_factory=dict)
+    uniform: bool = False  # the paper's lessons: what is drawn is the keep share of every layer
 
     def lesson(self, step: int, row: int, rows: int) -> Lesson:
         """The lesson of one row of the whole batch of `rows`."""
         rng = random.Random(seed_of("lesson", self.seed, step, row))
+        lowest = (step * rows + row) % LEAST_EVERY == 0
+        dense = dense_plan(len(self.shape.layers))
+        if self.uniform:
+            return Lesson(0, dense, self.plan(rng, self.capacity(rng, lowest), self.output_units))
         prompt_tokens = rng.randint(0, self.window * 7 // 8)
         one_phase = rng.random() < DENSE_PHASE
         routed_prompt = not one_phase or (prompt_tokens > 1 and rng.random() < 0.5)
         routed_output = not one_phase or not routed_prompt
-        lowest = (step * rows + row) % LEAST_EVERY == 0
-        dense = dense_plan(len(self.shape.layers))
         return Lesson(
             prompt_tokens,
             prompt=self.prompt_plan(rng, lowest) if routed_prompt else dense,
@@ -81,6 +85,8 @@ class Teacher:
 
     def prompt_plan(self, rng: random.Random, lowest: bool) -> Plan:
         capacity = self.capacity(rng, lowest)
+        if self.uniform:
+            return self.plan(rng, capacity, self.prompt_units)
         fields = [name for name in TOKEN_FIELDS if name in self.prompt_units]
         if not self.prompt_units:
             fields = list(TOKEN_FIELDS)  # whole sub-layers need no unit
@@ -96,7 +102,13 @@ class Teacher:
         return tuple(plan)
 
     def plan(self, rng: random.Random, capacity: float, units: Sequence[Unit]) -> Plan:
-        """A plan that spends `capacity`, divided at random; the leanest there is when none can."""
+        """A plan that spends `capacity`, divided at random; the leanest there is when none can.
+
+        Of uniform lessons, the plan that keeps this share of each unit in every layer.
+        """
+        if self.uniform:
+            shares = UnitShares(**{unit.value: capacity for unit in units})
+            return (shares.layer_plan(),) * len(self.shape.layers)
         weights = self._weights(rng, _some(rng, units))
         if self._share(weights, MOST_STRENGTH) > capacity:
             weights = self._weights(rng, units)

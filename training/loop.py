@@ -93,6 +93,7 @@ class Distillation:
             args.window,
             args.seed,
             tolerance,
+            args.lessons == "uniform",
         )
         self._objective = Objective(
             Divergence(Direction(args.kl), args.top_k, args.temperature),

@@ -62,14 +62,21 @@ def draw_kept(path: Path, kept: Mapping[str, Plan]) -> None:
 
 
 def draw_curves(
-    path: Path, panels: Mapping[str, Mapping[str, Curve]], x: str, y: str, log_y: bool = False
+    path: Path,
+    panels: Mapping[str, Mapping[str, Curve]],
+    x: str,
+    y: str,
+    log_y: bool = False,
+    across: int | None = None,
 ) -> None:
-    """One panel per title, one line per name, points marked."""
+    """One panel per title, `across` or all of them side by side; one line per name."""
     pyplot = _pyplot()
+    across = across or len(panels)
+    down = math.ceil(len(panels) / across)
     figure, axes = pyplot.subplots(
-        1, len(panels), squeeze=False, figsize=(5.2 * len(panels), 4), constrained_layout=True
+        down, across, squeeze=False, figsize=(5.2 * across, 4 * down), constrained_layout=True
     )
-    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
         for name, curve in curves.items():
             points = sorted(point for point in curve if not log_y or point[1] > 0)
             axis.plot([at for at, _ in points], [value for _, value in points], "o-", label=name)
@@ -78,6 +85,8 @@ def draw_curves(
         axis.set(title=title, xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
     _save(figure, path)
 
 

@@ -129,7 +129,8 @@ def measure(
     Raises:
         CapacityError: when the adapter cannot be run at this capacity.
     """
-    found = (routed(model, window, capacity, setting) for window in windows)
+    asked = asked_of(capacity, setting)
+    found = (routed(model, window, asked, setting) for window in windows)
     return compare(windows, found, capacity, setting)
 
 
@@ -186,11 +187,11 @@ def asked_of(capacity: float, setting: Setting) -> Capacity:
 
 
 def routed(
-    model: ElasticModel, window: Window, capacity: float, setting: Setting
+    model: ElasticModel, window: Window, asked: Capacity, setting: Setting
 ) -> tuple[Tensor, float]:
     """The logits of the compared tokens, [N, V], and the share of the block FLOPs spent."""
     ids = window.ids_T.tolist()
-    asked, scored = asked_of(capacity, setting), setting is Setting.SCORED
+    scored = setting is Setting.SCORED
     sequence = model.sequence(asked, window.prompt_tokens, len(ids), scored=scored)
     try:
         (first,) = model.step([Chunk(sequence, ids[: window.prompt_tokens])])

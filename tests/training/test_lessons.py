@@ -1,10 +1,12 @@
 """Lessons: every capacity and division is met, and what ruins the model is spared."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from elastiformer import LayerShape, ModelShape, Unit, dense_plan, is_dense
+from elastiformer.capacity import WHOLE_LAYER
 from training.lessons import Teacher, tolerances
 from training.options import LAYER_UNITS
 
@@ -112,3 +114,13 @@ def test_what_ruins_the_model_is_spared(shape):
     assert plan[0] == dense_plan(1)[0]
     assert all(layer.mlp_tokens < 1 for layer in plan[1:])
     assert tolerances(losses)[1, "mlp_tokens"] == pytest.approx(0.5)
+
+
+def test_uniform_lessons_keep_one_share_in_every_layer_and_score_every_token(shape):
+    drawn = lessons(shape, uniform=True, output_units=(Unit.HEADS,), least=0.3)
+    for lesson in drawn:
+        assert lesson.output_tokens(WINDOW) == WINDOW
+        (layer,) = set(lesson.output)
+        assert 0.3 <= layer.heads <= 1 and replace(layer, heads=1.0) == WHOLE_LAYER
+    assert all(lesson.output[0].heads == 0.3 for lesson in drawn[::4])
+    assert max(lesson.output[0].heads for lesson in drawn) > 0.95

@@ -1,0 +1,312 @@
+"""The paper's recipe on paper: what each unit loses for what it saves, and what choices change.
+
+A choice is judged at the keep shares that all its forms were measured at, by the geometric mean of
+KL over the reference's: below 1 it loses less.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from elastiformer import Unit
+from training.files import write_atomically, write_json
+from training.pictures import Curve, draw_curves
+from training.reports import table
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What one keep share loses, every token scored; KL in nats per token."""
+
+    share: float
+    spent: float  # of the block FLOPs, routers and LoRA included
+    kl: float
+    kl_p95: float
+    perplexity_ratio: float
+    same_top: float  # share of tokens whose likeliest next token is the full model's
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """The record of one row's training; losses are the distillation loss of one step."""
+
+    steps: int
+    tokens: int
+    seed: int
+    data_sha256: str
+    parameters: int
+    first_loss: float
+    last_loss: float
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One unit and how its routers were trained: options of `distill` beside the common ones."""
+
+    name: str
+    unit: Unit
+    options: Mapping[str, str] = field(default_factory=dict)
+    trained: bool = True
+    training: Training | None = None
+    points: tuple[Point, ...] = ()
+
+    def measured(self, done: Mapping[str, Any]) -> Row:
+        """This row with what its file says."""
+        training = done["training"]
+        return replace(
+            self,
+            training=None if training is None else Training(**training),
+            points=tuple(Point(**point) for point in done["points"]),
+        )
+
+    @property
+    def by_share(self) -> dict[float, Point]:
+        return {point.share: point for point in self.points}
+
+    @property
+    def curve(self) -> Curve:
+        return [(point.spent, point.kl) for point in self.points if point.share < 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One thing that the paper leaves open: a row of every other form, beside a reference row."""
+
+    title: str
+    reference: str  # the row
+    form: str  # of the reference
+    others: Mapping[str, Mapping[str, str]]  # options of the others, by form
+
+    def row(self, form: str) -> str:
+        """The name of another form's row."""
+        return f"{self.title}: {form}".replace(",", "").replace(": ", "-").replace(" ", "-")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that one study found."""
+
+    about: Mapping[str, Any]
+    rows: Sequence[Row]
+    choices: Sequence[Choice]
+
+    def row(self, name: str) -> Row | None:
+        return next((row for row in self.rows if row.name == name), None)
+
+    def forms(self, choice: Choice) -> dict[str, Row]:
+        """The rows of a choice that were measured, the reference first; none without it."""
+        names = {choice.form: choice.reference}
+        names |= {form: choice.row(form) for form in choice.others}
+        found = {form: row for form, name in names.items() if (row := self.row(name)) is not None}
+        return found if choice.form in found else {}
+
+
+def ratio(row: Row, reference: Row) -> float | None:
+    """KL over the reference's, geometric mean of the keep shares below 1 that both have."""
+    others = reference.by_share
+    shared = [
+        (point.kl, others[point.share].kl)
+        for point in row.points
+        if point.share < 1 and point.share in others
+    ]
+    ratios = [kl / of for kl, of in shared if kl > 0 and of > 0]
+    return statistics.geometric_mean(ratios) if ratios else None
+
+
+def sentences(recipe: Recipe) -> Iterator[str]:
+    """What the numbers say, unit by unit and choice by choice."""
+    for unit in dict.fromkeys(row.unit for row in recipe.rows):
+        before, after, repaired = (recipe.row(f"{unit}{of}") for of in ("-untrained", "", "+lora"))
+        if before is None or after is None or repaired is None:
+            continue
+        gains = [ratio(after, before), ratio(repaired, before)]
+        if None not in gains:
+            yield (
+                f"`{unit}`: trained routers lose {gains[0]:.2f} of what untrained ones lose, with "
+                f"rank-1 LoRA {gains[1]:.2f}."
+            )
+    for choice in recipe.choices:
+        forms = recipe.forms(choice)
+        reference = forms.get(choice.form)
+        found = {
+            form: of
+            for form, row in forms.items()
+            if reference is not None and (of := ratio(row, reference)) is not None
+        }
+        if len(found) > 1:
+            best = min(found, key=lambda form: found[form])
+            others = ", ".join(f"{form} {of:.2f}" for form, of in found.items())
+            yield f"{choice.title.capitalize()} (`{choice.reference}`): {best} loses least: {others}."
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> list[str]:
+    """The names of the files written, report.json last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = ["report.md", "report.json"]
+    if panels := _panels(recipe):
+        draw_curves(
+            folder / "recipe.png",
+            panels,
+            "share of the block FLOPs spent",
+            "KL to the full model",
+            log_y=True,
+            across=min(4, len(panels)),
+        )
+        files.insert(0, "recipe.png")
+    write_atomically(folder / "report.md", _markdown(recipe, files[0] == "recipe.png").encode())
+    write_json(
+        folder / "report.json",
+        {
+            "about": dict(recipe.about),
+            "sentences": list(sentences(recipe)),
+            "rows": [asdict(row) for row in recipe.rows],
+            "choices": [_choice_json(recipe, choice) for choice in recipe.choices],
+        },
+    )
+    return files
+
+
+def _choice_json(recipe: Recipe, choice: Choice) -> dict[str, Any]:
+    forms = recipe.forms(choice)
+    return {
+        "title": choice.title,
+        "reference": choice.form,
+        "rows": {form: row.name for form, row in forms.items()},
+        "kl_over_reference": {form: ratio(row, forms[choice.form]) for form, row in forms.items()},
+    }
+
+
+def _panels(recipe: Recipe) -> dict[str, dict[str, Curve]]:
+    """A panel for each unit that was measured alone, and one for each choice."""
+    in_choices = {choice.row(form) for choice in recipe.choices for form in choice.others}
+    alone = [row for row in recipe.rows if row.name not in in_choices]
+    everywhere = {row.name: row.curve for row in alone if row.unit is Unit.CHANNELS}
+    panels: dict[str, dict[str, Curve]] = {}
+    for row in alone:
+        if row.unit is not Unit.CHANNELS:
+            panels.setdefault(row.unit.value, {})[row.name] = row.curve
+    panels = {unit: curves | everywhere for unit, curves in panels.items()}
+    for choice in recipe.choices:
+        forms = recipe.forms(choice)
+        if len(forms) > 1:
+            # The reference was measured at more shares; where they all were, they are compared.
+            at = set.intersection(*(set(row.by_share) for row in forms.values()))
+            panels[f"{choice.title} ({choice.reference})"] = {
+                form: [(p.spent, p.kl) for p in row.points if p.share in at and p.share < 1]
+                for form, row in forms.items()
+            }
+    return panels
+
+
+def _markdown(recipe: Recipe, drawn: bool) -> str:
+    about = recipe.about
+    lines = ["# The paper's recipe, unit by unit", "", *_prose(about), ""]
+    lines += [*(f"- {sentence}" for sentence in sentences(recipe)), ""]
+    if drawn:
+        lines += ["![KL against what is spent](recipe.png)", ""]
+    in_choices = {choice.row(form) for choice in recipe.choices for form in choice.others}
+    lines += ["## Each unit alone", ""]
+    lines += ["KL, in nats per token, and behind the slash the share of the block FLOPs spent.", ""]
+    alone = [row for row in recipe.rows if row.name not in in_choices]
+    shares = sorted({point.share for row in alone for point in row.points}, reverse=True)
+    lines += table(
+        ["row", *(f"keep {share:g}" for share in shares)],
+        [[f"`{row.name}`", *(_kl(row, share) for share in shares)] for row in alone],
+    )
+    lines += [
+        "",
+        "95th percentile of KL, and behind the slash perplexity over the full model's.",
+        "",
+    ]
+    lines += table(
+        ["row", *(f"keep {share:g}" for share in shares)],
+        [[f"`{row.name}`", *(_tail(row, share) for share in shares)] for row in alone],
+    )
+    lines += ["", "## The open choices", ""]
+    lines += [
+        "The first form of each is the row above. *Ratio*: KL over that row's, the geometric mean "
+        "of the shares.",
+        "",
+    ]
+    lines += _choices(recipe)
+    lines += ["", "## Trainings", ""]
+    lines += table(
+        ["row", "options", "steps", "tokens", "parameters", "first loss", "last loss"],
+        list(map(_training, recipe.rows)),
+    )
+    return "\n".join([*lines, ""])
+
+
+def _prose(about: Mapping[str, Any]) -> list[str]:
+    on, held = about["trained_on"], about["measured_on"]
+    tokens = about["steps"] * about["batch_tokens"]
+    return [
+        f"{about['base']['id']}, {about['dtype']}. Every row is a training of its own on {on['name']} "
+        f"(sha256 {on['sha256'][:12]}): {about['steps']} steps of {about['batch_tokens']} tokens "
+        f"({tokens} in all) in windows of {about['window']}, learning rate {about['lr']:g}, seed "
+        f"{about['seed']}; the same texts and the same keep shares, drawn from "
+        f"{about['least_share']:g} to 1, in every row. Measured on {held['windows']} windows of "
+        f"{held['window_tokens']} tokens of {held['name']} (sha256 {held['sha256'][:12]}), every "
+        "token scored, in the form that is served. All layers keep the same share. At a keep share "
+        "of 1 no router and no LoRA runs, whatever the gate: that is the full model.",
+    ]
+
+
+def _choices(recipe: Recipe) -> list[str]:
+    rows = []
+    shares: list[float] = []
+    for choice in recipe.choices:
+        forms = recipe.forms(choice)
+        if len(forms) > 1:
+            at = set.intersection(*(set(row.by_share) for row in forms.values()))
+            shares = sorted({*shares, *(share for share in at if share < 1)}, reverse=True)
+    for choice in recipe.choices:
+        forms = recipe.forms(choice)
+        if len(forms) < 2:
+            continue
+        for form, row in forms.items():
+            of = ratio(row, forms[choice.form]) if form != choice.form else 1.0
+            cells = [choice.title, f"`{row.unit}`", form, *(_kl(row, share) for share in shares)]
+            rows.append([*cells, "" if of is None else f"{of:.2f}"])
+    return table(["choice", "unit", "form", *(f"keep {s:g}" for s in shares), "ratio"], rows)
+
+
+def _kl(row: Row, share: float) -> str:
+    point = row.by_share.get(share)
+    return "" if point is None else f"{_digits(point.kl)} / {point.spent:.3f}"
+
+
+def _tail(row: Row, share: float) -> str:
+    point = row.by_share.get(share)
+    if point is None:
+        return ""
+    return f"{_digits(point.kl_p95)} / {_digits(point.perplexity_ratio)}"
+
+
+def _digits(value: float) -> str:
+    """Two digits or more, never in powers of ten."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _training(row: Row) -> list[str]:
+    options = " ".join(f"--{name} {value}" for name, value in row.options.items())
+    done = row.training
+    if done is None:
+        return [f"`{row.name}`", options, "0", "0", "", "", ""]
+    return [
+        f"`{row.name}`",
+        f"`{options}`" if options else "",
+        str(done.steps),
+        str(done.tokens),
+        str(done.parameters),
+        f"{done.first_loss:.3f}",
+        f"{done.last_loss:.3f}",
+    ]
