@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -307,14 +308,15 @@ class Study:
         adapter = self._model.adapter
         assert adapter is not None, "an adapter was attached"
         losses = [json.loads(line)["distil"] for line in log.read_text().splitlines()]
+        quarter = max(1, len(losses) // 4)  # each step drew keep shares of its own
         return Training(
             steps=len(losses),
             tokens=len(losses) * options.batch_tokens,
             seed=options.seed,
             data_sha256=adapter.training["data_sha256"],
             parameters=sum(each.numel() for each in adapter.parameters().values()),
-            first_loss=losses[0],
-            last_loss=losses[-1],
+            first_loss=fmean(losses[:quarter]),
+            last_loss=fmean(losses[-quarter:]),
             versions={name: adapter.training["versions"][name] for name in VERSIONS},
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """The record of one row's training; losses are the distillation loss of one step."""
+    """The record of one row's training; losses: distillation, over a quarter."""
 
     steps: int
     tokens: int
@@ -99,7 +99,20 @@ class Recipe:
     def row(self, name: str) -> Row | None:
         return next((row for row in self.rows if row.name == name), None)
 
-    def forms(self, choice: Choice) -> dict[str, Row]:
+    @property
+    def alone(self) -> list[Row]:
+        """The rows of each unit by itself, unit by unit, those that nobody trained first."""
+        others = {choice.row(form) for choice in self.choices for form in choice.others}
+        found = [row for row in self.rows if row.name not in others]
+        return sorted(found, key=lambda row: (list(Unit).index(row.unit), row.trained))
+
+    @property
+    def judged(self) -> list[tuple[Choice, dict[str, Row]]]:
+        """Every choice of which more than the reference was measured, with its rows by form."""
+        each = ((choice, self._forms(choice)) for choice in self.choices)
+        return [(choice, forms) for choice, forms in each if len(forms) > 1]
+
+    def _forms(self, choice: Choice) -> dict[str, Row]:
         """The rows of a choice that were measured, the reference first; none without it."""
         names = {choice.form: choice.reference}
         names |= {form: choice.row(form) for form in choice.others}
@@ -107,15 +120,18 @@ class Recipe:
         return found if choice.form in found else {}
 
 
+def common(rows: Iterable[Row]) -> list[float]:
+    """The keep shares below 1 that all of them were measured at, largest first."""
+    shares = set.intersection(*(set(row.by_share) for row in rows))
+    return sorted((share for share in shares if share < 1), reverse=True)
+
+
 def ratio(row: Row, reference: Row) -> float | None:
     """KL over the reference's, geometric mean of the keep shares below 1 that both have."""
-    others = reference.by_share
-    shared = [
-        (point.kl, others[point.share].kl)
-        for point in row.points
-        if point.share < 1 and point.share in others
+    pairs = [
+        (row.by_share[share].kl, reference.by_share[share].kl) for share in common((row, reference))
     ]
-    ratios = [kl / of for kl, of in shared if kl > 0 and of > 0]
+    ratios = [kl / of for kl, of in pairs if kl > 0 and of > 0]
     return statistics.geometric_mean(ratios) if ratios else None
 
 
@@ -131,18 +147,14 @@ def sentences(recipe: Recipe) -> Iterator[str]:
                 f"`{unit}`: trained routers lose {gains[0]:.2f} of what untrained ones lose, with "
                 f"rank-1 LoRA {gains[1]:.2f}."
             )
-    for choice in recipe.choices:
-        forms = recipe.forms(choice)
-        reference = forms.get(choice.form)
-        found = {
-            form: of
-            for form, row in forms.items()
-            if reference is not None and (of := ratio(row, reference)) is not None
-        }
+    for choice, forms in recipe.judged:
+        ratios = {form: ratio(row, forms[choice.form]) for form, row in forms.items()}
+        found = {form: of for form, of in ratios.items() if of is not None}
         if len(found) > 1:
             best = min(found, key=lambda form: found[form])
             others = ", ".join(f"{form} {of:.2f}" for form, of in found.items())
-            yield f"{choice.title.capitalize()} (`{choice.reference}`): {best} loses least: {others}."
+            title = choice.title.capitalize()
+            yield f"{title} (`{choice.reference}`): {best} loses least: {others}."
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> list[str]:
@@ -166,41 +178,36 @@ def write_recipe(folder: Path, recipe: Recipe) -> list[str]:
             "about": dict(recipe.about),
             "sentences": list(sentences(recipe)),
             "rows": [asdict(row) for row in recipe.rows],
-            "choices": [_choice_json(recipe, choice) for choice in recipe.choices],
+            "choices": [
+                {
+                    "title": choice.title,
+                    "reference": choice.form,
+                    "rows": {form: row.name for form, row in forms.items()},
+                    "kl_over_reference": {
+                        form: ratio(row, forms[choice.form]) for form, row in forms.items()
+                    },
+                }
+                for choice, forms in recipe.judged
+            ],
         },
     )
     return files
 
 
-def _choice_json(recipe: Recipe, choice: Choice) -> dict[str, Any]:
-    forms = recipe.forms(choice)
-    return {
-        "title": choice.title,
-        "reference": choice.form,
-        "rows": {form: row.name for form, row in forms.items()},
-        "kl_over_reference": {form: ratio(row, forms[choice.form]) for form, row in forms.items()},
-    }
-
-
 def _panels(recipe: Recipe) -> dict[str, dict[str, Curve]]:
     """A panel for each unit that was measured alone, and one for each choice."""
-    in_choices = {choice.row(form) for choice in recipe.choices for form in choice.others}
-    alone = [row for row in recipe.rows if row.name not in in_choices]
-    everywhere = {row.name: row.curve for row in alone if row.unit is Unit.CHANNELS}
+    everywhere = {row.name: row.curve for row in recipe.alone if row.unit is Unit.CHANNELS}
     panels: dict[str, dict[str, Curve]] = {}
-    for row in alone:
+    for row in recipe.alone:
         if row.unit is not Unit.CHANNELS:
             panels.setdefault(row.unit.value, {})[row.name] = row.curve
     panels = {unit: curves | everywhere for unit, curves in panels.items()}
-    for choice in recipe.choices:
-        forms = recipe.forms(choice)
-        if len(forms) > 1:
-            # The reference was measured at more shares; where they all were, they are compared.
-            at = set.intersection(*(set(row.by_share) for row in forms.values()))
-            panels[f"{choice.title} ({choice.reference})"] = {
-                form: [(p.spent, p.kl) for p in row.points if p.share in at and p.share < 1]
-                for form, row in forms.items()
-            }
+    for choice, forms in recipe.judged:
+        at = common(forms.values())  # of the reference there are more
+        panels[f"{choice.title} ({choice.reference})"] = {
+            form: [(row.by_share[share].spent, row.by_share[share].kl) for share in at]
+            for form, row in forms.items()
+        }
     return panels
 
 
@@ -210,25 +217,16 @@ def _markdown(recipe: Recipe, drawn: bool) -> str:
     lines += [*(f"- {sentence}" for sentence in sentences(recipe)), ""]
     if drawn:
         lines += ["![KL against what is spent](recipe.png)", ""]
-    in_choices = {choice.row(form) for choice in recipe.choices for form in choice.others}
-    lines += ["## Each unit alone", ""]
-    lines += ["KL, in nats per token, and behind the slash the share of the block FLOPs spent.", ""]
-    alone = [row for row in recipe.rows if row.name not in in_choices]
-    shares = sorted({point.share for row in alone for point in row.points}, reverse=True)
-    lines += table(
-        ["row", *(f"keep {share:g}" for share in shares)],
-        [[f"`{row.name}`", *(_kl(row, share) for share in shares)] for row in alone],
-    )
-    lines += [
-        "",
-        "95th percentile of KL, and behind the slash perplexity over the full model's.",
-        "",
-    ]
-    lines += table(
-        ["row", *(f"keep {share:g}" for share in shares)],
-        [[f"`{row.name}`", *(_tail(row, share) for share in shares)] for row in alone],
-    )
-    lines += ["", "## The open choices", ""]
+    shares = sorted({p.share for row in recipe.alone for p in row.points}, reverse=True)
+    heads = ["row", *(f"keep {share:g}" for share in shares)]
+    for title, cell in (
+        ("KL, in nats per token / share of the block FLOPs spent", _kl),
+        ("95th percentile of KL / perplexity over the full model's", _tail),
+    ):
+        lines += [f"## Each unit alone: {title}", ""]
+        rows = [[f"`{row.name}`", *(cell(row, s) for s in shares)] for row in recipe.alone]
+        lines += [*table(heads, rows), ""]
+    lines += ["## The open choices", ""]
     lines += [
         "The first form of each is the row above. *Ratio*: KL over that row's, the geometric mean "
         "of the shares.",
@@ -247,29 +245,23 @@ def _prose(about: Mapping[str, Any]) -> list[str]:
     on, held = about["trained_on"], about["measured_on"]
     tokens = about["steps"] * about["batch_tokens"]
     return [
-        f"{about['base']['id']}, {about['dtype']}. Every row is a training of its own on {on['name']} "
-        f"(sha256 {on['sha256'][:12]}): {about['steps']} steps of {about['batch_tokens']} tokens "
-        f"({tokens} in all) in windows of {about['window']}, learning rate {about['lr']:g}, seed "
-        f"{about['seed']}; the same texts and the same keep shares, drawn from "
+        f"{about['base']['id']}, {about['dtype']}. Every row is a training of its own, on "
+        f"{on['name']} (sha256 {on['sha256'][:12]}): {about['steps']} steps of "
+        f"{about['batch_tokens']} tokens ({tokens} in all) in windows of {about['window']}, "
+        f"learning rate {about['lr']:g}, seed {about['seed']}; the same texts and the same keep shares, drawn from "
         f"{about['least_share']:g} to 1, in every row. Measured on {held['windows']} windows of "
         f"{held['window_tokens']} tokens of {held['name']} (sha256 {held['sha256'][:12]}), every "
         "token scored, in the form that is served. All layers keep the same share. At a keep share "
-        "of 1 no router and no LoRA runs, whatever the gate: that is the full model.",
+        "of 1 no router and no LoRA runs, whatever the gate: that is the full model. One training "
+        "each, so small differences are chance.",
     ]
 
 
 def _choices(recipe: Recipe) -> list[str]:
+    judged = recipe.judged
+    shares = sorted({s for _, forms in judged for s in common(forms.values())}, reverse=True)
     rows = []
-    shares: list[float] = []
-    for choice in recipe.choices:
-        forms = recipe.forms(choice)
-        if len(forms) > 1:
-            at = set.intersection(*(set(row.by_share) for row in forms.values()))
-            shares = sorted({*shares, *(share for share in at if share < 1)}, reverse=True)
-    for choice in recipe.choices:
-        forms = recipe.forms(choice)
-        if len(forms) < 2:
-            continue
+    for choice, forms in judged:
         for form, row in forms.items():
             of = ratio(row, forms[choice.form]) if form != choice.form else 1.0
             cells = [choice.title, f"`{row.unit}`", form, *(_kl(row, share) for share in shares)]
@@ -300,7 +292,7 @@ def _training(row: Row) -> list[str]:
     options = " ".join(f"--{name} {value}" for name, value in row.options.items())
     done = row.training
     if done is None:
-        return [f"`{row.name}`", options, "0", "0", "", "", ""]
+        return [f"`{row.name}`", options, "0", "0", "0", "", ""]
     return [
         f"`{row.name}`",
         f"`{options}`" if options else "",
