@@ -33,8 +33,8 @@ LOW_TO_HIGH = """
         sentiment canvas_tower canvas_answers canvas_model build quality encoder_quality
         picture_quality allotment tuning sensitivity baselines pictures stopwatch reports
         encoder_reports loop encoder_calibrate encoder_evaluate picture_reports picture_evaluate
-        overlap domain_report distill repair ranks calibrate evaluate domains reconstruct
-        summarize synthesize __main__
+        overlap domain_report recipe_report distill repair ranks calibrate evaluate domains recipe
+        reconstruct summarize synthesize __main__
 """
 
 _COMPILED = {
