@@ -211,6 +211,7 @@ class Study:
         args = self._args
         return {
             "base": asdict(self._model.identity),
+            "command": _command(args),
             "trained_on": {"name": Path(args.data).name, "sha256": self._text.sha256},
             "measured_on": {
                 "name": Path(args.held_out).name,
@@ -341,3 +342,19 @@ class Study:
         )
         of = compare(windows, found, share, Setting.SCORED)
         return Point(share, of.spent, of.kl, of.kl_p95, of.perplexity_ratio, of.same_top)
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What ran, without where its files lie, and without what is as it is anyhow."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["python -m training recipe"]
+    for name, value in vars(args).items():
+        if name in ("base", "data", "held_out", "out"):
+            value = Path(value).name
+        elif name in FREE or value == parser.get_default(name):
+            continue
+        elif isinstance(value, list):
+            value = ",".join(f"{each:g}" for each in value)
+        words.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(words)

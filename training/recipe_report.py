@@ -144,8 +144,8 @@ def sentences(recipe: Recipe) -> Iterator[str]:
         gains = [ratio(after, before), ratio(repaired, before)]
         if None not in gains:
             yield (
-                f"`{unit}`: trained routers lose {gains[0]:.2f} of what untrained ones lose, with "
-                f"rank-1 LoRA {gains[1]:.2f}."
+                f"`{unit}`: trained routers lose {gains[0]:.2f} times what untrained ones lose, "
+                f"with rank-1 LoRA {gains[1]:.2f} times."
             )
     for choice, forms in recipe.judged:
         ratios = {form: ratio(row, forms[choice.form]) for form, row in forms.items()}
@@ -235,7 +235,7 @@ def _markdown(recipe: Recipe, drawn: bool) -> str:
     lines += _choices(recipe)
     lines += ["", "## Trainings", ""]
     lines += table(
-        ["row", "options", "steps", "tokens", "parameters", "first loss", "last loss"],
+        ["row", "options", "steps", "tokens", "parameters", "loss, first quarter", "last quarter"],
         list(map(_training, recipe.rows)),
     )
     return "\n".join([*lines, ""])
@@ -249,12 +249,17 @@ def _prose(about: Mapping[str, Any]) -> list[str]:
         f"{on['name']} (sha256 {on['sha256'][:12]}): {about['steps']} steps of "
         f"{about['batch_tokens']} tokens ({tokens} in all) in windows of {about['window']}, "
         f"learning rate {about['lr']:g}, seed {about['seed']}; the same texts and the "
-        "same keep shares, drawn from "
-        f"{about['least_share']:g} to 1, in every row. Measured on {held['windows']} windows of "
-        f"{held['window_tokens']} tokens of {held['name']} (sha256 {held['sha256'][:12]}), every "
-        "token scored, in the form that is served. All layers keep the same share. At a keep share "
+        "same keep shares, drawn anew for "
+        f"each window from {about['least_share']:g} to 1, in every row, and one router for all of "
+        f"them. Measured on {held['windows']} windows of {held['window_tokens']} tokens of "
+        f"{held['name']} (sha256 {held['sha256'][:12]}), every token scored, in the form that is "
+        "served. All layers keep the same share. Other options as `distill` has them. At a share "
         "of 1 no router and no LoRA runs, whatever the gate: that is the full model. One training "
         "each, so small differences are chance.",
+        "",
+        "```bash",
+        str(about["command"]),
+        "```",
     ]
 
 
@@ -283,10 +288,9 @@ def _tail(row: Row, share: float) -> str:
 
 
 def _digits(value: float) -> str:
-    """Two digits or more, never in powers of ten."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    """Three digits, and below a thousandth one or none: never in powers of ten."""
+    places = 4 if value < 1e-3 else max(0, 2 - math.floor(math.log10(value)))
+    return f"{value:.{places}f}"
 
 
 def _training(row: Row) -> list[str]:

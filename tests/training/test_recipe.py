@@ -52,6 +52,8 @@ def test_rows_are_trained_measured_and_not_trained_again(recipe, tmp_path):
     assert training["steps"] == 2 and training["tokens"] == 128
     assert training["parameters"] > 3 * 7 * 24  # routers, and LoRA beside them
     text = (tmp_path / "report" / "report.md").read_text()
+    assert "recipe --base tiny-llama --data train.jsonl --held-out held-out.jsonl --out" in text
+    assert "--steps 2 --batch-tokens 64" in text and str(tmp_path) not in text
     assert "| token gate | `attention_tokens` | sigmoid |" in text
     assert (tmp_path / "report" / "recipe.png").stat().st_size > 10_000
 
@@ -96,4 +98,4 @@ def test_a_choice_is_judged_where_all_its_forms_were_measured():
     assert said == "Gate (`heads`): softer loses least: hard 1.00, soft 1.00, softer 0.50."
     alone = [row("heads-untrained", 0, 0.4), row("heads", 0, 0.2), row("heads+lora", 0, 0.1)]
     (said,) = sentences(Recipe({}, alone, [choice]))
-    assert said.endswith("lose 0.50 of what untrained ones lose, with rank-1 LoRA 0.25.")
+    assert said.endswith("0.50 times what untrained ones lose, with rank-1 LoRA 0.25 times.")
