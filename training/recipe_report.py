@@ -229,11 +229,12 @@ def _markdown(recipe: Recipe, drawn: bool) -> str:
     lines += ["## The open choices", ""]
     lines += [
         "The first form of each is the row above. *Ratio*: KL over that row's, the geometric mean "
-        "of the shares.",
+        "of the shares; what is spent may differ.",
         "",
     ]
     lines += _choices(recipe)
     lines += ["", "## Trainings", ""]
+    lines += ["A loss is of the row's own divergence. Hashes, seeds and versions: report.json.", ""]
     lines += table(
         ["row", "options", "steps", "tokens", "parameters", "loss, first quarter", "last quarter"],
         list(map(_training, recipe.rows)),
