@@ -256,7 +256,7 @@ def _prose(about: Mapping[str, Any]) -> list[str]:
         f"{held['name']} (sha256 {held['sha256'][:12]}), every token scored, in the form that is "
         "served. All layers keep the same share. Other options as `distill` has them. At a share "
         "of 1 no router and no LoRA runs, whatever the gate: that is the full model. One training "
-        "each, so small differences are chance.",
+        "each, so small differences may be chance.",
         "",
         "```bash",
         str(about["command"]),
