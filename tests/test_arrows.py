@@ -31,7 +31,8 @@ LOW_TO_HIGH = """
         exchanges choosers losses lessons student encoder_student picture_student checkpoint
         mixed fitting fashion_mnist convolutions vision masked_images reviews canvases corpora
         sentiment canvas_tower canvas_answers canvas_model build quality encoder_quality
-        picture_quality allotment tuning sensitivity baselines pictures stopwatch reports
+        picture_quality allotment tuning sensitivity regression picking baselines repaired pictures
+        stopwatch reports
         encoder_reports loop encoder_calibrate encoder_evaluate picture_reports picture_evaluate
         overlap domain_report distill repair ranks calibrate evaluate domains reconstruct
         summarize synthesize __main__
