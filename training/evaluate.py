@@ -49,7 +49,6 @@ from training.repaired import REPAIRED, Repaired
 from training.reports import Report, write_report
 from training.stopwatch import Greedy, Timing, greedy_texts, time_capacities
 
-KNOWN = (*BASELINES, *REPAIRED)
 SIZING_WINDOWS = 4  # texts that static pruning learns its channels from; none is evaluated
 PROBE_WINDOWS = 2  # texts that repaired baselines are probed on, beside those they are fitted to
 
@@ -69,11 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baselines",
         type=baselines,
-        default=None,
-        help=f"comma-separated, of: {', '.join(KNOWN)}; or none (default: all, the repaired ones "
-        "where --repair-data is given)",
+        default=list(BASELINES),
+        help=f"comma-separated, of: {', '.join(BASELINES)}; or none",
     )
-    parser.add_argument("--repair-data", default=None, help="text to fit repaired baselines to")
+    parser.add_argument(
+        "--repair-data",
+        default=None,
+        help=f"text to fit these to, which then stand beside: {', '.join(REPAIRED)}",
+    )
     parser.add_argument("--repair-windows", type=whole(1), default=64, help="texts of it")
     parser.add_argument("--repair-window", type=whole(2), default=256, help="tokens of each")
     parser.add_argument(
@@ -101,9 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def baselines(text: str) -> list[str]:
     names = [] if text == "none" else text.split(",")
-    if stray := [name for name in names if name not in KNOWN]:
+    if stray := [name for name in names if name not in BASELINES]:
         raise argparse.ArgumentTypeError(
-            f"unknown baseline {', '.join(stray)}; known: {', '.join(KNOWN)}"
+            f"unknown baseline {', '.join(stray)}; known: {', '.join(BASELINES)}"
         )
     return names
 
@@ -123,8 +125,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 2 <= prompt_tokens < args.window:
         raise DataError(f"--prompt-tokens: from 2 to below --window; got {prompt_tokens}")
     served = [each for each in args.capacities if each >= calibration.lowest - 1e-9]
-    if args.baselines is None:
-        args.baselines = list(KNOWN if args.repair_data else BASELINES)
     ids_WT, sizing_WT = texts(corpus, model, args)
     if args.copied:
         ids_WT = copied(ids_WT, prompt_tokens)
@@ -203,28 +203,24 @@ def beside_ours(
 ) -> Iterator[tuple[str, list[Quality]]]:
     """Each baseline that was asked for, with its rows."""
     lowered = [each for each in served if each < 1]
-    plain = [name for name in args.baselines if name not in REPAIRED]
     probed = Path(args.adapter) / "sensitivity.jsonl"
-    for name in plain:
-        seed = args.baseline_seed
-        rows = measure_baseline(model, name, windows, lowered, sizing_WT, probed, args.window, seed)
+    for name in args.baselines:
+        rows = measure_baseline(
+            model, name, windows, lowered, sizing_WT, probed, args.window, args.baseline_seed
+        )
         if rows:
             yield name, rows
-    if len(plain) == len(args.baselines):
+    if args.repair_data is None:
         return
     fit_WT, probe_WT = repair_texts(model, args)
-    repaired = Repaired(
-        model, fit_WT, probe_WT, args.out / "probes.jsonl", args.skip_rank, args.baseline_seed
-    )
-    for name in args.baselines:
-        if name in REPAIRED:
-            yield name, repaired.rows(name, windows, lowered)
+    notes = args.out / "probes.jsonl"
+    repaired = Repaired(model, fit_WT, probe_WT, notes, args.skip_rank, args.baseline_seed)
+    for name in REPAIRED:
+        yield name, repaired.rows(name, windows, lowered)
 
 
 def repair_texts(model: ElasticModel, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """The windows to fit repaired baselines to, and a few others to probe them on."""
-    if args.repair_data is None:
-        raise DataError("repaired baselines are fitted to --repair-data; it is not given")
     tokenizer = tokenizer_of(model)
     packed_WT = pack(read_corpus(args.repair_data, tokenizer), tokenizer, args.repair_window)
     wanted = args.repair_windows + PROBE_WINDOWS
