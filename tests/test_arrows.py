@@ -35,7 +35,7 @@ LOW_TO_HIGH = """
         stopwatch reports
         encoder_reports loop encoder_calibrate encoder_evaluate picture_reports picture_evaluate
         overlap domain_report distill repair ranks calibrate evaluate domains reconstruct
-        summarize synthesize __main__
+        summarize goals seeds synthesize __main__
 """
 
 _COMPILED = {

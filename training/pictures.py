@@ -81,6 +81,31 @@ def draw_curves(
     _save(figure, path)
 
 
+def draw_spread(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], x: str) -> None:
+    """One panel per title, one line per name: every value a point, from the least to the most."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(
+        len(panels),
+        1,
+        squeeze=False,
+        sharex=True,
+        figsize=(7.5, 0.7 + sum(0.6 + 0.33 * len(lines) for lines in panels.values())),
+        constrained_layout=True,
+    )
+    for axis, (title, lines) in zip(axes[:, 0], panels.items(), strict=True):
+        for at, values in enumerate(lines.values()):
+            mean = sum(values) / len(values)
+            reach = [[mean - min(values)], [max(values) - mean]]
+            axis.errorbar(mean, at, xerr=reach, fmt="|", markersize=12, capsize=4, color="tab:blue")
+            axis.plot(values, [at] * len(values), ".", color="black")
+        axis.set_xscale("log")
+        axis.set(title=title, yticks=range(len(lines)), yticklabels=list(lines))
+        axis.invert_yaxis()
+        axis.grid(alpha=0.3, which="both", axis="x")
+    axes[-1, 0].set_xlabel(x)
+    _save(figure, path)
+
+
 def draw_patches(
     path: Path,
     pictures: Sequence[Sequence[Sequence[float]]],
