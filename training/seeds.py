@@ -109,42 +109,61 @@ def _one_seed(args: argparse.Namespace, seed: int) -> Json:
     """The report of one seed, made as far as it is not there yet."""
     folder = args.work / f"seed-{seed}"
     adapter, report = folder / "adapter", folder / "report"
-    common = ["--base", args.base, "--dtype", args.dtype, "--device", args.device]
-    prepared = ["--window", str(args.window), "--seed"]
+    common = {"base": args.base, "dtype": args.dtype, "device": args.device}
+    fitted = {"repair_windows": args.repair_windows, "repair_window": args.repair_window}
     if not (adapter / "adapter.json").exists():
         call(
             repair,
-            [*common, "--adapter", args.adapter, "--data", args.data, "--out", str(adapter)]
-            + ["--windows", str(args.repair_windows), "--window", str(args.repair_window)]
-            + ["--lora-rank", str(args.lora_rank), "--seed", str(seed)],
+            **common,
+            adapter=args.adapter,
+            data=args.data,
+            out=adapter,
+            windows=args.repair_windows,
+            window=args.repair_window,
+            lora_rank=args.lora_rank,
+            seed=seed,
         )
     if not (adapter / "calibration.json").exists():
         call(
             calibrate,
-            [*common, "--adapter", str(adapter), "--data", args.held_out, *prepared, str(seed)]
-            + ["--prompt-units", args.prompt_units, "--output-units", args.output_units]
-            + ["--windows", str(args.calibrate_windows)]
-            + ["--check-windows", str(args.check_windows)]
-            + ["--max-minutes", str(args.max_minutes)],
+            **common,
+            adapter=adapter,
+            data=args.held_out,
+            prompt_units=args.prompt_units,
+            output_units=args.output_units,
+            windows=args.calibrate_windows,
+            check_windows=args.check_windows,
+            window=args.window,
+            max_minutes=args.max_minutes,
+            seed=seed,
         )
     if not (report / "report.json").exists():
         call(
             evaluate,
-            [*common, "--adapter", str(adapter), "--data", args.test, *prepared, "0"]
-            + ["--capacities", ",".join(map(str, args.capacities)), "--out", str(report)]
-            + ["--windows", str(args.windows), "--greedy-tokens", "0", "--repeats", "0"]
-            + ["--baselines", RANDOM, "--baseline-seed", str(seed), "--repair-data", args.data]
-            + ["--repair-windows", str(args.repair_windows)]
-            + ["--repair-window", str(args.repair_window), "--skip-rank", str(args.lora_rank)],
+            **common,
+            **fitted,
+            adapter=adapter,
+            data=args.test,
+            out=report,
+            capacities=",".join(map(str, args.capacities)),
+            windows=args.windows,
+            window=args.window,
+            greedy_tokens=0,
+            repeats=0,
+            baselines=RANDOM,
+            baseline_seed=seed,
+            repair_data=args.data,
+            skip_rank=args.lora_rank,
         )
     return read(report)
 
 
-def call(command: ModuleType, given: Sequence[str]) -> None:
+def call(command: ModuleType, **options: object) -> None:
     """Run another command of this package, with its own defaults for what is not given."""
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    command.run(parser.parse_args(given))
+    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
+    command.run(parser.parse_args([word for pair in given for word in pair]))
 
 
 def rows_of(reports: Sequence[Json]) -> list[Row]:
@@ -202,8 +221,8 @@ def markdown(about: Mapping[str, Any], rows: Sequence[Row]) -> str:
         f"Seeds {', '.join(map(str, about['seeds']))} (adapters "
         f"{', '.join(f'`{each}`' for each in about['adapters'])}): each with a repair fitted to "
         f"{fitted['tokens']} tokens of {fitted['name']} and {calibrated['minutes']:g} minutes of "
-        f"calibration on {calibrated['name']}, on texts that the seed chose; so were the baselines. "
-        f"All were measured on the same {on['windows']} windows of {on['window_tokens']} tokens of "
+        f"calibration on {calibrated['name']}, on texts that the seed chose; so were the "
+        f"baselines. All were measured on the same {on['windows']} windows of {on['window_tokens']} tokens of "
         f"{on['name']}, {on['prompt_tokens']} of them prompt, in {about['dtype']}. KL to the full "
         "model in nats per token; the deviation is that of one seed.",
         "",
