@@ -50,7 +50,7 @@ from training.reports import Report, write_report
 from training.stopwatch import Greedy, Timing, greedy_texts, time_capacities
 
 SIZING_WINDOWS = 4  # texts that static pruning learns its channels from; none is evaluated
-PROBE_WINDOWS = 2  # texts that repaired baselines are probed on, beside those they are fitted to
+PROBE_WINDOWS = 1  # texts that repaired baselines are probed on, beside those they are fitted to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -254,6 +254,7 @@ def describe(
         else {
             "name": Path(args.repair_data).name,
             "tokens": args.repair_windows * args.repair_window,
+            "skip_rank": args.skip_rank,
         },
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,

@@ -4,7 +4,7 @@ The masked form does what it is left; the rest is done here by hooks on the base
 there for one pass and taken away after it. A window runs under the very plans, position by
 position, that the sparse form would run it under.
 
-Shape letters: B rows   T tokens   I inputs   J inputs and a 1   D width
+Shape letters: B rows   T tokens   I inputs   J inputs and a 1   D width   C different counts
 """
 
 from __future__ import annotations
@@ -119,15 +119,19 @@ class ChannelPicking(Picking):
         count_T = under.each(lambda plan, _: plan[layer.index].kept(site.value, inputs))
         if int(count_T.min()) == inputs:
             return None
+        counts = sorted(set(count_T.tolist()))
         if self._sizes is None:
             shape = (len(count_T), inputs)
             scores_TI = torch.rand(shape, generator=self._generator, device=norm_I.device)
+            kept_TI = best(scores_TI, count_T)
         else:
-            scores_TI = (self._sizes[layer.index, site] * norm_I).expand(len(count_T), -1)
-        kept_TI = best(scores_TI, count_T)
+            scores_I = self._sizes[layer.index, site] * norm_I
+            counts_C = torch.tensor(counts, device=count_T.device)
+            kept_CI = best(scores_I.expand(len(counts), -1), counts_C)
+            kept_TI = kept_CI[torch.searchsorted(counts_C, count_T)]
         maps = {
             count: self._map(layer.index, site, count, kept_TI[count_T == count][0])
-            for count in sorted(set(count_T.tolist()))
+            for count in counts
             if self._moments is not None and count < inputs
         }
         # Query, key and value read one input: what is made of it is made once.
@@ -228,8 +232,12 @@ def measure_picked(
 ) -> Quality:
     """One capacity under the model's own plans, run another way, at the same cost."""
     found = []
+    known: dict[tuple[int, int], tuple[Under, float]] = {}
     for window in windows:
-        under, spent = laid_out(model, window, capacity, setting, picking)
+        key = (window.prompt_tokens, len(window.ids_T))  # windows alike run alike
+        if key not in known:
+            known[key] = laid_out(model, window, capacity, setting, picking)
+        under, spent = known[key]
         logits_TV = run_picked(model, window.ids_T[None], under, picking)[0].float()
         found.append((logits_TV[window.compared(setting)], spent))
     return compare(windows, found, capacity, setting)

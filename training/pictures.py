@@ -21,7 +21,7 @@ from training.allotment import FIELDS, TOKEN_FIELDS
 from training.files import write_atomically
 from training.sensitivity import LATE, Probe
 
-Curve = Sequence[tuple[float, float]]  # (x, y)
+Curve = Sequence[tuple[float, ...]]  # (x, y), or with the standard error of y behind them
 
 
 def draw_calibration(
@@ -64,7 +64,7 @@ def draw_kept(path: Path, kept: Mapping[str, Plan]) -> None:
 def draw_curves(
     path: Path, panels: Mapping[str, Mapping[str, Curve]], x: str, y: str, log_y: bool = False
 ) -> None:
-    """One panel per title, one line per name, points marked."""
+    """One panel per title, one line per name, points marked, with their errors if known."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(
         1, len(panels), squeeze=False, figsize=(5.2 * len(panels), 4), constrained_layout=True
@@ -72,7 +72,15 @@ def draw_curves(
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for name, curve in curves.items():
             points = sorted(point for point in curve if not log_y or point[1] > 0)
-            axis.plot([at for at, _ in points], [value for _, value in points], "o-", label=name)
+            errors = [point[2] if len(point) > 2 else 0.0 for point in points]
+            axis.errorbar(
+                [point[0] for point in points],
+                [point[1] for point in points],
+                yerr=errors if any(errors) else None,
+                fmt="o-",
+                capsize=2,
+                label=name,
+            )
         if log_y:
             axis.set_yscale("log")
         axis.set(title=title, xlabel=x, ylabel=y)

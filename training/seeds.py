@@ -1,4 +1,4 @@
-"""The recipe of an adapter with several seeds: how far apart what it gives lies, and what others give.
+"""An adapter's recipe with several seeds: how far apart lies what it gives, and what others give.
 
     python -m training seeds --base BASE --adapter DIR --data DATA --held-out DATA --test DATA
                              --work DIR --out REPORT_DIR
@@ -222,8 +222,9 @@ def markdown(about: Mapping[str, Any], rows: Sequence[Row]) -> str:
         f"{', '.join(f'`{each}`' for each in about['adapters'])}): each with a repair fitted to "
         f"{fitted['tokens']} tokens of {fitted['name']} and {calibrated['minutes']:g} minutes of "
         f"calibration on {calibrated['name']}, on texts that the seed chose; so were the "
-        f"baselines. All were measured on the same {on['windows']} windows of {on['window_tokens']} tokens of "
-        f"{on['name']}, {on['prompt_tokens']} of them prompt, in {about['dtype']}. KL to the full "
+        f"baselines. All were measured on the same {on['windows']} windows of "
+        f"{on['window_tokens']} tokens of {on['name']}, {on['prompt_tokens']} of them prompt, in "
+        f"{about['dtype']}. KL to the full "
         "model in nats per token; the deviation is that of one seed.",
         "",
     ]
