@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -133,9 +134,10 @@ class Repaired:
         fields = fields_of([Unit.CHANNELS]) if kind == STATIC else ()
         answers = self._answers(kind, fields)
         known = curves(answers, Phase.OUTPUT, self._layers)
-        greedy = Allotment(
-            self._model.shape, self._context, known, fields, whole=kind == DROP
-        ).path()
+        shape = self._model.shape
+        if kind == DROP:  # what all outputs leave out leaves nothing behind
+            shape = replace(shape, kv="kept")
+        greedy = Allotment(shape, self._context, known, fields, whole=kind == DROP).path()
         if kind == DROP:
             return greedy
         own = self._own.paths[Phase.OUTPUT]

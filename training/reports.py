@@ -118,8 +118,8 @@ def markdown(report: Report, pictures: Sequence[str]) -> str:
     ]
     if fitted := about["repaired_on"]:
         lines += [
-            f"*Repaired* baselines have the adapter's own prompts, so only what outputs lose differs; "
-            f"they were fitted to {fitted['tokens']} tokens of {fitted['name']}, seed "
+            "*Repaired* baselines have the adapter's own prompts: only outputs differ. "
+            f"They were fitted to {fitted['tokens']} tokens of {fitted['name']}, seed "
             f"{about['baseline_seed']}. What static channels leave out is guessed from what they "
             "keep, which folded into the weights costs nothing; a dropped sub-layer has a map of "
             f"rank {fitted['skip_rank']} in its place, which is paid for.",
