@@ -7,7 +7,7 @@ tell of those left out, and what a thin map of its input tells of a whole sub-la
 Position 0 is left out of all sums: it is like no other token.
 
 Shape letters: W windows   B rows   T tokens   N tokens of all rows   I inputs   J inputs and a 1
-    K kept inputs   O outputs   D width   R rank
+    K kept inputs   L inputs that may be left out   O outputs   D width   R rank
 """
 
 from __future__ import annotations
@@ -102,13 +102,12 @@ def told_by_kept(sums_JJ: Tensor, chance_I: Tensor, ridge: float = RIDGE) -> Ten
     seen_KK = sums[kept_K][:, kept_K] * chance_K[:, None] * chance_K
     squares_K = chance_K * sums.diagonal()[kept_K]
     seen_KK.diagonal().copy_(squares_K + ridge * squares_K[:-1].mean() * (squares_K > 0))
-    wanted_KI = chance_K[:, None] * sums[kept_K, :-1]
-    map_IJ = sums.new_zeros(len(chance_I), len(chance_J))
-    map_IJ[:, kept_K] = torch.linalg.solve(seen_KK, wanted_KI).T
-    certain_I = chance_I == 1
-    map_IJ[certain_I] = torch.eye(*map_IJ.shape, dtype=map_IJ.dtype, device=map_IJ.device)[
-        certain_I
-    ]
+    map_IJ = torch.eye(len(chance_I), len(chance_J), dtype=sums.dtype, device=sums.device)
+    (unsure_L,) = torch.nonzero(chance_I < 1, as_tuple=True)  # what is always kept needs no guess
+    wanted_KL = chance_K[:, None] * sums[kept_K][:, unsure_L]
+    guess_LJ = map_IJ.new_zeros(len(unsure_L), len(chance_J))
+    guess_LJ[:, kept_K] = torch.linalg.solve(seen_KK, wanted_KL).T
+    map_IJ[unsure_L] = guess_LJ
     return map_IJ.float()
 
 
