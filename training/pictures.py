@@ -67,25 +67,28 @@ def draw_curves(
     """One panel per title, one line per name, points marked, with their errors if known."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(
-        1, len(panels), squeeze=False, figsize=(5.2 * len(panels), 4), constrained_layout=True
+        1, len(panels), squeeze=False, figsize=(5.2 * len(panels), 4.5), constrained_layout=True
     )
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    drawn: dict[str, Any] = {}
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for name, curve in curves.items():
             points = sorted(point for point in curve if not log_y or point[1] > 0)
             errors = [point[2] if len(point) > 2 else 0.0 for point in points]
-            axis.errorbar(
+            drawn[name] = axis.errorbar(
                 [point[0] for point in points],
                 [point[1] for point in points],
                 yerr=errors if any(errors) else None,
                 fmt="o-",
+                color=f"C{names.index(name)}",
                 capsize=2,
-                label=name,
             )
         if log_y:
             axis.set_yscale("log")
         axis.set(title=title, xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+    # Below the panels, where it hides no point.
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=min(5, len(drawn)))
     _save(figure, path)
 
 
