@@ -20,10 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.baselines import DROP, LAST, STATIC
 from training.files import DataError, write_atomically
 from training.quality import Setting
 from training.reports import table
 from training.summarize import OURS, Json, of, read, sets
+
+STATIC_ONES = (DROP, LAST, STATIC)  # they keep the same for every token
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +118,10 @@ def report_table(report: Json) -> list[str]:
     capacities = [row["capacity"] for row in report["ours"] if row["setting"] == Setting.BOTH]
     greedy = {row["capacity"]: row for row in report["greedy"]}
     beside = [name for name in sets(report) if name != OURS]
+    static = [name for name in beside if name.removeprefix("repaired ") in STATIC_ONES]
     rows = []
     for capacity in capacities:
         prompt, both, scored = (_row(report, capacity, setting) for setting in Setting)
-        best = best_of(report, beside, capacity, Setting.BOTH, "kl")
         guessed = (both["cloze"], both["cloze_whole"])
         agreeing = greedy.get(capacity)
         rows.append(
@@ -130,14 +133,14 @@ def report_table(report: Json) -> list[str]:
                 f"{both['same_top']:.3f}",
                 "" if None in guessed else "{:.3f} ({:.3f})".format(*guessed),
                 "" if agreeing is None else f"{agreeing['agreement']:.2f}",
-                "" if best is None else f"{best[1]['kl']:.3f} ({best[0]})",
+                *(_best(report, names, capacity) for names in (beside, static)),
             ]
         )
     tokens = {row["tokens"] for row in report["greedy"]}
     heads = ["capacity", "spent", "KL, prompt routed", "KL, both routed", "KL, every token scored"]
     heads += ["perplexity / full", "same likeliest token, both routed", "cloze (full), both routed"]
     heads += [f"greedy tokens agreeing, of {max(tokens)}" if tokens else "greedy tokens agreeing"]
-    heads += ["best baseline's KL, both routed"]
+    heads += ["best baseline's KL, both routed", "best static baseline's"]
     return table(heads, rows)
 
 
@@ -164,6 +167,11 @@ def best_of(
         (name, row) for name in names if (row := of(report, name, capacity, setting)) is not None
     ]
     return min(found, key=lambda each: float(each[1][value]), default=None)
+
+
+def _best(report: Json, names: Sequence[str], capacity: float) -> str:
+    best = best_of(report, names, capacity, Setting.BOTH, "kl")
+    return "" if best is None else f"{best[1]['kl']:.3f} ({best[0]})"
 
 
 def _row(report: Json, capacity: float, setting: Setting) -> Json:

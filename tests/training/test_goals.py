@@ -31,19 +31,22 @@ def folder(tmp_path):
     others = [row(at, which, 0.1) for at in (1.0, 0.5) for which in ("prompt", "scored")]
     report = {
         "ours": both + others,
-        "baselines": {"a": [row(0.5, "both", 2.0)], "b": [row(0.5, "both", 1.0)]},
+        "baselines": {
+            "a": [row(0.5, "both", 1.0)],
+            "repaired static channels": [row(0.5, "both", 2.0)],
+        },
         "greedy": [{"capacity": 0.5, "tokens": 64, "agreement": 0.25}],
     }
     (tmp_path / "report.json").write_text(json.dumps(report))
     bounds = {"at_most": {"0.5": 0.3}, "setting": "both", "value": "kl"}
     goals = [
         {"what": "loss", **bounds},
-        {"what": "over the best", "over": ["a", "b"], **bounds},
+        {"what": "over the best", "over": ["a", "repaired static channels"], **bounds},
         {"what": "too much", **bounds, "at_most": {"0.5": 0.2, "0.4": 0.2}},
     ]
     (tmp_path / "goals.json").write_text(json.dumps(goals))
     (tmp_path / "page.md").write_text(
-        "Above.\n<!-- goals: begin -->\nold\n<!-- goals: end -->\n"
+        "Above.\n<!-- goals: begin -->\nstale\n<!-- goals: end -->\n"
         "Between.\n<!-- report: begin -->\n<!-- report: end -->\nBelow.\n"
     )
     return tmp_path
@@ -66,7 +69,7 @@ def test_a_page_gets_both_tables_and_keeps_all_else(folder, capsys):
     assert "| over the best | **0.250**, 0.3 |  |" in page
     assert "| too much | 0.250, 0.2 | not measured, 0.2 |" in page
     assert "| 0.5 | 0.500 | 0.100 | 0.250 | 0.100 | 1.100 | 0.750 | 0.125 (0.500) | 0.25 " in page
-    assert "| 1.000 (b) |" in page and "old" not in page
+    assert "| 1.000 (a) | 2.000 (repaired static channels) |" in page and "stale" not in page
     outside = [line for line in page.splitlines() if not line.startswith("|")]
     assert [line for line in outside if "<" not in line] == ["Above.", "Between.", "Below."]
 
