@@ -32,10 +32,9 @@ LOW_TO_HIGH = """
         mixed fitting fashion_mnist convolutions vision masked_images reviews canvases corpora
         sentiment canvas_tower canvas_answers canvas_model build quality encoder_quality
         picture_quality allotment tuning sensitivity regression picking baselines repaired pictures
-        stopwatch reports
-        encoder_reports loop encoder_calibrate encoder_evaluate picture_reports picture_evaluate
-        overlap domain_report distill repair ranks calibrate evaluate domains reconstruct
-        summarize goals seeds synthesize __main__
+        stopwatch reports encoder_reports loop encoder_calibrate encoder_evaluate picture_reports
+        picture_evaluate overlap domain_report distill repair ranks calibrate evaluate domains
+        reconstruct summarize goals seeds synthesize __main__
 """
 
 _COMPILED = {
