@@ -7,11 +7,14 @@
     python -m training calibrate  --base BASE --adapter DIR --data DATA
     python -m training evaluate   --base BASE --adapter DIR --data DATA --capacities 1.0,0.8,0.6
                                   --out REPORT_DIR
+    python -m training seeds      --base BASE --adapter DIR --data DATA --held-out DATA --test DATA
+                                  --work DIR --out REPORT_DIR
     python -m training domains    --base BASE --data DATA --test DATA --domain NAME=LABEL,LABEL
                                   --domain NAME=LABEL,LABEL --out REPORT_DIR
     python -m training recipe     --base BASE --data DATA --held-out DATA --out REPORT_DIR
     python -m training reconstruct --base BASE --adapter DIR --data DATA --out REPORT_DIR
     python -m training summarize  --reports REPORT_DIR REPORT_DIR --out FILE.md
+    python -m training goals      --report REPORT_DIR --goals FILE.json --into FILE.md FILE.md
 
 BASE: a model folder, a Hub id, or the name of an embedded model. DATA: a .txt or .jsonl file, a
 folder of them, or hub:NAME[:split]. `python -m training COMMAND --help` names every option.
@@ -38,10 +41,12 @@ COMMANDS = (
     "ranks",
     "calibrate",
     "evaluate",
+    "seeds",
     "domains",
     "recipe",
     "reconstruct",
     "summarize",
+    "goals",
 )
 
 

@@ -10,26 +10,25 @@ Two take our own plans, and only pick otherwise, through the masked form:
     static channels       each place keeps the same channels for every token: those with the
                           largest mean size x column norm; routers as trained
 
-Shape letters: W windows   T tokens   I inputs of a projection   M things of one router
+None has a repair of its own; those that have one are in repaired.py.
+
+Shape letters: W windows   T tokens   I inputs of a projection
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from elastiformer import Calibration, ElasticModel, Phase
+from elastiformer import CapacityError, ElasticModel, Phase
 from elastiformer.calibration import Step
-from elastiformer.capacity import Plan, Site
+from elastiformer.capacity import Site
 from elastiformer.families import Layer
-from elastiformer.masked import PlanGrid, Selection
-from elastiformer.routers import best
 from training.allotment import (
     TOKEN_FIELDS,
     Allotment,
@@ -38,13 +37,73 @@ from training.allotment import (
     late_layers,
     uniform,
 )
-from training.quality import Quality, Setting, Window, asked_of, compare, recalibrate
+from training.picking import ChannelPicking, Sizes, measure_picked
+from training.progress import track
+from training.quality import Quality, Setting, Window, measure, recalibrate
 from training.sensitivity import LATE, remembered
 
 DROP, LAST, UNIFORM = "drop by sensitivity", "last layers", "uniform"
 RANDOM, STATIC = "random", "static channels"
 BASELINES = (DROP, LAST, UNIFORM, RANDOM, STATIC)
-Means = Mapping[tuple[int, Site], Tensor]  # mean size of each input, [I]
+Measure = Callable[[float, Setting], Quality]
+
+
+def measure_baseline(
+    model: ElasticModel,
+    name: str,
+    windows: Sequence[Window],
+    capacities: Sequence[float],
+    sizing_WT: Tensor,
+    notes: Path,
+    context: int,
+    seed: int,
+) -> list[Quality]:
+    """The rows of one baseline.
+
+    Args:
+        sizing_WT: texts that `static channels` learns from.
+        notes: the probes of the adapter's calibration, that `drop by sensitivity` goes by.
+    """
+    if name in (RANDOM, STATIC):
+        sizes = mean_sizes(model, sizing_WT) if name == STATIC else None
+
+        def picked(capacity: float, setting: Setting) -> Quality:
+            generator = torch.Generator(device=model.device).manual_seed(seed)
+            picking = ChannelPicking(model, generator, sizes)
+            return measure_picked(model, windows, capacity, setting, picking)
+
+        return rows_of(name, capacities, settings_picked(model), picked)
+    paths = baseline_paths(model, notes, context).get(name)
+    if paths is None:
+        return []
+    with under_paths(model, paths):
+        return rows_of(
+            name,
+            capacities,
+            list(Setting),
+            lambda capacity, setting: measure(model, windows, capacity, setting),
+        )
+
+
+def rows_of(
+    name: str, capacities: Sequence[float], settings: Sequence[Setting], row: Measure
+) -> list[Quality]:
+    """A row for each capacity and setting; a capacity that a path does not reach has none."""
+    asked = [(capacity, setting) for capacity in capacities for setting in settings]
+    rows = []
+    for capacity, setting in track(asked, label=f"baseline {name}"):
+        try:
+            rows.append(row(capacity, setting))
+        except CapacityError:
+            continue
+    return rows
+
+
+def settings_picked(model: ElasticModel) -> list[Setting]:
+    """The settings in which our own path has anything picked."""
+    assert model.calibration is not None
+    prompt = any(step.share > 0 for step in model.calibration.paths[Phase.PROMPT])
+    return [each for each in Setting if prompt or each is not Setting.PROMPT]
 
 
 def baseline_paths(
@@ -56,7 +115,7 @@ def baseline_paths(
     last = late_layers(layers)
     found = {
         LAST: dict.fromkeys(Phase, last),
-        UNIFORM: {phase: uniform(shape, _lowered(model, phase)) for phase in Phase},
+        UNIFORM: {phase: uniform(shape, lowered(model, phase)) for phase in Phase},
     }
     probed: dict[Phase, dict[tuple[int, str], dict[float, float]]] = {p: {} for p in Phase}
     for probe, kl in remembered(notes).items():
@@ -72,7 +131,7 @@ def baseline_paths(
     return found
 
 
-def _lowered(model: ElasticModel, phase: Phase) -> tuple[str, ...]:
+def lowered(model: ElasticModel, phase: Phase) -> tuple[str, ...]:
     """The fields that our own path lowers in this phase: a baseline gets no worse units than we.
 
     All of the adapter's, where our path leaves out whole sub-layers only.
@@ -84,11 +143,11 @@ def _lowered(model: ElasticModel, phase: Phase) -> tuple[str, ...]:
 
 
 @contextmanager
-def calibrated_as(model: ElasticModel, calibration: Calibration | None) -> Iterator[None]:
-    """The model under another calibration, for a while."""
-    assert model.adapter is not None
-    own = model.adapter.calibration
-    recalibrate(model, calibration)
+def under_paths(model: ElasticModel, paths: Mapping[Phase, tuple[Step, ...]]) -> Iterator[None]:
+    """The model under other paths, for a while."""
+    own = model.calibration
+    assert own is not None
+    recalibrate(model, replace(own, lowest=0.01, paths=paths))
     try:
         yield
     finally:
@@ -96,7 +155,7 @@ def calibrated_as(model: ElasticModel, calibration: Calibration | None) -> Itera
 
 
 @torch.inference_mode()
-def mean_sizes(model: ElasticModel, ids_WT: Tensor) -> Means:
+def mean_sizes(model: ElasticModel, ids_WT: Tensor) -> Sizes:
     """The mean size of every input of every projection over some text."""
     sums: dict[tuple[int, Site], Tensor] = {}
 
@@ -113,136 +172,3 @@ def mean_sizes(model: ElasticModel, ids_WT: Tensor) -> Means:
                 hooks.callback(module.register_forward_pre_hook(watch(layer, site)).remove)
         model.teacher(ids_WT.to(model.device))
     return sums
-
-
-@torch.inference_mode()
-def measure_picked(
-    model: ElasticModel,
-    windows: Sequence[Window],
-    capacity: float,
-    setting: Setting,
-    baseline: str,
-    sizes: Means,
-    seed: int,
-) -> Quality:
-    """One capacity under our own plans, with another way to pick what is kept."""
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    found = []
-    for window in windows:
-        under = _under(model, window, capacity, setting)
-        logits_TV = _picked(model, window, under, setting, baseline, sizes, generator)
-        found.append((logits_TV[window.compared(setting)], under.spent))
-    return compare(windows, found, capacity, setting)
-
-
-@dataclass(frozen=True, slots=True)
-class _Under:
-    """Which plan each token of a window runs under: `plans[plan_T]`."""
-
-    plans: list[Plan]
-    plan_T: Tensor
-    spent: float
-
-
-def _under(model: ElasticModel, window: Window, capacity: float, setting: Setting) -> _Under:
-    """The very plans that our own run of this window is under, position by position."""
-    tokens = len(window.ids_T)
-    sequence = model.sequence(
-        asked_of(capacity, setting), window.prompt_tokens, tokens, setting is Setting.SCORED
-    )
-    plan_of: dict[Plan, int] = {}
-    plan_T = []
-    spent, dense = 0.0, 0
-    for position in range(tokens):
-        plan = sequence.plan_at(position).plan
-        plan_T.append(plan_of.setdefault(plan, len(plan_of)))
-        # As in our own run: the prompt in one chunk, the continuation in another.
-        keys = window.prompt_tokens if position < window.prompt_tokens else tokens
-        shape = model.shape.of_phase(sequence.phase_at(position))
-        spent += shape.planned_token_flops(plan, keys)
-        dense += model.shape.dense_token_flops(keys)
-    sequence.release()
-    return _Under(list(plan_of), torch.tensor(plan_T, device=model.device), spent / dense)
-
-
-def _picked(
-    model: ElasticModel,
-    window: Window,
-    under: _Under,
-    setting: Setting,
-    baseline: str,
-    sizes: Means,
-    generator: torch.Generator,
-) -> Tensor:
-    """The logits of one window, [T, V]."""
-    ids_WT = window.ids_T[None].to(model.device)
-    output_T = torch.arange(ids_WT.shape[1], device=model.device) >= window.first_output(setting)
-    # Channels are picked here; all else by the masked form, to which those look whole.
-    rest = [_without_channels(plan) for plan in under.plans]
-    with ExitStack() as stack:
-        for handle in _channel_hooks(model, under, baseline, sizes, generator):
-            stack.callback(handle.remove)
-        if baseline == RANDOM:
-            stack.enter_context(_random_scores(model, generator))
-        result = model.masked(
-            ids_WT, PlanGrid(rest, under.plan_T[None]), output_T[None], selection=Selection.RANK
-        )
-    return result.logits_BTV[0].float()
-
-
-def _without_channels(plan: Plan) -> Plan:
-    """The plan with every channel kept, but still not the dense one, so that its repair runs."""
-    return tuple(
-        replace(layer, **{site.value: 1 - 1e-9 for site in Site if getattr(layer, site) < 1})
-        for layer in plan
-    )
-
-
-def _channel_hooks(
-    model: ElasticModel,
-    under: _Under,
-    baseline: str,
-    sizes: Means,
-    generator: torch.Generator,
-) -> Iterator[RemovableHandle]:
-    tokens, device = len(under.plan_T), under.plan_T.device
-    for layer in model.layout.layers:
-        for site in Site:
-            norm_I = model.layout.column_norms(layer, site)
-            counts = [plan[layer.index].kept(site.value, len(norm_I)) for plan in under.plans]
-            if min(counts) == len(norm_I):
-                continue
-            if baseline == RANDOM:
-                scores_TI = torch.rand(tokens, len(norm_I), generator=generator, device=device)
-            else:
-                scores_TI = (sizes[layer.index, site] * norm_I).expand(tokens, -1)
-            kept_TI = best(scores_TI, torch.tensor(counts, device=device)[under.plan_T])
-            for module in {projection.module for projection in layer.at_site(site)}:
-                yield module.register_forward_pre_hook(
-                    lambda _, args, kept_TI=kept_TI: (args[0] * kept_TI,)
-                )
-
-
-@contextmanager
-def _random_scores(model: ElasticModel, generator: torch.Generator) -> Iterator[None]:
-    """Every router scores by chance."""
-    assert model.adapter is not None
-    routers = [
-        router
-        for layer in range(len(model.shape.layers))
-        for unit in model.adapter.units
-        if (router := model.adapter.router(layer, unit)) is not None
-    ]
-    for router in routers:
-        outputs = router.bias.shape[0]
-
-        def scores(x_BTD: Tensor, outputs: int = outputs) -> Tensor:
-            shape = (*x_BTD.shape[:-1], outputs)
-            return torch.randn(shape, generator=generator, device=x_BTD.device)
-
-        router.forward = scores  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        for router in routers:
-            del router.forward

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,23 +23,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from elastiformer import AdapterError, Calibration, CapacityError, ElasticModel, Phase
+from elastiformer import AdapterError, Calibration, ElasticModel, Phase
 from elastiformer.calibration import DataRecord, Measured
 from elastiformer.vlm_weights import is_vlm
-from training.baselines import (
-    BASELINES,
-    RANDOM,
-    STATIC,
-    baseline_paths,
-    calibrated_as,
-    mean_sizes,
-    measure_picked,
-)
+from training.baselines import BASELINES, STATIC, measure_baseline
 from training.calibrate import CAPACITIES, capacities
-from training.data import Corpus, Windows, pack, read_corpus
+from training.data import Corpus, Windows, pack, read_corpus, tokenizer_of
 from training.encoder_calibrate import add_item_arguments, task_asked
 from training.encoder_evaluate import evaluate_items
 from training.files import DataError
+from training.options import whole
 from training.picture_evaluate import evaluate_pictures
 from training.progress import track
 from training.quality import (
@@ -52,10 +45,12 @@ from training.quality import (
     prompt_share,
     windows_of,
 )
+from training.repaired import REPAIRED, Repaired
 from training.reports import Report, write_report
 from training.stopwatch import Greedy, Timing, greedy_texts, time_capacities
 
 SIZING_WINDOWS = 4  # texts that static pruning learns its channels from; none is evaluated
+PROBE_WINDOWS = 1  # texts that repaired baselines are probed on, beside those they are fitted to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +70,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=baselines,
         default=list(BASELINES),
         help=f"comma-separated, of: {', '.join(BASELINES)}; or none",
+    )
+    parser.add_argument(
+        "--repair-data",
+        default=None,
+        help=f"text to fit these to, which then stand beside: {', '.join(REPAIRED)}",
+    )
+    parser.add_argument("--repair-windows", type=whole(1), default=64, help="texts of it")
+    parser.add_argument("--repair-window", type=whole(2), default=256, help="tokens of each")
+    parser.add_argument(
+        "--skip-rank", type=whole(1), default=64, help="of maps in place of dropped sub-layers"
+    )
+    parser.add_argument(
+        "--baseline-seed", type=int, default=0, help="of random picks and of texts to fit to"
     )
     parser.add_argument(
         "--copied",
@@ -121,17 +129,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.copied:
         ids_WT = copied(ids_WT, prompt_tokens)
     windows = windows_of(model, ids_WT, prompt_tokens)
+    args.out.mkdir(parents=True, exist_ok=True)
 
     pairs = [(capacity, setting) for capacity in served for setting in Setting]
     ours = [
         measure(model, windows, capacity, setting)
         for capacity, setting in track(pairs, label="quality")
     ]
-    beside = {
-        name: rows
-        for name in args.baselines
-        if (rows := measure_baseline(model, name, windows, served, sizing_WT, args))
-    }
+    beside = {name: rows for name, rows in beside_ours(model, windows, served, sizing_WT, args)}
     prompts = [window.ids_T[:prompt_tokens].tolist() for window in windows]
     greedy = greedy_texts(model, prompts, served, args.greedy_tokens) if args.greedy_tokens else []
     timed = timings(model, windows, served, args) if args.repeats else []
@@ -189,34 +194,43 @@ def texts(corpus: Corpus, model: ElasticModel, args: argparse.Namespace) -> tupl
     return chosen_WT[: args.windows], chosen_WT[args.windows :]
 
 
-def measure_baseline(
+def beside_ours(
     model: ElasticModel,
-    name: str,
     windows: list[Window],
     served: list[float],
     sizing_WT: Tensor,
     args: argparse.Namespace,
-) -> list[Quality]:
-    """The rows of one baseline; a capacity that it cannot reach has none."""
-    assert model.calibration is not None
-    asked = [(capacity, setting) for capacity in served if capacity < 1 for setting in Setting]
-    rows: list[Quality] = []
-    if name in (RANDOM, STATIC):
-        sizes = mean_sizes(model, sizing_WT) if name == STATIC else {}
-        return [
-            measure_picked(model, windows, capacity, setting, name, sizes, args.seed)
-            for capacity, setting in track(asked, label=f"baseline {name}")
-        ]
-    paths = baseline_paths(model, Path(args.adapter) / "sensitivity.jsonl", args.window).get(name)
-    if paths is None:
-        return rows
-    with calibrated_as(model, replace(model.calibration, lowest=0.01, paths=paths)):
-        for capacity, setting in track(asked, label=f"baseline {name}"):
-            try:
-                rows.append(measure(model, windows, capacity, setting))
-            except CapacityError:
-                continue  # this baseline's path ends above that capacity
-    return rows
+) -> Iterator[tuple[str, list[Quality]]]:
+    """Each baseline that was asked for, with its rows."""
+    lowered = [each for each in served if each < 1]
+    probed = Path(args.adapter) / "sensitivity.jsonl"
+    for name in args.baselines:
+        rows = measure_baseline(
+            model, name, windows, lowered, sizing_WT, probed, args.window, args.baseline_seed
+        )
+        if rows:
+            yield name, rows
+    if args.repair_data is None:
+        return
+    fit_WT, probe_WT = repair_texts(model, args)
+    notes = args.out / "probes.jsonl"
+    repaired = Repaired(model, fit_WT, probe_WT, notes, args.skip_rank, args.baseline_seed)
+    for name in REPAIRED:
+        yield name, repaired.rows(name, windows, lowered)
+
+
+def repair_texts(model: ElasticModel, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """The windows to fit repaired baselines to, and a few others to probe them on."""
+    tokenizer = tokenizer_of(model)
+    packed_WT = pack(read_corpus(args.repair_data, tokenizer), tokenizer, args.repair_window)
+    wanted = args.repair_windows + PROBE_WINDOWS
+    if len(packed_WT) < wanted:
+        raise DataError(
+            f"{args.repair_data}: {len(packed_WT)} windows of {args.repair_window} tokens, "
+            f"{wanted} wanted; give more text, or smaller --repair-windows or --repair-window"
+        )
+    chosen_WT = Windows(packed_WT, args.baseline_seed).take(wanted)
+    return chosen_WT[: args.repair_windows], chosen_WT[args.repair_windows :, : args.window]
 
 
 def describe(
@@ -234,6 +248,14 @@ def describe(
         "prompt_tokens": prompt_tokens,
         "copied": args.copied,
         "seed": args.seed,
+        "baseline_seed": args.baseline_seed,
+        "repaired_on": None
+        if args.repair_data is None
+        else {
+            "name": Path(args.repair_data).name,
+            "tokens": args.repair_windows * args.repair_window,
+            "skip_rank": args.skip_rank,
+        },
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "threads": torch.get_num_threads(),

@@ -21,7 +21,7 @@ from training.allotment import FIELDS, TOKEN_FIELDS
 from training.files import write_atomically
 from training.sensitivity import LATE, Probe
 
-Curve = Sequence[tuple[float, float]]  # (x, y)
+Curve = Sequence[tuple[float, ...]]  # (x, y), or with the standard error of y behind them
 
 
 def draw_calibration(
@@ -69,24 +69,68 @@ def draw_curves(
     log_y: bool = False,
     across: int | None = None,
 ) -> None:
-    """One panel per title, `across` or all of them side by side; one line per name."""
+    """One panel per title, `across` or all of them side by side; one line per name.
+
+    Points are marked, with their errors if known. Panels of the same names share a legend.
+    """
     pyplot = _pyplot()
     across = across or len(panels)
     down = math.ceil(len(panels) / across)
     figure, axes = pyplot.subplots(
-        down, across, squeeze=False, figsize=(5.2 * across, 4 * down), constrained_layout=True
+        down, across, squeeze=False, figsize=(5.2 * across, 4.2 * down), constrained_layout=True
     )
+    first = next(iter(panels.values()))
+    alike = len(panels) > 1 and all(curves.keys() <= first.keys() for curves in panels.values())
+    drawn: dict[str, Any] = {}
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        colours = list(first if alike else curves)
         for name, curve in curves.items():
             points = sorted(point for point in curve if not log_y or point[1] > 0)
-            axis.plot([at for at, _ in points], [value for _, value in points], "o-", label=name)
+            errors = [point[2] if len(point) > 2 else 0.0 for point in points]
+            drawn[name] = axis.errorbar(
+                [point[0] for point in points],
+                [point[1] for point in points],
+                yerr=errors if any(errors) else None,
+                fmt="o-",
+                color=f"C{colours.index(name)}",
+                capsize=2,
+                label=name,
+            )
         if log_y:
             axis.set_yscale("log")
         axis.set(title=title, xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        if not alike:
+            axis.legend(fontsize="small")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
+    if alike:  # below the panels, where it hides no point
+        figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=min(5, len(drawn)))
+    _save(figure, path)
+
+
+def draw_spread(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], x: str) -> None:
+    """One panel per title, one line per name: every value a point, from the least to the most."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(
+        len(panels),
+        1,
+        squeeze=False,
+        sharex=True,
+        figsize=(7.5, 0.7 + sum(0.6 + 0.33 * len(lines) for lines in panels.values())),
+        constrained_layout=True,
+    )
+    for axis, (title, lines) in zip(axes[:, 0], panels.items(), strict=True):
+        for at, values in enumerate(lines.values()):
+            mean = sum(values) / len(values)
+            reach = [[mean - min(values)], [max(values) - mean]]
+            axis.errorbar(mean, at, xerr=reach, fmt="|", markersize=12, capsize=4, color="tab:blue")
+            axis.plot(values, [at] * len(values), ".", color="black")
+        axis.set_xscale("log")
+        axis.set(title=title, yticks=range(len(lines)), yticklabels=list(lines))
+        axis.invert_yaxis()
+        axis.grid(alpha=0.3, which="both", axis="x")
+    axes[-1, 0].set_xlabel(x)
     _save(figure, path)
 
 

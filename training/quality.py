@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from statistics import stdev
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ class Quality:
     setting: Setting
     tokens: int
     kl: float
+    kl_error: float | None  # the standard error of it over windows; None of one window
     kl_p95: float
     same_top: float  # share of tokens whose likeliest next token is the pretrained model's
     perplexity: float
@@ -146,8 +148,10 @@ def compare(
     same, loss, teacher_loss = 0, 0.0, 0.0
     guessed: list[bool] = []
     guessed_whole: list[bool] = []
+    means: list[float] = []
     for window, (student_NV, share) in zip(windows, found, strict=True):
         spent.append(share)
+        before = len(kls)
         at = window.compared(setting)
         teacher_NV = window.teacher_TV[at]
         next_N = window.ids_T[at.start + 1 : at.stop + 1].to(student_NV.device)
@@ -164,12 +168,14 @@ def compare(
             same += int((teacher.argmax(-1) == student.argmax(-1)).sum())
             loss += _loss_sum(student, following)
             teacher_loss += _loss_sum(teacher, following)
+        means.append(float(torch.cat(kls[before:]).mean()))
     kl_N = torch.cat(kls)
     return Quality(
         capacity=capacity,
         setting=setting,
         tokens=len(kl_N),
         kl=float(kl_N.mean()),
+        kl_error=stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
         kl_p95=float(kl_N.quantile(0.95)),
         same_top=same / len(kl_N),
         perplexity=math.exp(loss / len(kl_N)),

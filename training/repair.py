@@ -33,6 +33,7 @@ from training.data import Windows, pack, read_corpus
 from training.files import DataError
 from training.options import real, whole
 from training.progress import track
+from training.regression import low_rank
 
 OWED = ("key", "value")
 ROWS_AT_ONCE = 4
@@ -181,30 +182,19 @@ def normed(layer: Layer, h_ND: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fit(pair: LoraPair, held: Sequence[Projection], moments: Moments, ridge: float) -> float:
-    """Set a pair to the best repair of its rank; the part that it does of what a full map could.
-
-    Rank-reduced regression: the full map from what is read to what the outputs lack, in the
-    metric of the inputs, cut to its largest directions.
-    """
+    """Set a pair to the best repair of its rank; the part that it does of what a full map could."""
     rank, width = pair.a_RI.shape
     weight_OD = pair.b_OR.new_zeros(len(pair.b_OR), width)
     for projection in _owed(held):
         weight_OD[projection.start : projection.stop] = projection.weight_OI.float()
-    diagonal = ridge * moments.xx_DD.diagonal().mean()
-    xx_DD = moments.xx_DD + diagonal * torch.eye(width, device=weight_OD.device)
-    values_D, vectors_DD = torch.linalg.eigh(xx_DD)
-    root_D = values_D.clamp_min(diagonal).sqrt()
     lacking_OD = weight_OD @ moments.missing_x_DD
-    left_OK, all_K, right_KD = torch.linalg.svd(
-        (lacking_OD @ vectors_DD) / root_D, full_matrices=False
-    )
-    size_K = all_K[:rank]
-    found, root_K = len(size_K), size_K.sqrt()  # no more than there are outputs
+    a_RI, b_OR, part = low_rank(lacking_OD, moments.xx_DD, rank, ridge)
+    found = len(a_RI)  # no more than there are outputs
     pair.a_RI.zero_()
     pair.b_OR.zero_()
-    pair.a_RI[:found] = root_K[:, None] * ((right_KD[:rank] / root_D) @ vectors_DD.T)
-    pair.b_OR[:, :found] = left_OK[:, :rank] * root_K / pair.scale
-    return float(size_K.pow(2).sum() / all_K.pow(2).sum().clamp_min(1e-12))
+    pair.a_RI[:found] = a_RI
+    pair.b_OR[:, :found] = b_OR / pair.scale
+    return part
 
 
 def _owed(held: Sequence[Projection]) -> Iterator[Projection]:

@@ -90,7 +90,9 @@ def frontier(report: Report, setting: Setting) -> dict[str, Curve]:
         for name, rows in sets.items()
         if (
             points := [
-                (row.spent, row.kl) for row in rows if row.setting is setting and row.capacity < 1
+                (row.spent, row.kl, row.kl_error or 0.0)
+                for row in rows
+                if row.setting is setting and row.capacity < 1
             ]
         )
     }
@@ -108,11 +110,21 @@ def markdown(report: Report, pictures: Sequence[str]) -> str:
         f"{about['prompt_tokens']} are the prompt"
         f"{', whose beginning the rest repeats' if about['copied'] else ''}; "
         f"seed {about['seed']}.",
-        "KL to the full model in nats per token; *spent* is the share of the dense block FLOPs, "
+        "KL to the full model in nats per token, ± its standard error over windows; *spent* is the "
+        "share of the dense block FLOPs, "
         "routers and repair included, mean (least to most) over requests. *Cloze* is the share of "
         "words, each the last of the passage before it, whose every token is the likeliest.",
         "",
     ]
+    if fitted := about["repaired_on"]:
+        lines += [
+            "*Repaired* baselines have the adapter's own prompts: only outputs differ. "
+            f"They were fitted to {fitted['tokens']} tokens of {fitted['name']}, seed "
+            f"{about['baseline_seed']}. What static channels leave out is guessed from what they "
+            "keep, which folded into the weights costs nothing; a dropped sub-layer has a map of "
+            f"rank {fitted['skip_rank']} in its place, which is paid for.",
+            "",
+        ]
     if report.refused:
         refused = ", ".join(f"{each:g}" for each in report.refused)
         lines += [f"Below the calibrated range, so not measured: {refused}.", ""]
@@ -134,7 +146,7 @@ def _quality_table(report: Report, setting: Setting) -> list[str]:
                 f"{row.capacity:g}",
                 name,
                 f"{row.spent:.3f} ({row.spent_least:.3f} to {row.spent_most:.3f})",
-                f"{abs(row.kl) if abs(row.kl) < 5e-5 else row.kl:.4f}",
+                _with_error(row),
                 f"{row.kl_p95:.4f}",
                 f"{row.same_top:.3f}",
                 f"{row.perplexity:.2f}",
@@ -148,6 +160,11 @@ def _quality_table(report: Report, setting: Setting) -> list[str]:
     heads = ["capacity", "what", "spent", "KL", "KL, 95th percentile"]
     heads += ["same likeliest token", "perplexity", "perplexity / full", "cloze (full)"]
     return table(heads, rows)
+
+
+def _with_error(row: Quality) -> str:
+    kl = f"{abs(row.kl) if abs(row.kl) < 5e-5 else row.kl:.4f}"
+    return kl if row.kl_error is None else f"{kl} ± {row.kl_error:.4f}"
 
 
 def _greedy_table(greedy: Sequence[Greedy]) -> list[str]:

@@ -169,19 +169,21 @@ class Meter:
         plan_WT = torch.where(routed_WT, plan_T.to(self._ids_WT.device), 0)
         return self._run(phase, PlanGrid([self._dense, schedule.fuller, schedule.leaner], plan_WT))
 
-    def _run(self, phase: Phase, plans: Plan | PlanGrid) -> float:
-        result = self._model.masked(
-            self._ids_WT,
-            plans
-            if isinstance(plans, PlanGrid)
-            else [self._pair(phase, plans)] * len(self._ids_WT),
-            self._output(phase),
-            selection=Selection.RANK,
+    def _logits(self, phase: Phase, plans: Plan | PlanGrid) -> Tensor:
+        """What comes of all windows, [W, T, V]."""
+        grid = (
+            plans if isinstance(plans, PlanGrid) else [self._pair(phase, plans)] * len(self._ids_WT)
         )
+        output_WT = self._output(phase)
+        return self._model.masked(
+            self._ids_WT, grid, output_WT, selection=Selection.RANK
+        ).logits_BTV
+
+    def _run(self, phase: Phase, plans: Plan | PlanGrid) -> float:
         judged_WT = self._output(phase)
         kl = 0.0
         for teacher_TV, student_TV, judged_T in zip(
-            self._teacher_WTV, result.logits_BTV, judged_WT, strict=True
+            self._teacher_WTV, self._logits(phase, plans), judged_WT, strict=True
         ):
             first = int(judged_T.int().argmax())  # all after it are judged too
             kl += _kl_sum(teacher_TV[first:], student_TV[first:].float())

@@ -10,7 +10,8 @@ from elastiformer.calibration import Calibration, Step
 from elastiformer.capacity import Phase
 from tests.training.test_calibrate import calibrate, folders, prose  # noqa: F401
 from training.__main__ import main
-from training.baselines import RANDOM, STATIC, mean_sizes, measure_picked
+from training.baselines import mean_sizes
+from training.picking import ChannelPicking, measure_picked
 from training.quality import (
     Setting,
     Window,
@@ -21,6 +22,7 @@ from training.quality import (
     windows_of,
     words_of,
 )
+from training.repaired import REPAIRED
 from training.stopwatch import greedy_texts
 
 LAYERS = 3
@@ -49,8 +51,12 @@ def calibrated(tiny_llama) -> ElasticModel:
     return model
 
 
+def by_chance(model: ElasticModel) -> ChannelPicking:
+    return ChannelPicking(model, torch.Generator().manual_seed(0))
+
+
 def test_the_report_holds_every_capacity_setting_and_baseline(folders, capsys):  # noqa: F811
-    base, adapter, _ = folders
+    base, adapter, data = folders
     assert main(calibrate(folders)) == 0
     test_text = base.parent / "test.jsonl"
     test_text.write_text(prose(seed=1))
@@ -60,6 +66,8 @@ def test_the_report_holds_every_capacity_setting_and_baseline(folders, capsys): 
         *("--capacities", "1.0,0.7,0.5,0.1", "--out", str(base.parent / "report")),
         *("--windows", "2", "--window", "160", "--greedy-tokens", "6", "--repeats", "1"),
         *("--decode-tokens", "3", "--dtype", "float32"),
+        *("--repair-data", str(data), "--repair-windows", "4", "--repair-window", "160"),
+        *("--skip-rank", "2"),
     ]
 
     assert main(command) == 0
@@ -73,7 +81,7 @@ def test_the_report_holds_every_capacity_setting_and_baseline(folders, capsys): 
     whole = [row for row in report["ours"] if row["capacity"] == 1.0]
     assert all(abs(row["kl"]) < 1e-5 and 0.8 < row["spent"] <= 1 for row in whole)
     names = {"drop by sensitivity", "last layers", "uniform", "random", "static channels"}
-    assert set(report["baselines"]) == names
+    assert set(report["baselines"]) == names | set(REPAIRED)
     for rows in report["baselines"].values():
         for row in rows:
             if row["setting"] != "prompt":
@@ -121,7 +129,7 @@ def test_what_is_compared_is_what_the_setting_says(calibrated):
 def test_the_paths_own_picks_lose_less_than_chance_at_the_same_cost(calibrated):
     windows = windows_of(calibrated, torch.randint(97, (3, 96)), prompt_tokens=64)
     ours = measure(calibrated, windows, 0.7, Setting.SCORED)
-    chance = measure_picked(calibrated, windows, 0.7, Setting.SCORED, RANDOM, {}, seed=0)
+    chance = measure_picked(calibrated, windows, 0.7, Setting.SCORED, by_chance(calibrated))
 
     assert chance.spent == pytest.approx(ours.spent, abs=0.02)
     assert ours.kl < chance.kl
@@ -131,7 +139,7 @@ def test_the_paths_own_picks_lose_less_than_chance_at_the_same_cost(calibrated):
 def test_whoever_picks_otherwise_pays_what_we_pay(calibrated, setting):
     windows = windows_of(calibrated, torch.randint(97, (2, 96)), prompt_tokens=64)
     ours = measure(calibrated, windows, 0.7, setting)
-    chance = measure_picked(calibrated, windows, 0.7, setting, RANDOM, {}, seed=0)
+    chance = measure_picked(calibrated, windows, 0.7, setting, by_chance(calibrated))
 
     # Position 0 is never skipped, and a router may be two tokens off: on 96 tokens, so much.
     assert chance.spent == pytest.approx(ours.spent, abs=0.01)
@@ -141,7 +149,8 @@ def test_static_channels_are_the_same_for_every_token_and_leave_no_trace(calibra
     ids_WT = torch.randint(97, (3, 96))
     windows = windows_of(calibrated, ids_WT, prompt_tokens=64)
     sizes = mean_sizes(calibrated, ids_WT)
-    static = measure_picked(calibrated, windows, 0.85, Setting.SCORED, STATIC, sizes, seed=0)
+    picking = ChannelPicking(calibrated, torch.Generator(), sizes)
+    static = measure_picked(calibrated, windows, 0.85, Setting.SCORED, picking)
     ours = measure(calibrated, windows, 0.85, Setting.SCORED)
 
     assert len(sizes) == 4 * LAYERS
