@@ -71,7 +71,8 @@ def draw_curves(
 ) -> None:
     """One panel per title, `across` or all of them side by side; one line per name.
 
-    Points are marked, with their errors if known. Panels of the same names share a legend.
+    Points are marked, with their errors if known. Panels share a legend where one of
+    them has all names.
     """
     pyplot = _pyplot()
     across = across or len(panels)
@@ -79,11 +80,11 @@ def draw_curves(
     figure, axes = pyplot.subplots(
         down, across, squeeze=False, figsize=(5.2 * across, 4.2 * down), constrained_layout=True
     )
-    first = next(iter(panels.values()))
-    alike = len(panels) > 1 and all(curves.keys() <= first.keys() for curves in panels.values())
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    alike = len(panels) > 1 and any(len(curves) == len(names) for curves in panels.values())
     drawn: dict[str, Any] = {}
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
-        colours = list(first if alike else curves)
+        colours = names if alike else list(curves)
         for name, curve in curves.items():
             points = sorted(point for point in curve if not log_y or point[1] > 0)
             errors = [point[2] if len(point) > 2 else 0.0 for point in points]
