@@ -1,9 +1,10 @@
 """Where a decode step's time goes: dense and at 0.65, at batch 1 and 16.
 
-PyTorch's profiler sees every operator; each belongs to one family: products, picking and
-gathering, attention, norms and elementwise, the rest. What no operator accounts for is Python and
-dispatch. The profiler slows a step down, most of all between operators, so the same steps are timed
-without it as well, and Python is what that time leaves when the operators are taken off.
+PyTorch's profiler sees every operator, and here our compiled kernels, too; each belongs to one
+family: whole layers in one call, products, picking and gathering, attention, norms and elementwise,
+the rest. What none of them accounts for is Python and dispatch. The profiler slows a step down,
+most of all between operators, so the same steps are timed without it as well, and Python is what
+that time leaves when the operators are taken off.
 
 Takes about half a minute on two cores with the default model.
 """
@@ -12,18 +13,29 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from types import ModuleType
 from typing import Any
 
-from torch.profiler import ProfilerActivity
+from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as profiled
 
 from benchmarks import machine, models
 from benchmarks.results import Report, Table, write
 from benchmarks.runs import Decoding
 from benchmarks.timing import Spread
-from elastiformer import Capacity, ElasticModel
+from elastiformer import (
+    Capacity,
+    ElasticModel,
+    attention,
+    kernels,
+    lanes,
+    readings,
+    row_kernels,
+    sub_layers,
+)
 from training.options import whole
 from training.progress import track
 
@@ -33,14 +45,28 @@ PYTHON = "Python and dispatch"
 OTHER = "other operators"
 # The first pattern that an operator's name meets says where it belongs.
 FAMILIES = {
-    "attention": r"attention|softmax|varlen",
-    "products": r"mm|linear|matmul|embedding_bag|einsum|conv|dot|sparse",
-    "picking and gathering": r"topk|sort|index|gather|scatter|select|nonzero|where|masked|take"
-    r"|embedding|unique|searchsorted|bucketize|cumsum|max|min",
+    "whole layers in one call": r"^kernel: run$",
+    "attention": r"attention|softmax|varlen|kernel: attend",
+    "products": r"multiply|mm|linear|matmul|embedding_bag|einsum|conv|dot|sparse",
+    "picking and gathering": r"kernel: (search|keep_largest)|topk|sort|index|gather|scatter"
+    r"|select|nonzero|where|masked|take|embedding|unique|searchsorted|bucketize|cumsum|max|min",
     "compiled": r"compiled|inductor|triton|graph",
-    "norms and elementwise": r"norm|add|mul|sub|div|neg|pow|sqrt|mean|sum|silu|gelu|sigmoid|tanh"
-    r"|cat|copy|fill|zero|abs|cos|sin|exp|eq|ne|le|lt|ge|gt|bitwise|logical|clone|_to|ones",
+    "norms and elementwise": r"kernel: (gate|turn)|norm|add|mul|sub|div|neg|pow|sqrt|mean|sum|silu"
+    r"|gelu|sigmoid|tanh|cat|copy|fill|zero|abs|cos|sin|exp|eq|ne|le|lt|ge|gt|bitwise|logical|clone|_to|ones",
 }
+
+
+# Where callers look each kernel up.
+KERNELS: tuple[tuple[ModuleType, str], ...] = (
+    (sub_layers, "run"),
+    (lanes, "multiply"),
+    (kernels, "search"),
+    (readings, "keep_largest"),
+    (row_kernels, "normalise"),
+    (row_kernels, "gate"),
+    (row_kernels, "turn"),
+    (attention, "attend"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +133,7 @@ def _measure(
     plain = Spread.of([running.step(rows) for _ in range(args.steps)]).scaled(1000)
     on_gpu = model.device.type == "cuda"
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    with profiled(activities=kinds) as seen:
+    with kernels_seen(), profiled(activities=kinds) as seen:
         watched = [running.step(rows) for _ in range(args.steps)]
     running.release()
     operators = _operators(seen.key_averages(), args.steps, on_gpu)
@@ -123,6 +149,27 @@ def _measure(
         families={name: value for name, value in families.items() if value > 0},
         operators=tuple(operators[:12]),
     )
+
+
+@contextmanager
+def kernels_seen() -> Iterator[None]:
+    """For a while the profiler is told when a compiled kernel begins and ends."""
+    plain = {(module, name): getattr(module, name) for module, name in KERNELS}
+
+    def told(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with record_function(f"kernel: {name}"):
+                return kernel(*args)
+
+        return run
+
+    for (module, name), kernel in plain.items():
+        setattr(module, name, told(name, kernel))
+    try:
+        yield
+    finally:
+        for (module, name), kernel in plain.items():
+            setattr(module, name, kernel)
 
 
 def _operators(events: Iterable[Any], steps: int, on_gpu: bool) -> list[Operator]:
@@ -188,9 +235,9 @@ def _report(args: argparse.Namespace, model: ElasticModel, measured: list[Measur
             *dearest,
         ],
         notes=(
-            "Operators by their own time under the profiler; `Python and dispatch` is what they "
-            "leave of the step's time without it: compiled kernels, which the profiler does not "
-            "see, count there, and what it adds to operators is missing."
+            "Operators and kernels by their own time under the profiler; `Python and dispatch` is "
+            "what they leave of the step's time without it, so what the profiler adds to them is "
+            "missing there."
         ),
         draw=lambda figure: _draw(figure, measured, names),
         size=(9, 1.2 + 0.7 * len(measured)),
