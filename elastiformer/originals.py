@@ -25,11 +25,13 @@ class Originals:
     def __init__(self, folder: Path, model: nn.Module) -> None:
         """Of a folder of safetensors; nothing, where the model was loaded in float32."""
         self._places: dict[nn.Module, _Place] = {}
-        modules = {f"{path}.weight": module for path, module in model.named_modules()}
-        for path in sorted(folder.glob("*.safetensors")):
+        modules = {
+            f"{path}.weight": module for path, module in model.named_modules() if _is_small(module)
+        }
+        for path in sorted(folder.glob("*.safetensors")) if modules else ():
             with safe_open(path, framework="pt") as file:
                 for name in modules.keys() & set(file.keys()):
-                    if file.get_slice(name).get_dtype() == "F32" and _is_small(modules[name]):
+                    if file.get_slice(name).get_dtype() == "F32":
                         self._places[modules[name]] = _Place(path, name)
         _share_with_ties(self._places, model)
 

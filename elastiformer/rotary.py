@@ -21,6 +21,7 @@ from elastiformer.pointwise import Rotation, turns_halves
 _LEAST = 512  # positions that are computed at once
 
 Rotations = dict[str | None, Rotation]  # by layer type; None: of all layers
+Table = dict[str | None, tuple[Tensor, Tensor]]  # likewise; cosines and sines [P, R]
 
 
 class Rotary:
@@ -33,7 +34,7 @@ class Rotary:
             layer.layer_type if layout.rotary_by_layer_type else None: layer
             for layer in layout.layers
         }
-        self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[torch.dtype, Table] = {}  # encoders have steps of two types
         self._unchecked = dict(self._examples)
 
     def of(self, packed: Packed, h_ND: Tensor) -> Rotations:
@@ -45,21 +46,26 @@ class Rotary:
             positions = [packed.original_N[span] for span in packed.spans]
             found = {kind: self._computed(kind, positions, h_ND) for kind in self._examples}
         else:
-            self._cover(max(packed.originals) + 1, h_ND)
             at_N = packed.original_N
             found = {
                 kind: (cos_PR.index_select(0, at_N), sin_PR.index_select(0, at_N))
-                for kind, (cos_PR, sin_PR) in self._tables.items()
+                for kind, (cos_PR, sin_PR) in self._covering(
+                    max(packed.originals) + 1, h_ND
+                ).items()
             }
         return {kind: Rotation(*both) for kind, both in found.items()}
 
-    def _cover(self, positions: int, h_ND: Tensor) -> None:
-        """Have tables for so many positions."""
-        if self._tables and len(next(iter(self._tables.values()))[0]) >= positions:
-            return
-        every_P = torch.arange(max(_LEAST, 1 << (positions - 1).bit_length()), device=h_ND.device)
-        with _disable_current_modes():  # whoever counts operators did not ask for these
-            self._tables = {kind: self._computed(kind, [every_P], h_ND) for kind in self._examples}
+    def _covering(self, positions: int, h_ND: Tensor) -> Table:
+        """A table of at least so many positions, in the type of the residual."""
+        known = self._tables.get(h_ND.dtype, {})
+        if not known or len(next(iter(known.values()))[0]) < positions:
+            every_P = torch.arange(
+                max(_LEAST, 1 << (positions - 1).bit_length()), device=h_ND.device
+            )
+            with _disable_current_modes():  # whoever counts operators did not ask for these
+                known = {kind: self._computed(kind, [every_P], h_ND) for kind in self._examples}
+            self._tables[h_ND.dtype] = known
+        return known
 
     def _computed(
         self, kind: str | None, positions: Sequence[Tensor], h_ND: Tensor

@@ -59,9 +59,9 @@ class Tiles:
     @classmethod
     def of(cls, weight_OI: Tensor) -> Tiles:
         """Lay out a float32 weight."""
-        if (on_grid := cls.on_grid(weight_OI)) is not None:
-            return on_grid
         full_SIO, lines = _in_slabs(weight_OI)
+        if (on_grid := cls._gridded(len(weight_OI), full_SIO, lines[0])) is not None:
+            return on_grid
         nothing = (lanes.NOTHING, lanes.NOTHING)
         for dtype, stored in ((torch.bfloat16, torch.uint16), (torch.float16, torch.int16)):
             small_SIO = full_SIO.to(dtype)
@@ -75,10 +75,14 @@ class Tiles:
     def on_grid(cls, weight_OI: Tensor) -> Tiles | None:
         """Lay out a float32 weight that lies on a grid; None where it lies on none."""
         full_SIO, (chunks, _) = _in_slabs(weight_OI)
+        return cls._gridded(len(weight_OI), full_SIO, chunks)
+
+    @classmethod
+    def _gridded(cls, outputs: int, full_SIO: Tensor, chunks: int) -> Tiles | None:
         grid = _on_grid(full_SIO.numpy())
         if grid is None:
             return None
-        return cls(len(weight_OI), *(a.reshape(*a.shape[:2], chunks, -1) for a in grid))
+        return cls(outputs, *(a.reshape(*a.shape[:2], chunks, -1) for a in grid))
 
     @staticmethod
     def one_after_another(tiles: Sequence[Tiles]) -> tuple[list[np.ndarray], list[Tiles]]:
