@@ -18,7 +18,14 @@ import numpy as np
 import torch
 from numba import prange
 
-_FILES = ("kernels.py", "lanes.py", "row_kernels.py", "single_queries.py", "sub_layers.py")
+_FILES = (
+    "kernels.py",
+    "lanes.py",
+    "pairs.py",
+    "row_kernels.py",
+    "single_queries.py",
+    "sub_layers.py",
+)
 _STAMP = tuple(
     (name, status.st_mtime, status.st_size)
     for name in _FILES

@@ -174,8 +174,8 @@ class _Tile:
             context.make_array(kind)(context, builder, array)
             for kind, array in zip(kinds, arrays, strict=True)
         )
-        self._element, self._scale = kinds[0].dtype, kinds[1].dtype
-        self._grid = self._element in (types.uint8, types.int8)
+        self.element, self._scale = kinds[0].dtype, kinds[1].dtype
+        self._grid = self.element in (types.uint8, types.int8)
         self._fma = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fmuladd.v{LANES}f32"
         )
@@ -207,16 +207,16 @@ class _Tile:
         builder = self._builder
         at = self._start(self._weight, row)
         if self._grid:
-            codes = self._nibbles(at, part) if self._element == types.int8 else [
+            codes = self._nibbles(at, part) if self.element == types.int8 else [
                 builder.zext(self._stored(at, j, _BYTES), _INTS) for j in part
             ]  # fmt: skip
             return [
                 builder.call(self._fma, [step, builder.sitofp(code, _FLOATS), low])
                 for code, (step, low) in zip(codes, scales, strict=True)
             ]
-        if self._element == types.float32:
+        if self.element == types.float32:
             return [self._stored(at, j, _FLOATS) for j in part]
-        if self._element == types.int16:
+        if self.element == types.int16:
             return [builder.fpext(self._stored(at, j, _HALVES), _FLOATS) for j in part]
         shift, kind = ir.Constant(_INTS, [16] * LANES), ir.VectorType(ir.IntType(16), LANES)
         return [
@@ -226,10 +226,14 @@ class _Tile:
             for j in part
         ]
 
+    def raw(self, row: Any, j: int, kind: Any) -> Any:
+        """What is stored of one input in vector `j`, as whole numbers of 32 bits."""
+        return self._builder.zext(self._stored(self._start(self._weight, row), j, kind), _INTS)
+
     def fetch(self, row: Any) -> None:
         """Have one input's weights brought into the cache."""
-        numbers = WIDTH // 2 if self._element == types.int8 else WIDTH
-        size = numbers * self._element.bitwidth // 8
+        numbers = WIDTH // 2 if self.element == types.int8 else WIDTH
+        size = numbers * self.element.bitwidth // 8
         self._fetch(self._weight, self._start(self._weight, row), size)
 
     def fetch_scales(self, row: Any) -> None:
@@ -264,7 +268,7 @@ class _Tile:
 
     def _stored(self, at: Any, j: int, kind: Any) -> Any:
         pointer = _vector(self._builder, self._weight.data, at, j, kind)
-        return self._builder.load(pointer, align=self._element.bitwidth // 8)
+        return self._builder.load(pointer, align=self.element.bitwidth // 8)
 
     def _scale_of(self, scales: Any, j: int) -> Any:
         if self._scale == types.float32:

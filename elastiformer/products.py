@@ -81,9 +81,13 @@ class Product:
             if reading.count is None:
                 return self.at_once(reading)
             return picked(self._weight_IO, self._bias_O, reading.x_RI, reading.index_RK())
+        counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
+        if self.pairs and len(reading.x_RI) > 1 and not counted:
+            out_RO = torch.from_numpy(self._tiles.multiply_pairs(reading.only_RI.numpy()))
+            return out_RO if self._bias_O is None else out_RO.add_(self._bias_O)
         picks = reading.picks
-        if torch._C._len_torch_dispatch_stack():  # somebody counts operators
-            out_RO: Tensor = torch.ops.elasti.tiled_linear(
+        if counted:
+            out_RO = torch.ops.elasti.tiled_linear(
                 [torch.from_numpy(array) for array in picks],
                 *(torch.from_numpy(array) for array in self._tiles.arrays),
                 self.outputs,
@@ -119,7 +123,7 @@ class Product:
     def likeness(self) -> Hashable:
         """Products of which this is equal can run in one call (`one_after_another`)."""
         forms = tuple((array.dtype.str, array.shape) for array in self._tiles.arrays)
-        return forms, self.outputs, self._summed, self._bias_O is None
+        return forms, self.outputs, self._summed, self._bias_O is None, self.pairs
 
     @property
     def stored_bytes(self) -> int:
@@ -132,6 +136,12 @@ class Product:
     def has_tiles(self) -> bool:
         weight_OI = self.projections[0].weight_OI
         return weight_OI.device.type == "cpu" and weight_OI.dtype != torch.float64
+
+    @cached_property
+    def pairs(self) -> bool:
+        """Whether some rows are multiplied in bfloat16, two inputs at a time: a lone one is not,
+        which waits for memory and reads only what it picks."""
+        return self.has_tiles and self._dtype == torch.bfloat16 and self._tiles.takes_pairs
 
     @property
     def has_one_answer(self) -> bool:
@@ -234,7 +244,9 @@ def one_after_another(products: Sequence[Product], norms_LI: np.ndarray) -> Weig
     first = products[0]
     ahead = ahead_of(first._tiles.weight_SICW)
     weights, steps, lows = of_all
-    return Weight(weights, steps, lows, bias_LO, norms_LI, first.outputs, first._summed, ahead)
+    return Weight(
+        weights, steps, lows, bias_LO, norms_LI, first.outputs, first._summed, ahead, first.pairs
+    )
 
 
 def _packed_linear(

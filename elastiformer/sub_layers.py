@@ -18,8 +18,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from elastiformer.kernels import TURN, _search_row, _search_side_by_side, compiled
+from elastiformer.kernels import TURN, _keep_largest, _search_row, _search_side_by_side, compiled
 from elastiformer.lanes import _multiply_one, _multiply_some
+from elastiformer.pairs import _multiply_pairs
 from elastiformer.row_kernels import (
     _ALONE,
     _gate_row,
@@ -43,6 +44,7 @@ class Weight(NamedTuple):
     outputs: int
     summed: int
     ahead: int
+    pairs: bool  # whether several rows are multiplied as in pairs.py
 
 
 class Heads(NamedTuple):
@@ -124,8 +126,31 @@ def _as_stored(typing: Any, number: Any, like: Any) -> Any:
 
 
 @compiled()
+def _add_bias(out_NO, bias_O):  # type: ignore[no-untyped-def]
+    if len(bias_O):
+        for row in range(len(out_NO)):
+            for output in range(len(bias_O)):
+                out_NO[row, output] += bias_O[output]
+
+
+@compiled()
+def _product_of_pairs(x_NI, weight, layer, start_S):  # type: ignore[no-untyped-def]
+    """What a row leaves out becomes zero, in place: nobody else reads it."""
+    if start_S[-1] < x_NI.size:
+        _keep_largest(x_NI, weight.norms_I[layer], start_S)
+    out_NO = np.empty((len(x_NI), weight.outputs), dtype=np.float32)
+    _multiply_pairs(
+        weight.weight_SICW[layer], weight.steps[layer], weight.lows[layer], x_NI, out_NO
+    )
+    _add_bias(out_NO, weight.bias_O[layer])
+    return out_NO
+
+
+@compiled()
 def _product(x_NI, weight, layer, start_S, side):  # type: ignore[no-untyped-def]
     rows = len(x_NI)
+    if weight.pairs and rows > 1:
+        return _product_of_pairs(x_NI, weight, layer, start_S)
     index_P = np.empty(start_S[rows], dtype=np.int32)
     value_P = np.empty(start_S[rows], dtype=np.float32)
     norms_I = weight.norms_I[layer]
@@ -142,11 +167,7 @@ def _product(x_NI, weight, layer, start_S, side):  # type: ignore[no-untyped-def
         )
     else:
         _multiply_some(weight_SICW, steps, lows, index_P, value_P, start_S, weight.summed, out_NO)
-    bias_O = weight.bias_O[layer]
-    if len(bias_O):
-        for row in range(rows):
-            for output in range(weight.outputs):
-                out_NO[row, output] += bias_O[output]
+    _add_bias(out_NO, weight.bias_O[layer])
     return out_NO
 
 

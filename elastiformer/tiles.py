@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from elastiformer import kernels, lanes
+from elastiformer import kernels, lanes, pairs
 from elastiformer.lanes import GROUP, LANES, WIDTH
 
 # A slab holds long lines of memory for each input, or else a single row that leaves inputs out
@@ -106,6 +106,17 @@ class Tiles:
     @property
     def bytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether rows in bfloat16 can be multiplied two inputs at a time (pairs.py)."""
+        return pairs.takes(self.weight_SICW.shape[1], self.weight_SICW.dtype)
+
+    def multiply_pairs(self, x_RI: np.ndarray) -> np.ndarray:
+        """The product with rows of float32, rounded to bfloat16 on the way: float32 [R, O]."""
+        out_RO = np.empty((len(x_RI), self.outputs), dtype=np.float32)
+        pairs.multiply(*self.arrays, x_RI, out_RO)
+        return out_RO
 
     def multiply(self, picks: Picks, summed: int = 1024) -> np.ndarray:
         """The product with the picked inputs of each row: float32 [R, O].

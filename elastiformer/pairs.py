@@ -1,0 +1,323 @@
+"""The product of some rows in bfloat16, two inputs at a time, on a CPU with AVX-512 for it.
+
+Such a processor multiplies pairs of bfloat16 numbers and adds both products to a float32, twice as
+much at once as of float32. A stored weight (tiles.py) is read as such pairs: on a grid, as the
+whole numbers of its steps, which bfloat16 holds exactly, so that only the values are rounded; the
+step and the low of a group are applied to its sum. Every row goes through all inputs, zeros where
+it leaves some out, in one order, whatever other rows there are.
+
+Shape letters: R rows   I inputs   O outputs   S slabs   C chunks of a slab   W outputs of a chunk
+    T tiles of rows   P pairs of inputs   H rows of a tile   G groups of inputs
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba import prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from elastiformer.kernels import TURN, compiled
+from elastiformer.lanes import (
+    _BYTES,
+    _FLOATS,
+    _I32,
+    _I64,
+    _INTS,
+    GROUP,
+    LANES,
+    WIDTH,
+    _aligned,
+    _everywhere,
+    _loop,
+    _Tile,
+    _vector,
+)
+
+_NEEDED = ("avx512bf16", "avx512bw")
+ABLE = all(get_host_cpu_features().get(feature) for feature in _NEEDED)
+TILE = 4  # rows whose sums fill the registers
+_VECTORS = WIDTH // LANES
+_CENTRES = {types.int8: 8, types.uint8: 128}  # codes less this have a small sum
+
+
+class _BFloat(ir.types.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+_PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
+_WORDS = ir.VectorType(ir.IntType(16), 2 * LANES)
+
+
+def multiply(
+    weight_SICW: np.ndarray,
+    steps: np.ndarray,
+    lows: np.ndarray,
+    x_RI: np.ndarray,
+    out_RO: np.ndarray,
+) -> None:
+    """out = x, rounded to bfloat16, times the stored weight: of a grid, or of bfloat16."""
+    with TURN:
+        _multiply_pairs(weight_SICW, steps, lows, x_RI, out_RO)
+
+
+def takes(inputs: int, form: np.dtype[Any]) -> bool:
+    """Whether a weight of so many inputs, stored so, can be multiplied here."""
+    return ABLE and inputs % 2 == 0 and form in (np.int8, np.uint8, np.uint16)
+
+
+@intrinsic
+def _pair_rows(
+    typing: Any, pairs: Any, weight: Any, steps: Any, lows: Any, slab: Any, chunk: Any,
+    first: Any, end: Any,
+) -> Any:  # fmt: skip
+    """pairs[p, w] = weight[slab, first + 2p and the one after it, chunk, w], until `end`."""
+    signature = types.void(pairs, weight, steps, lows, *(types.intp,) * 4)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if not ABLE:  # never called
+            return context.get_dummy_value()
+        kinds = signature.args
+        tile = _Tile(context, builder, kinds[1:4], args[1:4], args[4:6])
+        into = context.make_array(kinds[0])(context, builder, args[0]).data
+        one = ir.Constant(_I64, 1)
+
+        def put(pair: Any, _: Any) -> list[Any]:
+            row = builder.add(args[6], builder.shl(pair, one))
+            at = builder.mul(pair, ir.Constant(_I64, WIDTH))
+            tile.fetch(builder.add(row, ir.Constant(_I64, GROUP)))
+            for j, numbers in enumerate(_paired(builder, tile, row, builder.add(row, one))):
+                builder.store(numbers, _vector(builder, into, at, j, _INTS), align=4)
+            return []
+
+        count = builder.lshr(builder.sub(args[7], args[6]), one)
+        _loop(builder, ir.Constant(_I64, 0), count, [], put)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _paired(builder: Any, tile: _Tile, first: Any, second: Any) -> list[Any]:
+    """Two inputs' weights side by side, vector by vector; on a grid, their centred codes."""
+    sixteen = ir.Constant(_INTS, [16] * LANES)
+
+    def side_by_side(j: int, kind: Any) -> Any:
+        low, high = (tile.raw(row, j, kind) for row in (first, second))
+        return builder.or_(low, builder.shl(high, sixteen))
+
+    if tile.element == types.int8:
+        table = ir.Constant(_WORDS, [_bits(code % 16 - 8) for code in range(32)])
+        look_up = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(_WORDS, [_WORDS] * 2),
+            "llvm.x86.avx512.permvar.hi.512",
+        )
+        found = []
+        for pair in range(_VECTORS // 2):
+            codes = side_by_side(pair, _BYTES)
+            # Of an index only the last five bits count, and the table is there twice.
+            for index in (codes, builder.lshr(codes, ir.Constant(_INTS, [4] * LANES))):
+                words = builder.call(look_up, [table, builder.bitcast(index, _WORDS)])
+                found.append(builder.bitcast(words, _INTS))
+        return found
+    if tile.element == types.uint8:
+        found = []
+        for j in range(_VECTORS):
+            low, high = (_centred(builder, tile.raw(row, j, _BYTES)) for row in (first, second))
+            upper = ir.Constant(_INTS, [0xFFFF0000] * LANES)
+            found.append(builder.or_(builder.lshr(low, sixteen), builder.and_(high, upper)))
+        return found
+    return [side_by_side(j, ir.VectorType(ir.IntType(16), LANES)) for j in range(_VECTORS)]
+
+
+def _centred(builder: Any, codes: Any) -> Any:
+    """Codes less the centre as float32, of which the upper half is all there is."""
+    centre = ir.Constant(_INTS, [_CENTRES[types.uint8]] * LANES)
+    return builder.bitcast(builder.sitofp(builder.sub(codes, centre), _FLOATS), _INTS)
+
+
+def _bits(number: float) -> int:
+    """Of a number that bfloat16 holds exactly."""
+    return int(np.float32(number).view(np.uint32) >> 16)
+
+
+@intrinsic
+def _add_tile(
+    typing: Any, sums: Any, at: Any, stride: Any, pairs: Any, x: Any, x_at: Any, count: Any,
+    total: Any, total_at: Any, weight: Any, steps: Any, lows: Any, slab: Any, chunk: Any,
+    first: Any,
+) -> Any:  # fmt: skip
+    """sums[at + h * stride:] += what `count` pairs of weights give with those of a tile's rows.
+
+    Args:
+        x: of a tile [P, H], from `x_at` on.
+        total: the sums of the rows' values over this group, [H], from `total_at` on.
+        first: the input of the first pair.
+    """
+    number = types.intp
+    signature = types.void(
+        sums, number, number, pairs, x, number, number, total, number, weight, steps, lows,
+        number, number, number,
+    )  # fmt: skip
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if not ABLE:  # never called
+            return context.get_dummy_value()
+        kinds = signature.args
+
+        def data(place: int) -> Any:
+            return context.make_array(kinds[place])(context, builder, args[place]).data
+
+        tile = _Tile(context, builder, kinds[9:12], args[9:12], args[12:14])
+        centre = _CENTRES.get(tile.element)
+        rows = [
+            builder.add(args[1], builder.mul(args[2], ir.Constant(_I64, h))) for h in range(TILE)
+        ]
+        pointers = [[_vector(builder, data(0), row, j) for j in range(_VECTORS)] for row in rows]
+        nothing = ir.Constant(_FLOATS, [0.0] * LANES)
+        started = [
+            nothing if centre is not None else builder.load(pointer, align=4)
+            for of_row in pointers
+            for pointer in of_row
+        ]
+        multiply_add = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS]),
+            "llvm.x86.avx512bf16.dpbf16ps.512",
+        )
+        values = builder.gep(data(4), [args[5]])
+        weights = data(3)
+
+        def add(pair: Any, running: list[Any]) -> list[Any]:
+            line = builder.mul(pair, ir.Constant(_I64, WIDTH))
+            of_pair = [
+                builder.bitcast(
+                    builder.load(_vector(builder, weights, line, j, _INTS), align=_LINE), _PAIRS
+                )
+                for j in range(_VECTORS)
+            ]
+            following = []
+            for h in range(TILE):
+                place = builder.add(builder.shl(pair, _log(TILE)), ir.Constant(_I64, h))
+                value = builder.load(builder.gep(values, [place]))
+                both = builder.bitcast(_in_all_lanes(builder, value), _PAIRS)
+                of_row = running[h * _VECTORS : (h + 1) * _VECTORS]
+                following += [
+                    builder.call(multiply_add, [sum_, numbers, both])
+                    for sum_, numbers in zip(of_row, of_pair, strict=True)
+                ]
+            return following
+
+        added = _loop(builder, ir.Constant(_I64, 0), args[6], started, add)
+        if centre is not None:
+            added = _scaled(builder, tile, args[14], centre, pointers, data(7), args[8], added)
+        flat = [pointer for of_row in pointers for pointer in of_row]
+        for pointer, sum_ in zip(flat, added, strict=True):
+            builder.store(sum_, pointer, align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _scaled(
+    builder: Any, tile: _Tile, first: Any, centre: int, pointers: Any, totals: Any, total_at: Any,
+    added: list[Any],
+) -> list[Any]:  # fmt: skip
+    """The sums after a group: + step * (sum of values * centred codes) + middle * (of values)."""
+    tile.enter_group(first)
+    scales = tile.scales(list(range(_VECTORS)))
+    middle = ir.Constant(_FLOATS, [float(centre)] * LANES)
+    result = []
+    for h in range(TILE):
+        place = builder.add(total_at, ir.Constant(_I64, h))
+        total = _everywhere(builder, builder.load(builder.gep(totals, [place])))
+        for j, (step, low) in enumerate(scales):
+            sum_ = builder.load(pointers[h][j], align=4)
+            sum_ = tile.multiply_add(tile.multiply_add(step, middle, low), total, sum_)
+            result.append(tile.multiply_add(step, added[h * _VECTORS + j], sum_))
+    return result
+
+
+_LINE = 64  # bytes
+
+
+def _log(number: int) -> Any:
+    return ir.Constant(_I64, number.bit_length() - 1)
+
+
+def _in_all_lanes(builder: Any, word: Any) -> Any:
+    empty = ir.Constant(_INTS, ir.Undefined)
+    first = builder.insert_element(empty, word, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, empty, ir.Constant(_INTS, [0] * LANES))
+
+
+@compiled()
+def _pair_values(x_RI, tile, pairs_PH, total_GH):  # type: ignore[no-untyped-def]
+    """The values of a tile's rows in pairs of bfloat16, and their sums over each group."""
+    rows, inputs = x_RI.shape
+    for h in range(TILE):
+        row = tile * TILE + h
+        if row >= rows:
+            pairs_PH[:, h] = 0
+            total_GH[:, h] = 0
+            continue
+        bits_I = x_RI[row].view(np.uint32)
+        small_I = np.empty(inputs, dtype=np.uint32)
+        for i in range(inputs):
+            odd = (bits_I[i] >> np.uint32(16)) & np.uint32(1)
+            small_I[i] = (bits_I[i] + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
+        rounded_I = small_I.view(np.float32)
+        for group in range(len(total_GH)):
+            total = np.float32(0)
+            for i in range(group * GROUP, min(group * GROUP + GROUP, inputs)):
+                total += rounded_I[i]
+            total_GH[group, h] = total
+        for pair in range(inputs // 2):
+            pairs_PH[pair, h] = (small_I[2 * pair] >> np.uint32(16)) | small_I[2 * pair + 1]
+
+
+@compiled(parallel=True)
+def _multiply_pairs(weight_SICW, steps, lows, x_RI, out_RO):  # type: ignore[no-untyped-def]
+    slabs, inputs, chunks, _ = weight_SICW.shape
+    rows, outputs = out_RO.shape
+    tiles = (rows + TILE - 1) // TILE
+    groups = (inputs + GROUP - 1) // GROUP
+    pairs_TPH = np.empty((tiles, inputs // 2, TILE), dtype=np.uint32)
+    total_TGH = np.empty((tiles, groups, TILE), dtype=np.float32)
+    for tile in prange(tiles):
+        _pair_values(x_RI, tile, pairs_TPH[tile], total_TGH[tile])
+    pairs_, total_ = pairs_TPH.reshape(-1), total_TGH.reshape(-1)
+    for slab in prange(slabs):
+        width = chunks * WIDTH
+        sums_ = _aligned(tiles * TILE * width)
+        sums_[:] = 0
+        wide_PW = _aligned(GROUP // 2 * WIDTH)
+        for group in range(groups):
+            first = group * GROUP
+            end = min(first + GROUP, inputs)
+            for chunk in range(chunks):
+                _pair_rows(wide_PW, weight_SICW, steps, lows, slab, chunk, first, end)
+                for tile in range(tiles):
+                    _add_tile(
+                        sums_, tile * TILE * width + chunk * WIDTH, width, wide_PW,
+                        pairs_, (tile * (inputs // 2) + first // 2) * TILE, (end - first) // 2,
+                        total_, (tile * groups + group) * TILE,
+                        weight_SICW, steps, lows, slab, chunk, first,
+                    )  # fmt: skip
+        begin = slab * width
+        for row in range(rows):
+            for output in range(begin, min(begin + width, outputs)):
+                out_RO[row, output] = sums_[row * width + output - begin]
