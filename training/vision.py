@@ -53,7 +53,7 @@ FIRST_LAYERS = 2  # after which a patch knows what the teacher knows halfway
 
 OPTIONS: dict[str, Any] = {
     "batch": 125,
-    "epochs": 8,
+    "epochs": 12,
     "lr": 0.005,  # of matrices; of the rest, a third
     "teacher_batch": 250,
     "teacher_epochs": 8,
