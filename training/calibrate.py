@@ -31,7 +31,7 @@ from training.allotment import LEAST_KL, Allotment, Curves, fields_of, late_laye
 from training.data import Corpus, Windows, pack, read_corpus
 from training.encoder_calibrate import add_item_arguments, calibrate_items, task_asked
 from training.files import DataError
-from training.options import units
+from training.options import refuse_unused, units
 from training.picture_evaluate import calibrate_pictures
 from training.progress import track
 from training.quality import Setting, Window, measure, miss, prompt_share, recalibrate, windows_of
@@ -57,6 +57,14 @@ CAPACITIES = "1.0,0.9,0.8,0.7,0.65,0.6,0.5"
 Paths = dict[Phase, tuple[Step, ...]]
 Maker = Callable[[Curves], tuple[Step, ...]]
 Thresholds = dict[Phase, dict[Unit, dict[int, tuple[float, ...]]]]
+
+_FOR_ITEMS = ("items", "check_items", "seen")
+_FOR_TEXTS = ("windows", "check_windows", "window", "prompt_tokens")
+# Images are given up first, all layers keep the rest: there is no path to find.
+_FOR_PATHS = (
+    *("task", "items", "seen", *_FOR_TEXTS),
+    *("prompt_units", "output_units", "sweeps", "max_minutes"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,9 +107,12 @@ def capacities(text: str) -> list[float]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if is_vlm(args.base):
+        refuse_unused(args, add_arguments, _FOR_PATHS, "a vision-language model")
         return calibrate_pictures(args)
     if (task := task_asked(args)) is not None:
+        refuse_unused(args, add_arguments, _FOR_TEXTS, "an encoder")
         return calibrate_items(args, task)
+    refuse_unused(args, add_arguments, _FOR_ITEMS, "a language model")
     started = time.monotonic()
     model = ElasticModel.load(args.base, args.adapter, dtype=args.dtype, device=args.device)
     if model.adapter is None or model.tokenizer is None:

@@ -32,7 +32,7 @@ from training.data import Corpus, Windows, pack, read_corpus, tokenizer_of
 from training.encoder_calibrate import add_item_arguments, task_asked
 from training.encoder_evaluate import evaluate_items
 from training.files import DataError
-from training.options import whole
+from training.options import refuse_unused, whole
 from training.picture_evaluate import evaluate_pictures
 from training.progress import track
 from training.quality import (
@@ -51,6 +51,12 @@ from training.stopwatch import Greedy, Timing, greedy_texts, time_capacities
 
 SIZING_WINDOWS = 4  # texts that static pruning learns its channels from; none is evaluated
 PROBE_WINDOWS = 1  # texts that repaired baselines are probed on, beside those they are fitted to
+
+_FOR_TEXTS = (
+    *("windows", "window", "prompt_tokens", "repair_data", "repair_windows", "repair_window"),
+    *("skip_rank", "baseline_seed", "copied", "greedy_tokens"),
+    *("time_prompt_tokens", "decode_tokens"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,9 +118,13 @@ def baselines(text: str) -> list[str]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if is_vlm(args.base):
+        unused = ("task", "seen", "check_items", *_FOR_TEXTS)
+        refuse_unused(args, add_arguments, unused, "a vision-language model")
         return evaluate_pictures(args)
     if (task := task_asked(args)) is not None:
+        refuse_unused(args, add_arguments, ("check_items", *_FOR_TEXTS), "an encoder")
         return evaluate_items(args, task)
+    refuse_unused(args, add_arguments, ("items", "check_items", "seen"), "a language model")
     started = time.monotonic()
     model = ElasticModel.load(args.base, args.adapter, dtype=args.dtype, device=args.device)
     adapter, calibration = model.adapter, model.calibration

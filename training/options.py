@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from elastiformer import Unit
+from training.files import DataError
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -69,3 +70,24 @@ def units(text: str) -> tuple[Unit, ...]:
             f"unknown unit {', '.join(stray)}; known: {', '.join(known)}"
         )
     return tuple(known[name] for name in names)
+
+
+def refuse_unused(
+    args: argparse.Namespace,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    names: Iterable[str],
+    model: str,
+) -> None:
+    """Refuse what was set and would change nothing.
+
+    Args:
+        names: of options that this sort of model has no use for.
+
+    Raises:
+        DataError: one of them has another value than its default.
+    """
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for name in names:
+        if (value := getattr(args, name)) != parser.get_default(name):
+            raise DataError(f"--{name.replace('_', '-')}: {model} has no use for it; got {value}")

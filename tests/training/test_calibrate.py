@@ -275,3 +275,22 @@ def test_an_unknown_unit_is_refused(folders, capsys, named):
     with pytest.raises(SystemExit):
         main(calibrate(folders, "--prompt-units", named))
     assert "unknown unit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["calibrate", "evaluate"])
+@pytest.mark.parametrize(
+    ("base", "options", "told"),
+    [
+        ("fashion-mnist", ["--windows", "9"], "--windows: an encoder has no use for it; got 9"),
+        ("fashion-vlm", ["--seen", "0.5"], "--seen: a vision-language model has no use for it"),
+        ("smollm2-135m-instruct", ["--items", "3"], "--items: a language model has no use for it"),
+    ],
+)
+def test_what_a_sort_of_model_has_no_use_for_is_refused(
+    tmp_path, capsys, command, base, options, told
+):
+    out = ["--out", str(tmp_path / "out")] if command == "evaluate" else []
+    there = ["--adapter", str(tmp_path), "--data", str(tmp_path / "none.jsonl")]
+
+    assert main([command, "--base", base, *there, *out, *options]) == 1
+    assert told in capsys.readouterr().err
