@@ -28,6 +28,7 @@ from elastiformer.lanes import (
     _I32,
     _I64,
     _INTS,
+    _LINE,
     GROUP,
     LANES,
     WIDTH,
@@ -98,7 +99,8 @@ def _pair_rows(
         def put(pair: Any, _: Any) -> list[Any]:
             row = builder.add(args[6], builder.shl(pair, one))
             at = builder.mul(pair, ir.Constant(_I64, WIDTH))
-            tile.fetch(builder.add(row, ir.Constant(_I64, GROUP)))
+            for ahead in (GROUP, GROUP + 1):
+                tile.fetch(builder.add(row, ir.Constant(_I64, ahead)))
             for j, numbers in enumerate(_paired(builder, tile, row, builder.add(row, one))):
                 builder.store(numbers, _vector(builder, into, at, j, _INTS), align=4)
             return []
@@ -249,9 +251,6 @@ def _scaled(
             sum_ = tile.multiply_add(tile.multiply_add(step, middle, low), total, sum_)
             result.append(tile.multiply_add(step, added[h * _VECTORS + j], sum_))
     return result
-
-
-_LINE = 64  # bytes
 
 
 def _log(number: int) -> Any:
