@@ -51,6 +51,11 @@ class ImagedBatch:
     mask_BT: Tensor
     output_BT: Tensor
 
+    def repeated(self, times: int) -> ImagedBatch:
+        """All of it again and again, so many times."""
+        parts = (self.ids_BT, self.pixels_NCHW, self.mask_BT, self.output_BT)
+        return ImagedBatch(*(torch.cat([part] * times) for part in parts))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImagedResult:

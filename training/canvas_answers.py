@@ -2,15 +2,14 @@
 
 Several questions on a canvas share its image tokens in one row: each sees the image and itself,
 and stands where it would stand alone, so a row says of each what it would say by itself. Most
-steps see few of the image's tokens, those where the tower sees an item's middle and some drawn at
-random: that costs less, and whoever leaves image tokens out later finds a model that knows it.
+steps see few of the image's tokens (canvas_sets.py).
 
 Legend: B batch, T tokens, S tokens of one question, P image tokens, D width, A answer tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from elastiformer.shipped import SMOLLM2
-from training.canvas_tower import PATCHES, Canvases, Tower, pixels
+from training.canvas_sets import middle_sets, mixed_sets
+from training.canvas_tower import PATCHES, Canvases, Sight, Tower, pixels
 from training.canvases import CORNERS, KINDS, Question
 from training.data import seed_of
 from training.fitting import Schedule, fit
@@ -32,7 +32,7 @@ from training.vision import PATCH
 IMAGE = SMOLLM2.renamed[1]
 BEFORE, AFTER = "<|im_start|>user\n", "\n"  # the image
 IGNORED = -100
-WHOLE_EVERY = 8  # steps: so often a step sees all image tokens
+SET_OPTIONS = ("set_steps",)
 NOTHING, MIDDLE = "nothing", "one"  # how the projector begins to say it
 
 
@@ -145,7 +145,7 @@ def train_projector(
 
     projector.requires_grad_(True)
     schedule = Schedule(options["projector_steps"])
-    of_projector = {**options, "answers": None}
+    of_projector = {**_before_sets(options), "answers": None}
     fit("projector", projector, [optimizer], loss, schedule, folder, of_projector)
 
 
@@ -184,6 +184,9 @@ def train_answers(
 ) -> dict[str, Tensor]:
     """Fit projector and low-rank changes, then add the changes to the weights; both by name.
 
+    First from few image tokens that are easily learnt from, in `folder`; then, on other canvases,
+    from sets of every kind, in the folder `sets` beside it.
+
     Raises:
         Stopped, RunError: see their messages.
     """
@@ -194,28 +197,31 @@ def train_answers(
     mixed(model.model.language_model)
     thin = with_changes(model.model.language_model, options["rank"], device)
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=options["lr"], weight_decay=0.01)
 
-    def loss(step: int) -> dict[str, Tensor]:
+    def loss(step: int, sets: _Sets) -> dict[str, Tensor]:
         numbers = canvases.rows(step, batch)
         drawn = [canvases.canvas(number) for number in numbers]
         every = [canvases.asked(*pair) for pair in zip(numbers, drawn, strict=True)]
+        chance = torch.Generator().manual_seed(seed_of("kept", options["seed"], step))
         with autocast(device):
             with torch.no_grad():
                 hidden_BPD = tower.hidden(pixels(drawn).to(device))
-                middle_BP = tower.head(hidden_BPD)[..., -1].float()
-            kept = PATCHES if step % WHOLE_EVERY == 0 else options["image_tokens"]
-            chance = torch.Generator().manual_seed(seed_of("kept", options["seed"], step))
-            kept_BP = _kept(middle_BP.cpu(), kept, chance).to(device)
+                kept_BP = sets(tower.told(hidden_BPD), step, chance).to(device)
             rows = rows_of(tokenizer, every, kept_BP, device)
             features_BPD = projector(hidden_BPD.gather(1, _wide(kept_BP, hidden_BPD)))
             logits_AV, answer_A = answer_logits(model, rows, features_BPD)
         right = (logits_AV.detach().argmax(1) == answer_A).float().mean()
         return {"right": right, "total": F.cross_entropy(logits_AV.float(), answer_A)}
 
-    steps = round(canvases.count // batch * options["epochs"])
-    schedule = Schedule(steps, warmup=0.05, checkpoint_every=25)
-    fit("answers", Kept(trained), [optimizer], loss, schedule, folder, options)
+    def learn(place: Path, first: int, steps: int, sets: _Sets, said: dict[str, Any]) -> None:
+        optimizer = torch.optim.AdamW(trained.values(), lr=options["lr"], weight_decay=0.01)
+        schedule = Schedule(steps, warmup=0.05, checkpoint_every=25)
+        label, kept = place.name, Kept(trained)
+        fit(label, kept, [optimizer], lambda step: loss(first + step, sets), schedule, place, said)
+
+    few, steps = options["image_tokens"], round(canvases.count // batch * options["epochs"])
+    learn(folder, 0, steps, lambda *drawn: middle_sets(few, *drawn), _before_sets(options))
+    learn(folder.with_name("sets"), steps, options["set_steps"], mixed_sets, options)
     with torch.no_grad():
         for each in trained.values():
             each.copy_(each.to(torch.float16))  # as they are written
@@ -224,10 +230,12 @@ def train_answers(
     return changes
 
 
-def _kept(middle_BP: Tensor, count: int, chance: torch.Generator) -> Tensor:
-    """Image tokens where the tower sees an item's middle, and some others; ascending."""
-    drawn_BP = torch.rand(middle_BP.shape, generator=chance)
-    return (drawn_BP + (middle_BP > 0)).topk(count).indices.sort(1).values
+def _before_sets(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide what is learnt before the sets of every kind."""
+    return {name: each for name, each in options.items() if name not in SET_OPTIONS}
+
+
+_Sets = Callable[[Sight, int, torch.Generator], Tensor]  # of a step: the tokens that are seen
 
 
 def _wide(at_BP: Tensor, x_BPD: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ OPTIONS: dict[str, Any] = {
     "epochs": 1,
     "batch": 2,
     "questions": 10,  # on a canvas, in one go
-    "image_tokens": 36,  # of a canvas, in most steps
+    "image_tokens": 36,  # of a canvas, in most steps of the epochs
+    "set_steps": 400,  # after them, on sets of image tokens of every kind
     "lr": 1e-3,
     "rank": 8,
 }

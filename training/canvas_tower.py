@@ -88,7 +88,10 @@ class Tower(nn.Module):
         return hidden_BPD
 
     def forward(self, x_BCHW: Tensor) -> Sight:
-        logits = self.head(self.hidden(x_BCHW)).float()
+        return self.told(self.hidden(x_BCHW))
+
+    def told(self, hidden_BPD: Tensor) -> Sight:
+        logits = self.head(hidden_BPD).float()
         return Sight(*logits.split([len(KINDS) + 1, len(CORNERS) + 1, 2], dim=2))
 
 

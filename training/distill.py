@@ -87,6 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="neurons that work together, or neighbours",
     )
     add("--image-scorer", default="linear", choices=IMAGE_SCORERS, help="of image tokens")
+    add(
+        "--image-draws",
+        type=whole(0),
+        default=0,
+        help="sets of image tokens tried for each image; 0: only those that score best",
+    )
     add("--token-gate", default="hard", choices=TOKEN_GATES, help="a kept token's multiplier")
     add("--part-gate", default="hard", choices=PART_GATES, help="a kept head's or expert's")
     add("--kv", default="complete", choices=["complete", "kept"], help="keys of skipped tokens")
@@ -206,6 +212,10 @@ def settle(args: argparse.Namespace, world: World) -> None:
             f"--batch-tokens {args.batch_tokens}: a multiple of --window {args.window} whose rows "
             f"divide among the processes, of which there are {world.size}"
         )
+    if args.image_draws == 1:
+        raise RunError("--image-draws 1: one set has none to be compared with; 2 at least, or 0")
+    if args.image_draws and args.token_gate != "hard":
+        raise RunError(f"--image-draws: asks for --token-gate hard, not {args.token_gate}")
     for name in ("prompt_units", "output_units"):
         asked = getattr(args, name)
         asked = args.units if asked is None else asked

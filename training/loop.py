@@ -99,6 +99,7 @@ class Distillation:
             Divergence(Direction(args.kl), args.top_k, args.temperature),
             Weights(args.balance, args.agreement),
             Selection(args.selection),
+            args.image_draws,
         )
         self._rows = args.batch_tokens // args.window
         self._rows_at_once = max(1, args.pass_tokens // args.window)

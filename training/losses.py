@@ -66,6 +66,10 @@ class Losses:
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.distil, self.balance, self.agreement, self.total
 
+    def __add__(self, other: Losses) -> Losses:
+        pairs = zip(self.parts, other.parts, strict=True)
+        return Losses(*(ours + theirs for ours, theirs in pairs))
+
 
 def kl_divergence(
     teacher_BTV: Tensor,

@@ -3,11 +3,12 @@
 Teacher and student differ in length, as the student's image tokens are fewer: they are compared
 token by token of the answer, found by where each stood in what was sent.
 
-Through the answers a router hears only of tokens that stay. Of all of them it hears by its
-agreement: its scores are to say which image tokens the teacher looks at while it answers.
+Through the answers a router hears only of tokens that stay. Of all of them it hears by draws
+(image_draws.py), and by its agreement: its scores are to say which image tokens the teacher looks
+at while it answers.
 
 Shape letters: B exchanges   T tokens as sent   S tokens that stay   V vocabulary
-    P image tokens   D width
+    P image tokens   D width   M draws
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import torch
 from torch import Tensor
 
 from elastiformer.capacity import Unit, dense_plan
+from elastiformer.sight import kept_count
 from elastiformer.vlm import ElasticVlm, ImagedBatch, ImagedResult
 from training.choosers import answer_attention
 from training.data import seed_of
-from training.exchanges import Exchanges, collated, judged
+from training.exchanges import Exchange, Exchanges, collated, judged
+from training.image_draws import drawn, lesson_of
 from training.lessons import LEAST_EVERY, Lesson, Teacher
 from training.losses import Losses, kl_divergence
 from training.student import NumberedStudent, Objective, Whole, summed
@@ -34,9 +37,10 @@ WHOLE_LAYERS = 0.5  # of the rows leave out image tokens only
 
 @dataclass(frozen=True, slots=True)
 class ImageLesson(Lesson):
-    """A lesson, and the share of the image's tokens that stay."""
+    """A lesson, the share of the image's tokens that stay, and what sets of them are drawn by."""
 
     image_share: float
+    seed: int
 
     def output_tokens(self, window: int) -> int:
         return 1  # each exchange weighs alike, however long its answer is
@@ -65,13 +69,14 @@ class PictureStudent(NumberedStudent):
         assert adapter is not None, "a student without an adapter"
         share = 1.0
         if Unit.IMAGE_TOKENS in adapter.units:
-            share = LEAST_IMAGE_SHARE if lowest else rng.uniform(LEAST_IMAGE_SHARE, 1.0)
+            # Half as many, again and again: routers differ where few tokens stay.
+            share = LEAST_IMAGE_SHARE if lowest else LEAST_IMAGE_SHARE ** rng.random()
         prompt = output = dense_plan(len(teacher.shape.layers))
         in_layers = [unit for unit in adapter.units if unit is not Unit.IMAGE_TOKENS]
         if in_layers and (share == 1 or rng.random() >= WHOLE_LAYERS):
             prompt = teacher.prompt_plan(rng, lowest)
             output = teacher.plan(rng, teacher.capacity(rng, lowest), teacher.output_units)
-        return ImageLesson(1, prompt, output, share)
+        return ImageLesson(1, prompt, output, share, rng.getrandbits(63))
 
     def losses(
         self,
@@ -82,13 +87,16 @@ class PictureStudent(NumberedStudent):
         whole: Whole,
     ) -> Losses:
         model = self.model
+        imaged = [each for each in lessons if isinstance(each, ImageLesson)]
+        if objective.image_draws and model.adapter and model.adapter.routers.image is not None:
+            return self._drawn(exchanges.at(numbers_B1[:, 0]), imaged, objective, whole)
         batch = collated(exchanges.at(numbers_B1[:, 0]), model)
         with torch.no_grad():
             teacher_BTV = model.teacher_images(batch)
         result = model.masked_images(
             batch,
             [(each.prompt, each.output) for each in lessons],
-            [each.image_share for each in lessons if isinstance(each, ImageLesson)],
+            [each.image_share for each in imaged],
             objective.selection,
         )
         teacher_BSV, student_BSV, mask_BS = aligned(batch, result, teacher_BTV)
@@ -100,6 +108,56 @@ class PictureStudent(NumberedStudent):
         ).sum()
         distil = distil / whole.rows
         losses = summed(distil, result.routes, objective, whole)
+        return self._agreeing(losses, batch, objective, whole)
+
+    def _drawn(
+        self,
+        exchanges: Sequence[Exchange],
+        lessons: Sequence[ImageLesson],
+        objective: Objective,
+        whole: Whole,
+    ) -> Losses:
+        """The same, each exchange under several sets of image tokens that its router draws."""
+        model, many = self.model, objective.image_draws
+        adapter = model.adapter
+        assert adapter is not None and adapter.routers.image is not None, "what draws"
+        in_layers = adapter.units != (Unit.IMAGE_TOKENS,)
+        total: Losses | None = None
+        for exchange, lesson in zip(exchanges, lessons, strict=True):
+            batch = collated([exchange], model)
+            with torch.no_grad():
+                teacher_1TV = model.teacher_images(batch)
+                features_1PD = model.vlm.features(batch.pixels_NCHW)
+            scores_P = adapter.routers.image(features_1PD)[0]
+            chance = torch.Generator().manual_seed(lesson.seed)
+            count = kept_count(lesson.image_share, len(scores_P))
+            draws = drawn(scores_P, count, many, chance)
+            with torch.set_grad_enabled(in_layers):
+                tried = batch.repeated(many)
+                result = model.masked_images(
+                    tried,
+                    [(lesson.prompt, lesson.output)] * many,
+                    selection=objective.selection,
+                    chosen_NP=draws.chosen_MP,
+                )
+                compared = aligned(tried, result, teacher_1TV.expand(many, -1, -1))
+                lost_M = torch.stack(
+                    [
+                        kl_divergence(*row, objective.divergence)
+                        for row in zip(*compared, strict=True)
+                    ]
+                )
+            distil = (lost_M.mean() + lesson_of(draws, lost_M)) / whole.rows
+            each = summed(distil, result.routes, objective, whole.times(many))
+            each = self._agreeing(each, batch, objective, whole)
+            total = each if total is None else total + each
+        assert total is not None, "a pass without rows"
+        return total
+
+    def _agreeing(
+        self, losses: Losses, batch: ImagedBatch, objective: Objective, whole: Whole
+    ) -> Losses:
+        """These losses, and what the image router's agreement adds."""
         if objective.weights.agreement == 0:
             return losses
         agreement = losses.agreement + self._image_agreement(batch) / whole.rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,7 @@ class Objective:
     divergence: Divergence
     weights: Weights
     selection: Selection
+    image_draws: int = 0  # sets of image tokens that are tried for each image; 0: the best ones
 
 
 class Student(Protocol):
@@ -81,6 +82,10 @@ class Whole:
             token_routers=layers * of_tokens,
             part_routers=layers * (len(units) - of_tokens),
         )
+
+    def times(self, runs: int) -> Whole:
+        """Every row run so many times over."""
+        return replace(self, rows=self.rows * runs)
 
 
 def student_losses(
