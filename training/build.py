@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=whole(1), help="of the low-rank changes (sentiment, fashion-vlm)")
     add("--tower", help="a vision transformer: folder or name (fashion-vlm; default: ours)")
     add("--canvases", type=whole(1), help="to train on (fashion-vlm)")
+    add("--set-steps", type=whole(1), help="on sets of image tokens of every kind (fashion-vlm)")
     add("--seed", type=int, default=0, help="of everything random")
 
 
@@ -55,7 +56,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     module: Any = importlib.import_module(f"training.{MODELS[args.model]}")
     given = {
         name: value
-        for name in ("epochs", "teacher_epochs", "batch", "lr", "rank", "tower", "canvases")
+        for name in (
+            "epochs",
+            "teacher_epochs",
+            "batch",
+            "lr",
+            "rank",
+            "tower",
+            "canvases",
+            "set_steps",
+        )
         if (value := getattr(args, name)) is not None
     }
     if stray := [name for name in given if name not in module.OPTIONS]:

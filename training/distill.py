@@ -39,7 +39,7 @@ from training.lessons import tolerances
 from training.loop import Distillation, Text
 from training.losses import Direction
 from training.options import LAYER_UNITS, real, units, whole
-from training.picture_student import PictureStudent
+from training.picture_student import LEAST_IMAGE_SHARE, PictureStudent
 from training.processes import World, joined, shard_base
 from training.progress import track
 from training.sensitivity import Meter, Probe
@@ -92,6 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(0),
         default=0,
         help="sets of image tokens tried for each image; 0: only those that score best",
+    )
+    add(
+        "--image-most",
+        type=real(above=LEAST_IMAGE_SHARE, most=1),
+        default=1.0,
+        help="the largest share of an image's tokens that is trained",
     )
     add("--token-gate", default="hard", choices=TOKEN_GATES, help="a kept token's multiplier")
     add("--part-gate", default="hard", choices=PART_GATES, help="a kept head's or expert's")
@@ -321,7 +327,7 @@ def _picture_student(
     # Experts are split by what the language model does with the text.
     longest = max(len(each.prompt) for each in some)
     ids_BT = torch.tensor([[*each.prompt, *[0] * (longest - len(each.prompt))] for each in some])
-    return PictureStudent(model, train, held), text, ids_BT.to(model.device)
+    return PictureStudent(model, train, held, args.image_most), text, ids_BT.to(model.device)
 
 
 def _refuse_mixing(

@@ -48,9 +48,12 @@ def drawn(scores_P: Tensor, count: int, many: int, chance: torch.Generator) -> D
 def lesson_of(draws: Draws, lost_M: Tensor) -> Tensor:
     """A scalar of value 0 whose gradient makes sets that lost less than the others likelier.
 
+    A set's loss, a divergence, counts by its root, which is a distance: else the few sets that
+    lose everything are all that is heard.
+
     Source: REINFORCE, each draw's baseline being the mean of the others (arXiv:1906.04032, 3.1).
     """
-    lost_M = lost_M.detach()
+    lost_M = lost_M.detach().clamp_min(0).sqrt()
     many = len(lost_M)
     worse_M = (lost_M - lost_M.mean()) * many / max(1, many - 1)
     told = (worse_M * draws.likely_M).mean()

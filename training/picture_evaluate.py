@@ -31,6 +31,7 @@ from training.picture_quality import (
     prefill_times,
     prompt_at,
     quality,
+    scores_by,
 )
 from training.picture_reports import PictureReport, Prefill, write_pictures
 from training.picture_student import LEAST_IMAGE_SHARE
@@ -100,13 +101,13 @@ def evaluate_pictures(args: argparse.Namespace) -> dict[str, Any]:
     served = [each for each in args.capacities if _reached(model, some, each)]
     dense = answers_at(model, some, 1.0)
     ours = [quality(model, some, capacity, dense) for capacity in track(served, label="quality")]
-    beside = {
-        name: [
-            chosen_by(model, name, some, capacity, dense, args.seed)
+    beside = {}
+    for name in CHOOSERS if args.baselines else ():
+        scores_BP = scores_by(model, name, some, args.seed)
+        beside[name] = [
+            chosen_by(model, scores_BP, some, capacity, dense)
             for capacity in track([each for each in served if each < 1], label=name)
         ]
-        for name in (CHOOSERS if args.baselines else ())
-    }
     timed = some[:TIMED]
     times = prefill_times(model, timed, served, args.repeats) if args.repeats else {}
     flops = {capacity: prefill_flops(model, timed, capacity) for capacity in times}

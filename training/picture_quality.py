@@ -120,15 +120,22 @@ def quality(
     return PictureQuality(*row, spent=fmean(ours.spent), missed=max(missed))
 
 
+@torch.inference_mode()
+def scores_by(model: ElasticVlm, chooser: str, exchanges: Sequence[Exchange], seed: int) -> Tensor:
+    """What somebody else says of every image token: [B, P]."""
+    starts = range(0, len(exchanges), AT_ONCE)
+    rows = [CHOOSERS[chooser](model, exchanges[at : at + AT_ONCE], seed) for at in starts]
+    return torch.cat(rows)
+
+
 def chosen_by(
     model: ElasticVlm,
-    chooser: str,
+    scores_BP: Tensor,
     exchanges: Sequence[Exchange],
     capacity: float,
     dense: Answers,
-    seed: int,
 ) -> PictureQuality:
-    """The same with as many image tokens as ours keep at this capacity, chosen by somebody else.
+    """The same with as many image tokens as ours keep at this capacity, those scored best here.
 
     Raises:
         CapacityError: no plan gives it.
@@ -143,8 +150,8 @@ def chosen_by(
             for each in some
         ]
         with torch.inference_mode():
-            scores_BP = CHOOSERS[chooser](model, some, seed)
-            chosen_BP = keep(scores_BP, torch.tensor(counts, device=scores_BP.device))
+            count_B = torch.tensor(counts, device=scores_BP.device)
+            chosen_BP = keep(scores_BP[start : start + AT_ONCE], count_B)
             batch = collated(some, model)
             result = model.masked_images(batch, [(whole, whole)] * len(some), chosen_NP=chosen_BP)
         judged_BS = judged(batch).gather(1, result.original_BS) & result.mask_BS

@@ -60,6 +60,7 @@ class PictureStudent(NumberedStudent):
     model: ElasticVlm
     train: Exchanges
     held: Exchanges | None
+    most: float = 1.0  # share of an image's tokens that stay, of those drawn
     measure: str = "held_out_kl"
 
     def lesson(self, teacher: Teacher, step: int, row: int, rows: int) -> ImageLesson:
@@ -69,8 +70,7 @@ class PictureStudent(NumberedStudent):
         assert adapter is not None, "a student without an adapter"
         share = 1.0
         if Unit.IMAGE_TOKENS in adapter.units:
-            # Half as many, again and again: routers differ where few tokens stay.
-            share = LEAST_IMAGE_SHARE if lowest else LEAST_IMAGE_SHARE ** rng.random()
+            share = LEAST_IMAGE_SHARE if lowest else rng.uniform(LEAST_IMAGE_SHARE, self.most)
         prompt = output = dense_plan(len(teacher.shape.layers))
         in_layers = [unit for unit in adapter.units if unit is not Unit.IMAGE_TOKENS]
         if in_layers and (share == 1 or rng.random() >= WHOLE_LAYERS):
@@ -140,11 +140,12 @@ class PictureStudent(NumberedStudent):
                     selection=objective.selection,
                     chosen_NP=draws.chosen_MP,
                 )
-                compared = aligned(tried, result, teacher_1TV.expand(many, -1, -1))
+                teacher_MTV = teacher_1TV.expand(many, -1, -1)
+                teacher_MSV, student_MSV, mask_MS = aligned(tried, result, teacher_MTV)
                 lost_M = torch.stack(
                     [
                         kl_divergence(*row, objective.divergence)
-                        for row in zip(*compared, strict=True)
+                        for row in zip(teacher_MSV, student_MSV, mask_MS, strict=True)
                     ]
                 )
             distil = (lost_M.mean() + lesson_of(draws, lost_M)) / whole.rows

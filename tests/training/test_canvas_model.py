@@ -74,6 +74,7 @@ def test_a_build_from_start_to_folder(tower, tmp_path, monkeypatch):
         "tower_batch": 4,
         "projector_steps": 2,
         "canvases": 8,
+        "set_steps": 2,
         "batch": 4,
         "rank": 2,
         "seed": 0,

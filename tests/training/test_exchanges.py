@@ -21,7 +21,7 @@ from training.choosers import CHOOSERS, answer_attention
 from training.exchanges import collated, judged, read_exchanges
 from training.files import DataError
 from training.losses import kl_divergence
-from training.picture_quality import answers_at, chosen_by, quality
+from training.picture_quality import answers_at, chosen_by, quality, scores_by
 from training.picture_student import aligned
 
 PLANS = (dense_plan(LAYERS), dense_plan(LAYERS))
@@ -114,7 +114,18 @@ def commands(tmp_path, data, *options: str) -> tuple[str, str]:
     base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
     save_tiny_vlm(tmp_path / "base", tiny_vlm())
     asked = ["distill", "--base", base, "--data", str(data), "--out", adapter, "--steps", "12"]
-    asked += ["--batch-items", "6", "--held-out", "0.3", "--image-draws", "3", "--lr", "0.02", "--dtype", "float32"]
+    asked += [
+        "--batch-items",
+        "6",
+        "--held-out",
+        "0.3",
+        "--image-draws",
+        "3",
+        "--lr",
+        "0.02",
+        "--dtype",
+        "float32",
+    ]
     assert main([*asked, *options]) == 0
     return base, adapter
 
@@ -177,7 +188,8 @@ def test_choosers_keep_as_many_and_each_its_own(data):
         assert bool((scores[name] > 0).all()) and bool((scores[name].sum(1) < 1).all())
     assert torch.equal(scores["random"][2:], CHOOSERS["random"](model, exchanges[2:], 0))
     assert not torch.equal(scores["random"], CHOOSERS["random"](model, exchanges, 1))
-    row = chosen_by(model, "random", exchanges, 1.0, dense, 0)
+    assert torch.equal(scores_by(model, "random", exchanges, 0), scores["random"])
+    row = chosen_by(model, scores["random"], exchanges, 1.0, dense)
     assert row.kl == pytest.approx(0, abs=1e-6) and row.kept == 1.0
 
 
