@@ -119,8 +119,6 @@ def commands(tmp_path, data, *options: str) -> tuple[str, str]:
         "6",
         "--held-out",
         "0.3",
-        "--image-draws",
-        "3",
         "--lr",
         "0.02",
         "--dtype",
@@ -131,7 +129,7 @@ def commands(tmp_path, data, *options: str) -> tuple[str, str]:
 
 
 def test_from_data_to_a_report(tmp_path, data, capsys):
-    base, adapter = commands(tmp_path, data, "--image-scorer", "mlp")
+    base, adapter = commands(tmp_path, data, "--image-scorer", "mlp", "--image-draws", "3")
     learnt = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(learnt["held_out_kl"]) == {"before", "after"} and learnt["steps"] == 12
     saved = SavedAdapter.load(adapter)
@@ -166,15 +164,30 @@ def test_from_data_to_a_report(tmp_path, data, capsys):
     assert model.prompt(DENSE, exchange.prompt, [picture]).dropped == 0
 
 
-def test_the_language_models_units_learn_beside_the_image_router(tmp_path, data, capsys):
-    asked = "image_tokens,mlp_tokens,channels"
-    _, adapter = commands(tmp_path, data, "--units", asked, "--lora-rank", "2")
+@pytest.mark.parametrize("draws", ["0", "2"])
+def test_the_language_models_units_learn_beside_the_image_router(tmp_path, data, capsys, draws):
+    asked = ["--units", "image_tokens,mlp_tokens,channels", "--lora-rank", "2"]
+    _, adapter = commands(tmp_path, data, *asked, "--image-draws", draws)
     learnt = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert learnt["parameters"] > 25
     saved = SavedAdapter.load(adapter)
     moved = [name for name, tensor in saved.tensors.items() if "weight" in name]
     assert any("mlp_tokens" in name for name in moved) and "image.outer.weight" in moved
     assert any(float(each.abs().max()) > 0 for each in saved.lora["shared"].values())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--image-draws", "1"], "one set has none to be compared with"),
+        (["--image-draws", "4", "--token-gate", "sigmoid"], "asks for --token-gate hard"),
+    ],
+)
+def test_draws_that_could_teach_nothing_are_refused(tmp_path, data, capsys, options, told):
+    save_tiny_vlm(tmp_path / "base", tiny_vlm())
+    asked = ["--base", str(tmp_path / "base"), "--data", str(data), "--out", str(tmp_path / "a")]
+    assert main(["distill", *asked, *options]) != 0
+    assert told in capsys.readouterr().err
 
 
 def test_choosers_keep_as_many_and_each_its_own(data):
