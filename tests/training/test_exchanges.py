@@ -114,16 +114,7 @@ def commands(tmp_path, data, *options: str) -> tuple[str, str]:
     base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
     save_tiny_vlm(tmp_path / "base", tiny_vlm())
     asked = ["distill", "--base", base, "--data", str(data), "--out", adapter, "--steps", "12"]
-    asked += [
-        "--batch-items",
-        "6",
-        "--held-out",
-        "0.3",
-        "--lr",
-        "0.02",
-        "--dtype",
-        "float32",
-    ]
+    asked += ["--batch-items", "6", "--held-out", "0.3", "--lr", "0.02", "--dtype", "float32"]
     assert main([*asked, *options]) == 0
     return base, adapter
 
