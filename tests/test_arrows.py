@@ -28,13 +28,13 @@ LOW_TO_HIGH = """
         answers readings streams routes app server __main__
 
     training: __init__ files options signals progress processes packages data stream examples
-        exchanges choosers losses lessons student encoder_student picture_student checkpoint mixed
-        fitting fashion_mnist convolutions vision masked_images reviews canvases corpora sentiment
-        canvas_tower canvas_answers canvas_model build quality encoder_quality picture_quality
-        allotment tuning sensitivity regression picking baselines repaired pictures stopwatch
-        reports encoder_reports loop encoder_calibrate encoder_evaluate picture_reports
-        picture_evaluate overlap domain_report recipe_report distill repair ranks calibrate evaluate
-        domains recipe reconstruct summarize goals seeds synthesize __main__
+        exchanges choosers image_draws losses lessons student encoder_student picture_student
+        checkpoint mixed fitting fashion_mnist convolutions vision masked_images reviews canvases
+        corpora sentiment canvas_tower canvas_sets canvas_answers canvas_model build quality
+        encoder_quality picture_quality allotment tuning sensitivity regression picking baselines
+        repaired pictures stopwatch reports encoder_reports loop encoder_calibrate encoder_evaluate
+        picture_reports picture_evaluate overlap domain_report recipe_report distill repair ranks
+        calibrate evaluate domains recipe reconstruct summarize goals seeds synthesize __main__
 """
 
 _COMPILED = {
