@@ -319,7 +319,8 @@ def _vector(builder: Any, data: Any, at: Any, j: int, kind: Any = _FLOATS) -> An
 
 
 def _everywhere(builder: Any, scalar: Any) -> Any:
-    empty = ir.Constant(_FLOATS, ir.Undefined)
+    """A vector that holds a number, or 32 bits, in all lanes."""
+    empty = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
     first = builder.insert_element(empty, scalar, ir.Constant(_I32, 0))
     return builder.shuffle_vector(first, empty, ir.Constant(_INTS, [0] * LANES))
 

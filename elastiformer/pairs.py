@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import prange, types
+from numba import config, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -25,7 +25,6 @@ from elastiformer.kernels import TURN, compiled
 from elastiformer.lanes import (
     _BYTES,
     _FLOATS,
-    _I32,
     _I64,
     _INTS,
     _LINE,
@@ -38,9 +37,12 @@ from elastiformer.lanes import (
     _Tile,
     _vector,
 )
+from elastiformer.row_kernels import _as_stored
 
 _NEEDED = ("avx512bf16", "avx512bw")
-ABLE = all(get_host_cpu_features().get(feature) for feature in _NEEDED)
+# Numba can be told to compile for less than the processor at hand.
+_TOLD = config.CPU_NAME is not None or config.CPU_FEATURES is not None
+ABLE = not _TOLD and all(get_host_cpu_features().get(feature) for feature in _NEEDED)
 TILE = 4  # rows whose sums fill the registers
 _VECTORS = WIDTH // LANES
 _CENTRES = {types.int8: 8, types.uint8: 128}  # codes less this have a small sum
@@ -213,9 +215,11 @@ def _add_tile(
             ]
             following = []
             for h in range(TILE):
-                place = builder.add(builder.shl(pair, _log(TILE)), ir.Constant(_I64, h))
+                place = builder.add(
+                    builder.mul(pair, ir.Constant(_I64, TILE)), ir.Constant(_I64, h)
+                )
                 value = builder.load(builder.gep(values, [place]))
-                both = builder.bitcast(_in_all_lanes(builder, value), _PAIRS)
+                both = builder.bitcast(_everywhere(builder, value), _PAIRS)
                 of_row = running[h * _VECTORS : (h + 1) * _VECTORS]
                 following += [
                     builder.call(multiply_add, [sum_, numbers, both])
@@ -253,16 +257,6 @@ def _scaled(
     return result
 
 
-def _log(number: int) -> Any:
-    return ir.Constant(_I64, number.bit_length() - 1)
-
-
-def _in_all_lanes(builder: Any, word: Any) -> Any:
-    empty = ir.Constant(_INTS, ir.Undefined)
-    first = builder.insert_element(empty, word, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, empty, ir.Constant(_INTS, [0] * LANES))
-
-
 @compiled()
 def _pair_values(x_RI, tile, pairs_PH, total_GH):  # type: ignore[no-untyped-def]
     """The values of a tile's rows in pairs of bfloat16, and their sums over each group."""
@@ -273,19 +267,19 @@ def _pair_values(x_RI, tile, pairs_PH, total_GH):  # type: ignore[no-untyped-def
             pairs_PH[:, h] = 0
             total_GH[:, h] = 0
             continue
-        bits_I = x_RI[row].view(np.uint32)
-        small_I = np.empty(inputs, dtype=np.uint32)
+        small_I = np.empty(inputs, dtype=np.uint16)
+        bits_I = np.empty(inputs, dtype=np.uint32)
         for i in range(inputs):
-            odd = (bits_I[i] >> np.uint32(16)) & np.uint32(1)
-            small_I[i] = (bits_I[i] + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
-        rounded_I = small_I.view(np.float32)
+            small_I[i] = _as_stored(x_RI[row, i], small_I)
+            bits_I[i] = np.uint32(small_I[i]) << np.uint32(16)
+        rounded_I = bits_I.view(np.float32)
         for group in range(len(total_GH)):
             total = np.float32(0)
             for i in range(group * GROUP, min(group * GROUP + GROUP, inputs)):
                 total += rounded_I[i]
             total_GH[group, h] = total
         for pair in range(inputs // 2):
-            pairs_PH[pair, h] = (small_I[2 * pair] >> np.uint32(16)) | small_I[2 * pair + 1]
+            pairs_PH[pair, h] = np.uint32(small_I[2 * pair]) | bits_I[2 * pair + 1]
 
 
 @compiled(parallel=True)

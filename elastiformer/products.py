@@ -4,7 +4,9 @@ Of few rows, only the weights of picked channels (readings.py) are read: on a CP
 the weight's smallest exact form (tiles.py), elsewhere by PyTorch's `embedding_bag`. For many rows
 it is faster to read a whole weight once, packed for oneDNN on a CPU, for rows that are zero outside
 their picks; where that is, costs.py measures. In float32 on a CPU both add the same numbers in the
-same order, so neither batch-mates nor the choice change anything, to the last bit.
+same order, so neither batch-mates nor the choice change anything, to the last bit. In bfloat16,
+where the processor can, several rows go through all inputs of the smallest form, zeros where they
+left some out (pairs.py).
 
 Shape letters: R rows   I inputs   O outputs   K picked channels
 """
@@ -84,17 +86,15 @@ class Product:
         counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
         if self.pairs and len(reading.x_RI) > 1 and not counted:
             out_RO = torch.from_numpy(self._tiles.multiply_pairs(reading.only_RI.numpy()))
-            return out_RO if self._bias_O is None else out_RO.add_(self._bias_O)
-        picks = reading.picks
-        if counted:
+        elif counted:
             out_RO = torch.ops.elasti.tiled_linear(
-                [torch.from_numpy(array) for array in picks],
+                [torch.from_numpy(array) for array in reading.picks],
                 *(torch.from_numpy(array) for array in self._tiles.arrays),
                 self.outputs,
                 self._summed,
             )
         else:
-            out_RO = torch.from_numpy(self._tiles.multiply(picks, self._summed))
+            out_RO = torch.from_numpy(self._tiles.multiply(reading.picks, self._summed))
         return out_RO if self._bias_O is None else out_RO.add_(self._bias_O)
 
     def at_once(self, reading: Reading) -> Tensor:

@@ -78,6 +78,23 @@ def _as_bits(typing: Any, number: Any) -> Any:
     return types.int32(types.float32), generate
 
 
+@intrinsic
+def _as_stored(typing: Any, number: Any, like: Any) -> Any:
+    """A float32 as an array stores it: in one of type uint16 as the nearest bfloat16."""
+    stored = like.dtype
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if stored == types.float32:
+            return args[0]
+        word = ir.IntType(32)
+        bits = builder.bitcast(args[0], word)
+        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+        rounded = builder.add(builder.add(bits, word(0x7FFF)), odd)
+        return builder.trunc(builder.lshr(rounded, word(16)), ir.IntType(16))
+
+    return stored(types.float32, like), generate
+
+
 @compiled(**_STRICT)
 def _normalise_row(x_D, scale_D, epsilon, out_D):  # type: ignore[no-untyped-def]
     width = len(x_D)

@@ -11,18 +11,16 @@ Shape letters: L layers   N rows   D width   O outputs of a product   M heads, a
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from elastiformer.kernels import TURN, _keep_largest, _search_row, _search_side_by_side, compiled
 from elastiformer.lanes import _multiply_one, _multiply_some
 from elastiformer.pairs import _multiply_pairs
 from elastiformer.row_kernels import (
     _ALONE,
+    _as_stored,
     _gate_row,
     _gate_side_by_side,
     _normalise_row,
@@ -106,23 +104,6 @@ def run(
     side = None if len(h_ND) <= _ALONE else 1
     with TURN:
         _run(h_ND, layers, turns, cached, start_LTS, side)
-
-
-@intrinsic
-def _as_stored(typing: Any, number: Any, like: Any) -> Any:
-    """A float32 as an array stores it: in one of type uint16 as the nearest bfloat16."""
-    stored = like.dtype
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if stored == types.float32:
-            return args[0]
-        word = ir.IntType(32)
-        bits = builder.bitcast(args[0], word)
-        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
-        rounded = builder.add(builder.add(bits, word(0x7FFF)), odd)
-        return builder.trunc(builder.lshr(rounded, word(16)), ir.IntType(16))
-
-    return stored(types.float32, like), generate
 
 
 @compiled()

@@ -29,7 +29,7 @@ from elastiformer.calibration import QUANTILES, DataRecord, Measured, Step, walk
 from elastiformer.vlm_weights import is_vlm
 from training.allotment import LEAST_KL, Allotment, Curves, fields_of, late_layers, uniform
 from training.data import Corpus, Windows, pack, read_corpus
-from training.encoder_calibrate import add_item_arguments, calibrate_items, task_asked
+from training.encoder_calibrate import FOR_ITEMS, add_item_arguments, calibrate_items, task_asked
 from training.files import DataError
 from training.options import refuse_unused, units
 from training.picture_evaluate import calibrate_pictures
@@ -58,7 +58,6 @@ Paths = dict[Phase, tuple[Step, ...]]
 Maker = Callable[[Curves], tuple[Step, ...]]
 Thresholds = dict[Phase, dict[Unit, dict[int, tuple[float, ...]]]]
 
-_FOR_ITEMS = ("items", "check_items", "seen")
 _FOR_TEXTS = ("windows", "check_windows", "window", "prompt_tokens")
 # Images are given up first, all layers keep the rest: there is no path to find.
 _FOR_PATHS = (
@@ -112,7 +111,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if (task := task_asked(args)) is not None:
         refuse_unused(args, add_arguments, _FOR_TEXTS, "an encoder")
         return calibrate_items(args, task)
-    refuse_unused(args, add_arguments, _FOR_ITEMS, "a language model")
+    refuse_unused(args, add_arguments, FOR_ITEMS, "a language model")
     started = time.monotonic()
     model = ElasticModel.load(args.base, args.adapter, dtype=args.dtype, device=args.device)
     if model.adapter is None or model.tokenizer is None:

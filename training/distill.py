@@ -38,7 +38,7 @@ from training.files import RunError, write_json
 from training.lessons import tolerances
 from training.loop import Distillation, Text
 from training.losses import Direction
-from training.options import LAYER_UNITS, real, units, whole
+from training.options import LAYER_UNITS, real, refuse_unused, units, whole
 from training.picture_student import LEAST_IMAGE_SHARE, PictureStudent
 from training.processes import World, joined, shard_base
 from training.progress import track
@@ -218,6 +218,9 @@ def settle(args: argparse.Namespace, world: World) -> None:
             f"--batch-tokens {args.batch_tokens}: a multiple of --window {args.window} whose rows "
             f"divide among the processes, of which there are {world.size}"
         )
+    if Unit.IMAGE_TOKENS not in args.units:
+        unused = ("image_draws", "image_most")
+        refuse_unused(args, add_arguments, unused, "what routes no image tokens")
     if args.image_draws == 1:
         raise RunError("--image-draws 1: one set has none to be compared with; 2 at least, or 0")
     if args.image_draws and args.token_gate != "hard":

@@ -39,6 +39,9 @@ COMPARED = 3  # capacities at which candidate paths are compared
 Path_ = tuple[Step, ...]
 
 
+FOR_ITEMS = ("items", "check_items", "seen")  # what a language model has no use for
+
+
 def add_item_arguments(parser: argparse.ArgumentParser) -> None:
     """What data of items or exchanges is, beside the options that causal models have, too."""
     parser.add_argument(

@@ -29,7 +29,7 @@ from elastiformer.vlm_weights import is_vlm
 from training.baselines import BASELINES, STATIC, measure_baseline
 from training.calibrate import CAPACITIES, capacities
 from training.data import Corpus, Windows, pack, read_corpus, tokenizer_of
-from training.encoder_calibrate import add_item_arguments, task_asked
+from training.encoder_calibrate import FOR_ITEMS, add_item_arguments, task_asked
 from training.encoder_evaluate import evaluate_items
 from training.files import DataError
 from training.options import refuse_unused, whole
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if (task := task_asked(args)) is not None:
         refuse_unused(args, add_arguments, ("check_items", *_FOR_TEXTS), "an encoder")
         return evaluate_items(args, task)
-    refuse_unused(args, add_arguments, ("items", "check_items", "seen"), "a language model")
+    refuse_unused(args, add_arguments, FOR_ITEMS, "a language model")
     started = time.monotonic()
     model = ElasticModel.load(args.base, args.adapter, dtype=args.dtype, device=args.device)
     adapter, calibration = model.adapter, model.calibration

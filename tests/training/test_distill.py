@@ -145,6 +145,7 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(distill, tmp_path):
     assert "context of this model" in distill("a", "--window", "600", "--batch-tokens", "600")
     assert "do not divide 56 neurons" in distill("a", *QUICK, "--experts", "5")
     assert "(held out)" in distill("a", "--window", "200", "--batch-tokens", "200")
+    assert "--image-draws: what routes no image" in distill("a", *QUICK, "--image-draws", "4")
 
 
 @pytest.mark.parametrize(
