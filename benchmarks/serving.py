@@ -5,13 +5,13 @@ the same sixteen sequences driven in this process, step by step: the difference 
 and scheduling, this client's own reading included. Then requests are sent at random moments (open
 loop) at rates up to and past saturation: all at capacity 1.0, all at 0.6, and mixed.
 
-With --guidellm, that load generator also sends those at 1.0, at the same moments, so that one can
-be held against the other. GuideLLM lives in an environment of its own:
+With --guidellm, that load generator also sends those of one capacity, at the same moments, so that
+one can be held against the other. GuideLLM lives in an environment of its own:
 
     python -m venv guidellm && guidellm/bin/pip install guidellm==0.8.1
 
 Takes `--http-seconds`, and `--seconds` for each of three modes and four rates: some seven minutes
-in all on two cores with the default model; with --guidellm some five more.
+in all on two cores with the default model; with --guidellm some ten more.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ MODES: dict[str, tuple[object, ...]] = {
     "all at 0.6": (0.6,),
     "mixed 1.0, 0.8, 0.6": (1.0, 0.8, 0.6),
 }
+UNIFORM = [mode for mode, capacities in MODES.items() if len(capacities) == 1]
 LOADS = (0.3, 0.6, 0.9, 1.2)  # of the rate at which the server is saturated
 PERCENTILES = (50, 95, 99)
 IN_PROCESS, OVER_HTTP = "in process", "over HTTP"
@@ -51,7 +52,7 @@ OURS, GUIDELLM = "ours", "GuideLLM"  # who sends
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_model_arguments(parser)
-    parser.add_argument("--guidellm", help="program that shall send the first mode's too")
+    parser.add_argument("--guidellm", help="program that shall send what is of one capacity, too")
     parser.add_argument("--no-load", action="store_true", help="only the cost of HTTP")
     parser.add_argument("--seconds", type=real(above=0), default=25.0, help="at each rate")
     parser.add_argument(
@@ -188,11 +189,12 @@ def _loaded(
         points.append(_point(args, OURS, mode, rate, sender.at(at, MODES[mode], args.seconds)))
     if program is None:
         return points
-    mode, capacities = next(iter(MODES.items()))
     assert model.tokenizer is not None, "checked before"
+    plans = [(mode, rate) for mode in UNIFORM for rate in rates]
     with tempfile.TemporaryDirectory() as folder:
-        for seed, rate in enumerate(track(rates, label=GUIDELLM)):
-            dues = sender.dues(moments(rate, args.seconds, seed), capacities)
+        for mode, rate in track(plans, label=GUIDELLM):
+            at = moments(rate, args.seconds, rates.index(rate))
+            dues = sender.dues(at, MODES[mode])
             phase = guidellm.replay(
                 program, address, model.tokenizer, dues, args.tokens, args.seconds, Path(folder)
             )
@@ -271,8 +273,9 @@ def _report(
         tables.append(Table("Under load", columns, rows))
         if args.guidellm:
             columns = ("sent by", *columns[1:])
-            rows = [[point.sender, *_row(point)[1:]] for point in _sent_by_both(points)]
-            tables.append(Table(f"By both, {next(iter(MODES))}", columns, rows))
+            for mode in UNIFORM:
+                rows = [[point.sender, *_row(point)[1:]] for point in _sent_by_both(points, mode)]
+                tables.append(Table(f"By both, {mode}", columns, rows))
     return Report(
         name="serving",
         title=f"A server under load: {models.name_of(args)}",
@@ -308,9 +311,9 @@ def _report(
     )
 
 
-def _sent_by_both(points: Sequence[Point]) -> list[Point]:
-    """The first mode's, at each rate one beside the other."""
-    mine = [point for point in points if point.mode == next(iter(MODES))]
+def _sent_by_both(points: Sequence[Point], mode: str) -> list[Point]:
+    """At each rate one beside the other."""
+    mine = [point for point in points if point.mode == mode]
     return sorted(mine, key=lambda point: point.asked_per_second)
 
 
