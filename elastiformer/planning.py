@@ -32,7 +32,7 @@ from elastiformer.sequence import Kind
 _REMEMBERED = 4096
 _STEPS_PER_OCTAVE = 8
 # What follows a prompt reads its last tokens most: they run whole, and those before make up for it.
-_END_TOKENS, _END_PART = 8, 16  # so many, but no more than one of so many
+_END_TOKENS, _END_PART = 4, 32  # so many, but no more than one of so many
 
 PlanAt = Callable[[Phase, int], PricedPlan]
 
