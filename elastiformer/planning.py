@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ from elastiformer.sequence import Kind
 
 _REMEMBERED = 4096
 _STEPS_PER_OCTAVE = 8
+# What follows a prompt reads its last tokens most: they run whole, and those before make up for it.
+_END_TOKENS, _END_PART = 4, 32  # so many, but no more than one of so many
 
 PlanAt = Callable[[Phase, int], PricedPlan]
 
@@ -45,6 +48,13 @@ class _Priced(NamedTuple):
         return self.fuller if self.schedule.is_fuller(position) else self.leaner
 
 
+class Ending(NamedTuple):
+    """The last tokens of a prompt, which run whole, and what the others then ask for."""
+
+    tokens: int
+    others: float
+
+
 class Planner:
     """Plans for one model and its adapter."""
 
@@ -55,6 +65,7 @@ class Planner:
         self.pricing = {phase: Pricing(shape.of_phase(phase)) for phase in Phase}
         self._schedule = lru_cache(maxsize=_REMEMBERED)(self._make_schedule)
         self._priced = lru_cache(maxsize=_REMEMBERED)(self._price)
+        self._ending = lru_cache(maxsize=_REMEMBERED)(self._make_ending)
         self.rooms = lru_cache(maxsize=_REMEMBERED)(self._rooms)
         # Items as long as each other and of one capacity share their kinds, to the object.
         self.of_whole = lru_cache(maxsize=_REMEMBERED)(self._of_whole)
@@ -72,7 +83,26 @@ class Planner:
             self._check(capacity.output, Phase.OUTPUT, keys)
 
     def plan_at(self, capacity: Capacity, prompt_tokens: int) -> PlanAt:
-        """The plan of each token of a request, by phase and position."""
+        """The plan of each token of a text that is read onwards, by phase and position.
+
+        The last tokens of a prompt run whole, as far as the others can make up for it.
+        """
+        if isinstance(capacity.prompt, UnitShares) or capacity.prompt == 1.0:
+            return self._plan_at(capacity, prompt_tokens)
+        ending = self._ending(capacity.prompt, prompt_context(prompt_tokens))
+        first = prompt_tokens - 1 - ending.tokens  # the very last token is of phase output
+        dense = self.pricing[Phase.PROMPT].dense
+        before = self._plan_at(replace(capacity, prompt=ending.others), prompt_tokens)
+
+        def plan_at(phase: Phase, position: int) -> PricedPlan:
+            if phase is Phase.PROMPT and position >= first:
+                return dense
+            return before(phase, position)
+
+        return plan_at
+
+    def _plan_at(self, capacity: Capacity, prompt_tokens: int) -> PlanAt:
+        """The same without that: what all tokens of a phase do alike."""
         context_of_prompt = prompt_context(prompt_tokens)
         uniform = {phase: self._uniform(capacity.of(phase), phase) for phase in Phase}
 
@@ -98,7 +128,7 @@ class Planner:
 
     def _of_whole(self, capacity: Capacity, tokens: int, outputs: int | None) -> tuple[Kind, ...]:
         """The kinds of a whole item's tokens, of which the first `outputs` are read; None: all."""
-        plan_at = self.plan_at(capacity, tokens)
+        plan_at = self._plan_at(capacity, tokens)
         read = tokens if outputs is None else outputs
         phases = [Phase.OUTPUT if place < read else Phase.PROMPT for place in range(tokens)]
         plans = [plan_at(phase, place) for place, phase in enumerate(phases)]
@@ -159,6 +189,10 @@ class Planner:
         assert self.calibration is not None
         return self.calibration.schedule(share, phase, self.shape, context)
 
+    def _make_ending(self, share: float, context: int) -> Ending:
+        assert self.calibration is not None
+        return prompt_ending(self.calibration, self.shape, share, context)
+
     def _price(self, share: float, phase: Phase, context: int) -> _Priced:
         schedule, pricing = self._schedule(share, phase, context), self.pricing[phase]
         return _Priced(schedule, pricing.of(schedule.fuller), pricing.of(schedule.leaner))
@@ -183,6 +217,24 @@ class Planner:
                     f"capacity {share:g}: this model has no calibration, so only 1.0 can be asked"
                 )
             self._schedule(share, phase, context)
+
+
+def prompt_ending(
+    calibration: Calibration, shape: ModelShape, share: float, context: int
+) -> Ending:
+    """How a prompt of about `context` tokens ends: with fewer where the others cannot pay."""
+    lowest, dense = calibration.lowest, dense_plan(len(shape.layers))
+    whole = shape.of_phase(Phase.PROMPT).planned_share(dense, context)
+    if not lowest < share < whole:
+        return Ending(0, share)
+    payable = math.floor((share - lowest) / (whole - lowest) * context)
+    tokens = min(_END_TOKENS, context // _END_PART, payable)
+    others = share - (whole - share) * tokens / (context - tokens)
+    try:
+        calibration.schedule(others, Phase.PROMPT, shape, context)
+    except CapacityError:  # out of the path's reach at this length
+        return Ending(0, share)
+    return Ending(tokens, others)
 
 
 def prompt_context(tokens: int) -> int:

@@ -34,7 +34,7 @@ from elastiformer import (
     dense_plan,
 )
 from elastiformer.calibration import output_context
-from elastiformer.planning import prompt_context
+from elastiformer.planning import prompt_context, prompt_ending
 from tests.elastiformer.elastic import elastic
 from tests.elastiformer.mixes import (
     LOWEST,
@@ -146,6 +146,11 @@ def plan_at(model: ElasticModel, asked: Asked, position: int) -> Plan:
     within = position < asked.prompt_tokens
     context = prompt_context(asked.prompt_tokens) if within else output_context(position)
     phase = asked.phase_at(position)
+    if phase is Phase.PROMPT:
+        ending = prompt_ending(model.calibration, model.shape, share, context)
+        if position >= asked.prompt_tokens - 1 - ending.tokens:
+            return dense_plan(LAYERS)
+        share = ending.others
     return model.calibration.schedule(share, phase, model.shape, context).plan_at(position)
 
 
