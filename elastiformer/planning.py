@@ -32,7 +32,8 @@ from elastiformer.sequence import Kind
 _REMEMBERED = 4096
 _STEPS_PER_OCTAVE = 8
 # What follows a prompt reads its last tokens most: they run whole, and those before make up for it.
-_END_TOKENS, _END_PART = 4, 32  # so many, but no more than one of so many
+_END_TOKENS, _END_PART = 8, 16  # so many, but no more than one of so many,
+_END_PRICE = 0.011  # nor more than take so much from the capacity of the others
 
 PlanAt = Callable[[Phase, int], PricedPlan]
 
@@ -227,7 +228,8 @@ def prompt_ending(
     whole = shape.of_phase(Phase.PROMPT).planned_share(dense, context)
     if not lowest < share < whole:
         return Ending(0, share)
-    payable = math.floor((share - lowest) / (whole - lowest) * context)
+    price = min(_END_PRICE, share - lowest)
+    payable = math.floor(price / (whole - share + price) * context)
     tokens = min(_END_TOKENS, context // _END_PART, payable)
     others = share - (whole - share) * tokens / (context - tokens)
     try:
