@@ -83,13 +83,12 @@ def test_a_capacity_is_kept_and_counted_as_pytorch_counts_it(model, ids, share):
     assert sequence.usage.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-@pytest.mark.parametrize("share", [0.9, 0.8, 0.65, 0.52])
-def test_a_prompt_ends_whole_and_the_tokens_before_make_up_for_it(model, share):
+@pytest.mark.parametrize(("share", "whole"), [(0.9, 8), (0.8, 7), (0.65, 4), (0.52, 3)])
+def test_a_prompt_ends_whole_and_the_tokens_before_make_up_for_it(model, share, whole):
     sequence = model.sequence(Capacity(share, share), 129, 140)
     plans = [sequence.plan_at(position).plan for position in range(128)]
     spent = [model.shape.of_phase(Phase.PROMPT).planned_share(plan, 128) for plan in plans]
 
-    whole = 4
     dense = dense_plan(len(model.layout.layers))
     assert [plan == dense for plan in plans] == [False] * (128 - whole) + [True] * whole
     assert sum(spent) / 128 == pytest.approx(share, abs=0.003)
