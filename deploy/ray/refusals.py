@@ -36,10 +36,11 @@ class Refusals:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        ray_says = False
+        began, ray_says = False, False
 
         async def said(message: Message) -> None:
-            nonlocal ray_says
+            nonlocal began, ray_says
+            began = True
             if message["type"] == "http.response.start":
                 headers = Headers(raw=message["headers"])
                 ray_says = message["status"] >= 400 and REPLICA not in headers
@@ -48,7 +49,14 @@ class Refusals:
             if not ray_says:
                 await send(message)
 
-        await self._app(scope, receive, send if scope["type"] != "http" else said)
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        try:
+            await self._app(scope, receive, said)
+        except Exception:
+            if not began:  # else the connection breaks off, which tells the caller
+                await _refuse({"type": "http.response.start", "status": 500, "headers": []}, send)
+            raise
 
 
 async def _refuse(start: Message, send: Send) -> None:

@@ -118,12 +118,31 @@ def test_what_a_replica_answers_passes_the_proxy_as_it_is(status, headers):
     assert (answer.status_code, answer.text) == (status, "as it is")
 
 
-def through_refusals(response):
+def test_a_proxy_that_fails_before_it_answers_says_so_as_the_server_would():
+    async def fail(scope, receive, send):
+        raise RuntimeError("the replica is gone")
+
+    answer = through_refusals(fail)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal_error" and "replica" not in answer.text
+
+
+def test_a_proxy_that_fails_in_its_answer_does_not_begin_another():
+    async def fail(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("the replica is gone")
+
+    with pytest.raises(RuntimeError, match="is gone"):
+        through_refusals(fail, raises=True)
+
+
+def through_refusals(response, raises=False):
     (middleware,) = refusals.middlewares()
     app = middleware.cls(response)
 
     async def get():
-        client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ray")
+        transport = httpx.ASGITransport(app, raise_app_exceptions=raises)
+        client = httpx.AsyncClient(transport=transport, base_url="http://ray")
         async with client:
             return await client.get("/")
 
