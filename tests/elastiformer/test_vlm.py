@@ -368,8 +368,6 @@ def test_what_cannot_be_is_refused():
         ElasticModel(tiny()).blank_adapter((Unit.IMAGE_TOKENS,))
     with pytest.raises(AdapterError, match="image scorer: one of linear, mlp; got 'deep'"):
         bare.blank_adapter((Unit.IMAGE_TOKENS,), image_scorer="deep")
-    with pytest.raises(AdapterError, match="image spread: a finite number, at least 0; got -1"):
-        bare.blank_adapter((Unit.IMAGE_TOKENS,), image_spread=-1)
     with pytest.raises(AdapterError, match="made for image-text-to-text"):
         ElasticModel(tiny()).attach(model.adapter)
 

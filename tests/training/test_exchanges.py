@@ -24,6 +24,7 @@ from training.losses import kl_divergence
 from training.picture_quality import answers_at, chosen_by, quality, scores_by
 from training.picture_student import aligned
 
+SPREAD = ("--image-spread", "0.5")
 PLANS = (dense_plan(LAYERS), dense_plan(LAYERS))
 
 
@@ -120,7 +121,7 @@ def commands(tmp_path, data, *options: str) -> tuple[str, str]:
 
 
 def test_from_data_to_a_report(tmp_path, data, capsys):
-    base, adapter = commands(tmp_path, data, "--image-scorer", "mlp", "--image-draws", "3")
+    base, adapter = commands(tmp_path, data, "--image-scorer", "mlp", "--image-draws", "3", *SPREAD)
     learnt = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(learnt["held_out_kl"]) == {"before", "after"} and learnt["steps"] == 12
     saved = SavedAdapter.load(adapter)
@@ -130,7 +131,9 @@ def test_from_data_to_a_report(tmp_path, data, capsys):
 
     given = ["--base", base, "--adapter", adapter, "--data", str(data), "--dtype", "float32"]
     wanted = ["--capacities", "0.6,0.5,0.4,0.05"]
-    assert main(["calibrate", *given, *wanted]) == 0
+    assert saved.spec.image_spread == 0.5
+    assert main(["calibrate", *given, *wanted, "--image-spread", "2"]) == 0
+    assert SavedAdapter.load(adapter).spec.image_spread == 2
     table = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert table["not_reached"] == [0.05]
     assert {row["capacity"] for row in table["measured"]} == {1.0, 0.6, 0.5, 0.4}
