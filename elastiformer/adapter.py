@@ -131,9 +131,9 @@ class Adapter:
         """A hash of all that decides, before calibration, what tokens of one phase meet."""
         spec = self.spec
         chosen = (self.base, spec.units, spec.experts, spec.token_gate, spec.part_gate, spec.kv)
-        if spec.image_spread:
-            chosen = (*chosen, spec.image_spread)
         digest = hashlib.sha256(repr(chosen).encode())
+        if spec.image_spread:
+            digest.update(repr(spec.image_spread).encode())
         digest.update(save_tensors(self._tensors()))
         name = self.lora.set_name(phase) if self.lora is not None else None
         if self.lora is not None and name is not None:

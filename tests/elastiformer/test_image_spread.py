@@ -113,4 +113,3 @@ def test_an_adapter_that_drops_no_image_tokens_has_none_to_spread():
     adapter = model.blank_adapter((Unit.CHANNELS,), lora_rank=0)
     with pytest.raises(AdapterError, match="no router for image_tokens"):
         adapter.spread_images(1.0)
-    model.attach(adapter)
