@@ -175,13 +175,20 @@ def test_the_language_models_units_learn_beside_the_image_router(tmp_path, data,
     [
         (["--image-draws", "1"], "one set has none to be compared with"),
         (["--image-draws", "4", "--token-gate", "sigmoid"], "asks for --token-gate hard"),
+        (["--units", "channels", *SPREAD], "--image-spread: what routes no image tokens"),
     ],
 )
-def test_draws_that_could_teach_nothing_are_refused(tmp_path, data, capsys, options, told):
+def test_what_could_teach_nothing_is_refused(tmp_path, data, capsys, options, told):
     save_tiny_vlm(tmp_path / "base", tiny_vlm())
     asked = ["--base", str(tmp_path / "base"), "--data", str(data), "--out", str(tmp_path / "a")]
     assert main(["distill", *asked, *options]) != 0
     assert told in capsys.readouterr().err
+
+
+def test_of_a_language_model_no_spread_is_calibrated(tmp_path, capsys):
+    asked = ["--base", "smollm2-135m-instruct", "--adapter", str(tmp_path), "--data", "none.txt"]
+    assert main(["calibrate", *asked, *SPREAD]) != 0
+    assert "--image-spread: what routes no image tokens" in capsys.readouterr().err
 
 
 def test_choosers_keep_as_many_and_each_its_own(data):
