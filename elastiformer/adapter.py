@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ ExpertSplit = Literal["coactivation", "contiguous"]
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """The choices that shape an adapter; none of them can change after training."""
+    """The choices that shape an adapter; after training only `image_spread` can change."""
 
     units: tuple[Unit, ...]
     experts: int = 0  # 0: the MLPs are not divided
@@ -69,6 +70,7 @@ class AdapterSpec:
     lora_first: int = 0  # the first layer that is repaired
     task: str = TEXT_GENERATION
     image_scorer: ImageScorer = "linear"  # of image tokens
+    image_spread: float = 0.0  # what an even spread of the kept ones weighs beside their scores
 
     def problems(self) -> list[str]:
         found = []
@@ -81,6 +83,9 @@ class AdapterSpec:
         if self.image_scorer not in IMAGE_SCORERS:
             known = ", ".join(IMAGE_SCORERS)
             found.append(f"image scorer: one of {known}; got {self.image_scorer!r}")
+        spread = self.image_spread
+        if isinstance(spread, bool) or not isinstance(spread, int | float) or not 0 <= spread < inf:
+            found.append(f"image spread: a finite number, at least 0; got {spread!r}")
         if self.kv not in ("complete", "kept"):
             found.append(f"kv: 'complete' or 'kept'; got {self.kv!r}")
         if self.lora_rank < 0:
@@ -127,6 +132,8 @@ class Adapter:
         spec = self.spec
         chosen = (self.base, spec.units, spec.experts, spec.token_gate, spec.part_gate, spec.kv)
         digest = hashlib.sha256(repr(chosen).encode())
+        if spec.image_spread:
+            digest.update(repr(spec.image_spread).encode())
         digest.update(save_tensors(self._tensors()))
         name = self.lora.set_name(phase) if self.lora is not None else None
         if self.lora is not None and name is not None:
@@ -159,6 +166,19 @@ class Adapter:
         if self.lora is not None:
             named |= {f"lora.{name}": p for name, p in self.lora.named_parameters()}
         return named
+
+    def spread_images(self, spread: float) -> None:
+        """From now on weigh an even spread of the kept image tokens like this.
+
+        Raises:
+            AdapterError: it is no finite number of at least 0, or nothing drops image tokens here.
+        """
+        if self.routers.image is None:
+            raise AdapterError(f"image spread: this adapter has no router for {Unit.IMAGE_TOKENS}")
+        spec = replace(self.spec, image_spread=spread)
+        if problems := spec.problems():
+            raise AdapterError("; ".join(problems))
+        self.spec, self.routers.image.spread = spec, spread
 
     def to(self, device: torch.device) -> Adapter:
         self.routers.to(device)
@@ -207,7 +227,11 @@ class Adapter:
 
     def _header(self) -> dict[str, Any]:
         spec = self.spec
-        image = {"image_scorer": spec.image_scorer} if Unit.IMAGE_TOKENS in spec.units else {}
+        image: dict[str, Any] = {}
+        if Unit.IMAGE_TOKENS in spec.units:
+            image["image_scorer"] = spec.image_scorer
+            if spec.image_spread:
+                image["image_spread"] = spec.image_spread
         return image | {
             "format": FORMAT,
             "base": asdict(self.base),
@@ -338,7 +362,7 @@ def blank(spec: AdapterSpec, layout: Layout, base: BaseIdentity) -> Adapter:
     if spec.lora_rank:
         lora = Lora(layout, spec.lora_rank, spec.lora_parts, spec.lora_phases, spec.lora_first)
     order = [torch.arange(shape.mlp_width) for shape in shapes] if spec.experts else None
-    routers = Routers(shapes, spec.units, spec.image_scorer)
+    routers = Routers(shapes, spec.units, spec.image_scorer, spec.image_spread)
     return Adapter(spec, base, routers, lora, order)
 
 
@@ -392,6 +416,7 @@ def _spec(header: Mapping[str, Any]) -> AdapterSpec:
         lora_first=int(lora.get("first_layer", 0)),
         task=str(header["task"]),
         image_scorer=header.get("image_scorer", "linear"),
+        image_spread=header.get("image_spread", 0.0),
     )
 
 

@@ -42,6 +42,8 @@ def model_card(header: Mapping[str, Any], calibration: Calibration | None) -> st
         f"- Units: {', '.join(header['units'])}",
         f"- Keys and values of tokens that skip attention: {header['kv']}",
     ]
+    if spread := header.get("image_spread"):
+        lines.append(f"- Image tokens are kept by score and by place: spread {spread:g}")
     if lora := header["lora"]:
         lines.append(
             f"- LoRA: rank {lora['rank']} on {', '.join(lora['parts'])} from layer "

@@ -181,6 +181,7 @@ class Elastic(ABC):
         lora_parts: Many[str] = PARTS,
         lora_phases: LoraPhases = "shared",
         image_scorer: ImageScorer = "linear",
+        image_spread: float = 0.0,
     ) -> Adapter:
         """An untrained adapter for this base.
 
@@ -200,6 +201,7 @@ class Elastic(ABC):
             lora_phases=lora_phases,
             task=self.task,
             image_scorer=image_scorer,
+            image_spread=image_spread,
         )
         problems = spec.problems()
         if Unit.IMAGE_TOKENS in spec.units and self.task != IMAGE_TEXT_TO_TEXT:

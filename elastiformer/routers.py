@@ -57,10 +57,14 @@ class Router(nn.Module):
 
 
 class ImageRouter(nn.Module):
-    """A scorer of an image's tokens as the projector gives them, linear or of two layers."""
+    """A scorer of an image's tokens as the projector gives them, linear or of two layers.
 
-    def __init__(self, width: int, scorer: ImageScorer) -> None:
+    `spread` weighs how evenly the kept tokens lie over the image against their scores; 0: nothing.
+    """
+
+    def __init__(self, width: int, scorer: ImageScorer, spread: float = 0.0) -> None:
         super().__init__()
+        self.spread = spread
         self.inner = nn.Linear(width, width) if scorer == "mlp" else None
         self.outer = Router(width, 1)
 
@@ -72,10 +76,32 @@ class ImageRouter(nn.Module):
         scores: Tensor = self.outer(x_PD).squeeze(-1)
         return scores
 
+    def spaced(self, scores: Tensor) -> Tensor:
+        """What tokens are ranked by: their scores [..., P], and their places as `spread` weighs."""
+        if self.spread == 0:
+            return scores
+        return scores + self.spread * even_places(scores.shape[-1]).to(scores.device)
+
     @property
     def flops_per_token(self) -> int:
         inner = 0 if self.inner is None else self.inner.weight.numel()
         return 2 * (inner + self.outer.weight.numel())
+
+
+def even_places(tokens: int) -> Tensor:
+    """A number in [0, 1) for each place of an image, in the order of its tokens: float32 [P].
+
+    The places above any bound lie evenly over the image: over its square, where the tokens make
+    one, else over their order.
+
+    Source: a Kronecker sequence, of the golden ratio along rows and the root of 2 down columns.
+    """
+    side = math.isqrt(tokens)
+    at_P = torch.arange(tokens, dtype=torch.float64)
+    row_P = at_P.div(side, rounding_mode="floor") if side * side == tokens else 0 * at_P
+    column_P = at_P - side * row_P
+    turned_P = column_P * (math.sqrt(5) - 1) / 2 + row_P * (math.sqrt(2) - 1)
+    return (turned_P % 1).float()
 
 
 class Routers(nn.Module):
@@ -86,11 +112,12 @@ class Routers(nn.Module):
         shapes: Sequence[LayerShape],
         units: Sequence[Unit],
         image_scorer: ImageScorer = "linear",
+        image_spread: float = 0.0,
     ) -> None:
         super().__init__()
         self.image: ImageRouter | None = None
         if Unit.IMAGE_TOKENS in units:
-            self.image = ImageRouter(shapes[0].width, image_scorer)
+            self.image = ImageRouter(shapes[0].width, image_scorer, image_spread)
         self.units = tuple(unit for unit in ROUTED if unit in units)
         self.layers = nn.ModuleList(
             nn.ModuleDict(

@@ -1,7 +1,7 @@
 """From pixels to the image tokens that run: tower, projector, router, and what they spent.
 
 Tower and projector are the base's own code and are never left out. Of an image's tokens exactly
-as many stay as was asked for, those that the router scores highest, in their order.
+as many stay as was asked for, those that the router ranks highest, in their order.
 
 Shape letters: B pictures   P image tokens   K kept ones   D width
 """
@@ -76,7 +76,7 @@ class Sight:
         router = adapter.routers.image if adapter is not None else None
         assert adapter is not None and router is not None, "dropped tokens without a router"
         scores_P = router(features_PD)
-        kept_P = keep(scores_P, placed.kept)
+        kept_P = keep(router.spaced(scores_P), placed.kept)
         number_K = kept_P.nonzero().squeeze(1)
         features_KD = gated(features_PD, scores_P, kept_P, adapter.spec.token_gate)[number_K]
         return Shown(features_KD, number_K.cpu().numpy())

@@ -277,9 +277,10 @@ class ElasticVlm(ElasticModel):
         if chosen_NP is None and any(share < 1 for share in each):
             self._check_router()
             assert self.adapter is not None and self.adapter.routers.image is not None
-            scores_NP = self.adapter.routers.image(features_NPD)
-            counts = [kept_count(share, tokens) for share in each]
-            kept_NP = keep(scores_NP, torch.tensor(counts, device=scores_NP.device))
+            router = self.adapter.routers.image
+            scores_NP = router(features_NPD)
+            counts = torch.tensor([kept_count(share, tokens) for share in each])
+            kept_NP = keep(router.spaced(scores_NP), counts.to(scores_NP.device))
             features_NPD = gated(features_NPD, scores_NP, kept_NP, self.adapter.spec.token_gate)
         if kept_NP is not None:
             keep_BT = keep_BT.masked_scatter(image_BT, kept_NP)

@@ -31,7 +31,7 @@ from training.allotment import LEAST_KL, Allotment, Curves, fields_of, late_laye
 from training.data import Corpus, Windows, pack, read_corpus
 from training.encoder_calibrate import FOR_ITEMS, add_item_arguments, calibrate_items, task_asked
 from training.files import DataError
-from training.options import refuse_unused, units
+from training.options import SPREAD, real, refuse_unused, units
 from training.picture_evaluate import calibrate_pictures
 from training.progress import track
 from training.quality import Setting, Window, measure, miss, prompt_share, recalibrate, windows_of
@@ -72,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="held-out text that no training saw")
     parser.add_argument("--capacities", type=capacities, default=capacities(CAPACITIES))
     add_item_arguments(parser)
+    parser.add_argument(
+        "--image-spread", type=real(least=0), help=f"{SPREAD} (default: as the adapter has it)"
+    )
     parser.add_argument("--windows", type=int, default=4, help="texts that every probe runs on")
     parser.add_argument("--check-windows", type=int, default=6, help="other texts, for the table")
     parser.add_argument("--window", type=int, default=192, help="tokens of a text")
@@ -108,6 +111,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if is_vlm(args.base):
         refuse_unused(args, add_arguments, _FOR_PATHS, "a vision-language model")
         return calibrate_pictures(args)
+    refuse_unused(args, add_arguments, ("image_spread",), "what routes no image tokens")
     if (task := task_asked(args)) is not None:
         refuse_unused(args, add_arguments, _FOR_TEXTS, "an encoder")
         return calibrate_items(args, task)

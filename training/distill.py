@@ -38,7 +38,7 @@ from training.files import RunError, write_json
 from training.lessons import tolerances
 from training.loop import Distillation, Text
 from training.losses import Direction
-from training.options import LAYER_UNITS, real, refuse_unused, units, whole
+from training.options import LAYER_UNITS, SPREAD, real, refuse_unused, units, whole
 from training.picture_student import LEAST_IMAGE_SHARE, PictureStudent
 from training.processes import World, joined, shard_base
 from training.progress import track
@@ -87,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="neurons that work together, or neighbours",
     )
     add("--image-scorer", default="linear", choices=IMAGE_SCORERS, help="of image tokens")
+    add("--image-spread", type=real(least=0), default=0.0, help=SPREAD)
     add(
         "--image-draws",
         type=whole(0),
@@ -219,7 +220,7 @@ def settle(args: argparse.Namespace, world: World) -> None:
             f"divide among the processes, of which there are {world.size}"
         )
     if Unit.IMAGE_TOKENS not in args.units:
-        unused = ("image_draws", "image_most")
+        unused = ("image_spread", "image_draws", "image_most")
         refuse_unused(args, add_arguments, unused, "what routes no image tokens")
     if args.image_draws == 1:
         raise RunError("--image-draws 1: one set has none to be compared with; 2 at least, or 0")
@@ -370,6 +371,7 @@ def blank_adapter(args: argparse.Namespace, model: Elastic, sample: Any) -> Adap
         lora_parts=tuple(args.lora_modules.split(",")) if args.lora_rank else (),
         lora_phases=args.lora_phases,
         image_scorer=args.image_scorer,
+        image_spread=args.image_spread,
         calibration_ids=sample,
     )
 

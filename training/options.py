@@ -56,6 +56,8 @@ def real(
 Parser = Callable[[str], float]
 
 
+SPREAD = "what an even spread of the kept image tokens weighs beside the router's scores"
+
 LAYER_UNITS = tuple(unit for unit in Unit if unit is not Unit.IMAGE_TOKENS)
 
 

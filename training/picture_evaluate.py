@@ -49,6 +49,9 @@ def calibrate_pictures(args: argparse.Namespace) -> dict[str, Any]:
     """
     started = time.monotonic()
     model = _loaded(args)
+    assert model.adapter is not None
+    if args.image_spread is not None:
+        model.adapter.spread_images(args.image_spread)
     exchanges = read_exchanges(args.data, model)
     some = _some(exchanges, args.check_items)
     mean = round(sum(len(each.prompt) for each in some) / len(some))
@@ -67,7 +70,6 @@ def calibrate_pictures(args: argparse.Namespace) -> dict[str, Any]:
     rows = [quality(model, some, capacity, dense) for capacity in track(served, label="measuring")]
     measured = tuple(row.measured() for row in rows)
     _recalibrate(model, replace(draft, lowest=min(served), measured=measured))
-    assert model.adapter is not None
     model.adapter.save(args.adapter)
     worst = max(row.missed or 0.0 for row in rows)
     if worst > TOLERANCE:

@@ -106,12 +106,12 @@ def answers_at(model: ElasticVlm, exchanges: Sequence[Exchange], capacity: float
 def quality(
     model: ElasticVlm, exchanges: Sequence[Exchange], capacity: float, dense: Answers
 ) -> PictureQuality:
-    """What one capacity loses and spends.
+    """What one capacity loses and spends, beside the answers at capacity 1.0.
 
     Raises:
         CapacityError: no plan gives it.
     """
-    ours = answers_at(model, exchanges, capacity)
+    ours = dense if capacity == 1 else answers_at(model, exchanges, capacity)
     missed = [
         max(spent - capacity, min(capacity, most) - spent)
         for spent, most in zip(ours.spent, dense.spent, strict=True)

@@ -105,12 +105,13 @@ def kept_patches(
     """
     assert model.adapter is not None and model.adapter.routers.image is not None
     features_BPD = model.vlm.features(collated(exchanges, model).pixels_NCHW)
-    scores_BP = model.adapter.routers.image(features_BPD)
+    router = model.adapter.routers.image
+    ranks_BP = router.spaced(router(features_BPD))
     counts = {
         capacity: sum(each.kept for each in prompt_at(model, exchanges[0], capacity).pictures)
         for capacity in capacities
     }
-    found = {f"{c:g}: {n} stay": _grids(scores_BP, n) for c, n in counts.items()}
+    found = {f"{c:g}: {n} stay": _grids(ranks_BP, n) for c, n in counts.items()}
     middle = counts[capacities[len(capacities) // 2]]
     for name in choosers:
         found[f"{name}: {middle}"] = _grids(CHOOSERS[name](model, exchanges, seed), middle)

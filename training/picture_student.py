@@ -121,6 +121,7 @@ class PictureStudent(NumberedStudent):
         model, many = self.model, objective.image_draws
         adapter = model.adapter
         assert adapter is not None and adapter.routers.image is not None, "what draws"
+        router = adapter.routers.image
         in_layers = adapter.units != (Unit.IMAGE_TOKENS,)
         total: Losses | None = None
         for exchange, lesson in zip(exchanges, lessons, strict=True):
@@ -128,7 +129,7 @@ class PictureStudent(NumberedStudent):
             with torch.no_grad():
                 teacher_1TV = model.teacher_images(batch)
                 features_1PD = model.vlm.features(batch.pixels_NCHW)
-            scores_P = adapter.routers.image(features_1PD)[0]
+            scores_P = router.spaced(router(features_1PD))[0]
             chance = torch.Generator().manual_seed(lesson.seed)
             count = kept_count(lesson.image_share, len(scores_P))
             draws = drawn(scores_P, count, many, chance)

@@ -24,6 +24,7 @@ from training.losses import kl_divergence
 from training.picture_quality import answers_at, chosen_by, quality, scores_by
 from training.picture_student import aligned
 
+SPREAD = ("--image-spread", "0.5")
 PLANS = (dense_plan(LAYERS), dense_plan(LAYERS))
 
 
@@ -120,7 +121,7 @@ def commands(tmp_path, data, *options: str) -> tuple[str, str]:
 
 
 def test_from_data_to_a_report(tmp_path, data, capsys):
-    base, adapter = commands(tmp_path, data, "--image-scorer", "mlp", "--image-draws", "3")
+    base, adapter = commands(tmp_path, data, "--image-scorer", "mlp", "--image-draws", "3", *SPREAD)
     learnt = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(learnt["held_out_kl"]) == {"before", "after"} and learnt["steps"] == 12
     saved = SavedAdapter.load(adapter)
@@ -130,7 +131,9 @@ def test_from_data_to_a_report(tmp_path, data, capsys):
 
     given = ["--base", base, "--adapter", adapter, "--data", str(data), "--dtype", "float32"]
     wanted = ["--capacities", "0.6,0.5,0.4,0.05"]
-    assert main(["calibrate", *given, *wanted]) == 0
+    assert saved.spec.image_spread == 0.5
+    assert main(["calibrate", *given, *wanted, "--image-spread", "2"]) == 0
+    assert SavedAdapter.load(adapter).spec.image_spread == 2
     table = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert table["not_reached"] == [0.05]
     assert {row["capacity"] for row in table["measured"]} == {1.0, 0.6, 0.5, 0.4}
@@ -172,13 +175,20 @@ def test_the_language_models_units_learn_beside_the_image_router(tmp_path, data,
     [
         (["--image-draws", "1"], "one set has none to be compared with"),
         (["--image-draws", "4", "--token-gate", "sigmoid"], "asks for --token-gate hard"),
+        (["--units", "channels", *SPREAD], "--image-spread: what routes no image tokens"),
     ],
 )
-def test_draws_that_could_teach_nothing_are_refused(tmp_path, data, capsys, options, told):
+def test_what_could_teach_nothing_is_refused(tmp_path, data, capsys, options, told):
     save_tiny_vlm(tmp_path / "base", tiny_vlm())
     asked = ["--base", str(tmp_path / "base"), "--data", str(data), "--out", str(tmp_path / "a")]
     assert main(["distill", *asked, *options]) != 0
     assert told in capsys.readouterr().err
+
+
+def test_of_a_language_model_no_spread_is_calibrated(tmp_path, capsys):
+    asked = ["--base", "smollm2-135m-instruct", "--adapter", str(tmp_path), "--data", "none.txt"]
+    assert main(["calibrate", *asked, *SPREAD]) != 0
+    assert "--image-spread: what routes no image tokens" in capsys.readouterr().err
 
 
 def test_choosers_keep_as_many_and_each_its_own(data):
