@@ -11,6 +11,7 @@ It does not know how a path is found (training/calibrate.py) nor how a plan is r
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -120,6 +121,14 @@ class Schedule:
         return self.fuller if self.is_fuller(position) else self.leaner
 
 
+@dataclass(frozen=True, order=True, slots=True)
+class ImageFloor:
+    """Asked for this capacity, an image keeps this share at least of its tokens."""
+
+    capacity: float
+    share: float
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The table capacity -> plan of one adapter, and what was measured along it."""
@@ -131,6 +140,7 @@ class Calibration:
     measured: tuple[Measured, ...]
     data: DataRecord | None = None
     image_tokens: float | None = None  # the lowest keep share of image tokens that was measured
+    image_floors: tuple[ImageFloor, ...] = ()  # ascending; none: `image_tokens` at every capacity
 
     @cached_property
     def _levels(self) -> dict[tuple[Phase, int], tuple[Plan, ...]]:
@@ -142,6 +152,22 @@ class Calibration:
         if key not in self._levels:
             self._levels[key] = tuple(walk(self.paths[phase], layers))
         return self._levels[key]
+
+    def image_floor(self, capacity: float) -> float | None:
+        """The keep share down to which image tokens give what a prompt is asked for.
+
+        Between the capacities that were measured it is interpolated, and 1 at capacity 1. None:
+        image tokens are never left out.
+        """
+        if not self.image_floors or self.image_tokens is None:
+            return self.image_tokens
+        known = (*self.image_floors, ImageFloor(1.0, 1.0))
+        if capacity <= known[0].capacity:
+            return known[0].share
+        at = bisect_left(known, capacity, key=lambda floor: floor.capacity)
+        below, above = known[at - 1], known[at]
+        part = (capacity - below.capacity) / (above.capacity - below.capacity)
+        return below.share + part * (above.share - below.share)
 
     def schedule(self, share: float, phase: Phase, shape: ModelShape, context: int) -> Schedule:
         """The plans of a request that wants to spend `share`, for tokens over `context` keys.
@@ -214,7 +240,11 @@ class Calibration:
         return list(problems)
 
     def as_json(self) -> dict[str, Any]:
-        image = {} if self.image_tokens is None else {"image_tokens": self.image_tokens}
+        image: dict[str, Any] = {}
+        if self.image_tokens is not None:
+            image["image_tokens"] = self.image_tokens
+        if self.image_floors:
+            image["image_floors"] = [asdict(floor) for floor in self.image_floors]
         return image | {
             "format": FORMAT,
             "lowest": self.lowest,
@@ -295,7 +325,29 @@ class _Reader:
                 if value.get("image_tokens") is None
                 else self._number(value["image_tokens"], "image_tokens", 0.0, 1.0)
             ),
+            image_floors=self._image_floors(value.get("image_floors", [])),
         )
+
+    def _image_floors(self, value: object) -> tuple[ImageFloor, ...]:
+        floors: list[ImageFloor] = []
+        for index, item in enumerate(self._list(value, "image_floors")):
+            name = f"image_floors[{index}]"
+            entry = self._object(item, name)
+            floor = ImageFloor(
+                *(
+                    self._number(entry.get(key), f"{name}.{key}", 0.0, 1.0)
+                    for key in ("capacity", "share")
+                )
+            )
+            before = floors[-1] if floors else ImageFloor(0.0, 0.0)
+            if not before.capacity < floor.capacity < 1 or floor.share < before.share:
+                self.problems.append(
+                    f"{name}: capacities rise, all below 1, and shares do not fall; got "
+                    f"{floor.capacity:g}: {floor.share:g} after "
+                    f"{before.capacity:g}: {before.share:g}"
+                )
+            floors.append(floor)
+        return tuple(floors)
 
     def _path(self, value: object, phase: Phase) -> tuple[Step, ...]:
         steps: list[Step] = []

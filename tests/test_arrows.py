@@ -33,7 +33,8 @@ LOW_TO_HIGH = """
         corpora sentiment canvas_tower canvas_sets canvas_answers canvas_model build quality
         encoder_quality picture_quality allotment tuning sensitivity regression picking baselines
         repaired pictures stopwatch reports encoder_reports loop encoder_calibrate encoder_evaluate
-        picture_reports picture_evaluate overlap domain_report recipe_report distill repair ranks
+        picture_reports picture_evaluate path_search picture_meter picture_calibrate
+        overlap domain_report recipe_report distill repair ranks
         calibrate evaluate domains recipe reconstruct summarize goals seeds synthesize __main__
 """
 
