@@ -310,6 +310,12 @@ class ElasticVlm(ElasticModel):
         image_BT1 = (batch.ids_BT == self.vlm.image_token)[..., None]
         return embedded_BTD.masked_scatter(image_BT1, features_NPD.to(embedded_BTD.dtype))
 
+    def teacher(self, ids_BT: Tensor | ImagedBatch, mask_BT: Tensor | None = None) -> Tensor:
+        """The untouched base's logits [B, T, V] on text, or on a batch with images."""
+        if isinstance(ids_BT, ImagedBatch):
+            return self.teacher_images(ids_BT)
+        return super().teacher(ids_BT, mask_BT)
+
     def teacher_images(self, batch: ImagedBatch) -> Tensor:
         """The untouched base's logits [B, T, V]."""
         whole: Any = self.vlm.whole

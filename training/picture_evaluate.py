@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 import transformers
 
-from elastiformer import AdapterError, Calibration
+from elastiformer import AdapterError, Calibration, Phase
 from elastiformer.calibration import DataRecord
 from elastiformer.vlm import ElasticVlm
 from training.choosers import CHOOSERS
-from training.exchanges import Exchanges, read_exchanges
+from training.exchanges import Exchange, Exchanges, read_exchanges
 from training.picture_quality import (
     Answers,
     PictureQuality,

@@ -1,6 +1,7 @@
 """Promises of the table capacity -> plan: exact on average, monotone, clear about its bounds."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,7 @@ from elastiformer.accounting import LayerShape, LoraShape, ModelShape
 from elastiformer.calibration import (
     Calibration,
     DataRecord,
+    ImageFloor,
     Measured,
     Schedule,
     Step,
@@ -121,9 +123,17 @@ def test_thresholds_lie_between_the_quantiles_of_the_scores():
 
 
 def test_a_calibration_reads_back_as_it_was_written():
-    table = calibration()
+    floors = (ImageFloor(0.4, 0.3), ImageFloor(0.6, 0.5))
+    for table in (calibration(), replace(calibration(), image_tokens=0.1, image_floors=floors)):
+        assert Calibration.from_json(json.loads(json.dumps(table.as_json()))) == table
 
-    assert Calibration.from_json(json.loads(json.dumps(table.as_json()))) == table
+
+def test_image_tokens_stay_down_to_a_floor_of_each_capacity():
+    table = replace(calibration(), image_tokens=0.1)
+    assert calibration().image_floor(0.5) is None and table.image_floor(0.5) == 0.1
+    floored = replace(table, image_floors=(ImageFloor(0.4, 0.3), ImageFloor(0.6, 0.5)))
+    asked = {0.2: 0.3, 0.4: 0.3, 0.5: 0.4, 0.6: 0.5, 0.8: 0.75, 1.0: 1.0}
+    assert {each: floored.image_floor(each) for each in asked} == pytest.approx(asked)
 
 
 def test_every_problem_of_a_calibration_is_named_at_once():
@@ -137,6 +147,11 @@ def test_every_problem_of_a_calibration_is_named_at_once():
     ]
     value["thresholds"]["output"]["attention_tokens"]["2"] = [3.0, 1.0, float("nan")]
     value["measured"][0]["capacity"] = None
+    value["image_floors"] = [
+        {"capacity": 0.6, "share": 0.5},
+        {"capacity": 0.4, "share": 0.3},
+        {"capacity": 0.8, "share": 2},
+    ]
 
     with pytest.raises(AdapterError) as refusal:
         Calibration.from_json(value)
@@ -149,6 +164,8 @@ def test_every_problem_of_a_calibration_is_named_at_once():
         "thresholds.output.attention_tokens.2[2]",
         "must not fall",
         "measured[0].capacity",
+        "image_floors[1]: capacities rise",
+        "image_floors[2].share",
     ):
         assert named in str(refusal.value)
 
