@@ -147,7 +147,8 @@ class _Joint:
             model.shape,
             round(sum(lengths) / len(lengths)),
             units,
-            args.capacities,
+            # Paths are compared at what is asked of them where image tokens give as much.
+            [math.sqrt(each) for each in args.capacities],
             until=started + 60 * args.max_minutes,
             sweeps=args.sweeps,
         )

@@ -170,12 +170,15 @@ def _markdown(report: PictureReport, pictures: Sequence[str]) -> str:
         *table(heads, rows),
         "",
     ]
-    if "output" in about["runs_whole"]:
+    whole = about["runs_whole"]
+    if "prompt" in whole:
         lines += [
-            "The language model's own units have no plans here: what a number asks for is had from "
-            "image tokens alone, and what is generated runs whole.",
+            "The language model's own units have no plan for prompts here: what a number asks of "
+            "one is had from image tokens alone.",
             "",
         ]
+    if "output" in whole:
+        lines += ["What is generated runs whole.", ""]
     if report.alone:
         heads = ["what gives", "capacity", "image tokens kept", "spent", "KL", "answers right"]
         each = [
