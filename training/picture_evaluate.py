@@ -144,7 +144,7 @@ def _alone(
         "image tokens alone": replace(
             calibration, paths=dict.fromkeys(Phase, ()), image_floors=(), lowest=0.01
         ),
-        "layers alone": replace(calibration, image_tokens=None, image_floors=()),
+        "layers alone": replace(calibration, image_tokens=1.0, image_floors=()),
     }
     found: dict[str, list[PictureQuality]] = {}
     for name, each in only.items():

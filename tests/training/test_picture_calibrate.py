@@ -21,7 +21,7 @@ def given(tmp_path, data):  # noqa: F811
     return ["--base", base, "--adapter", adapter, "--data", str(data), "--dtype", "float32"]
 
 
-def test_layers_and_image_tokens_share_what_a_number_asks(tmp_path, given, capsys):
+def test_layers_and_image_tokens_share_what_a_number_asks(given, capsys):
     adapter = given[3]
     capsys.readouterr()
     wanted = ["--capacities", "0.6,0.45", "--items", "4", "--check-items", "9"]
@@ -38,24 +38,25 @@ def test_layers_and_image_tokens_share_what_a_number_asks(tmp_path, given, capsy
         assert len(losses) > 1 and table["image_floors"][capacity] in map(float, losses)
     assert [floor.capacity for floor in saved.image_floors] == [0.45, 0.6]
 
-    report = tmp_path / "report"
-    options = ["--items", "4", "--repeats", "0", "--baselines", "none", "--out", str(report)]
-    assert main(["evaluate", *given, "--capacities", "0.6,0.45", *options]) == 0
-    said = json.loads((report / "report.json").read_text())
-    assert set(said["alone"]) == {"image tokens alone", "layers alone"}
-    images, layers = said["alone"]["image tokens alone"], said["alone"]["layers alone"]
-    assert all(row["kept"] < 1 for row in images) and all(row["kept"] == 1 for row in layers)
-
 
 def test_an_adapter_of_image_tokens_can_lend_its_model_channels(tmp_path, data, capsys):  # noqa: F811
     """They need no router; and nothing is asked of what is generated unless it is named."""
     base, adapter = commands(tmp_path, data, "--steps", "2")
     given = ["--base", base, "--adapter", adapter, "--data", str(data), "--dtype", "float32"]
-    asked = ["--prompt-units", "channels", "--capacities", "0.7", "--items", "4", "--sweeps", "0"]
+    asked = ["--prompt-units", "channels", "--capacities", "0.6", "--items", "4", "--sweeps", "0"]
     capsys.readouterr()
     assert main(["calibrate", *given, *asked]) == 0
     table = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert table["runs_whole"] == ["output"] and set(table["chosen"]) == {"prompt"}
+    report = tmp_path / "report"
+    options = ["--items", "4", "--repeats", "0", "--baselines", "none", "--out", str(report)]
+    assert main(["evaluate", *given, "--capacities", "0.6", *options]) == 0
+    said = json.loads((report / "report.json").read_text())
+    assert set(said["alone"]) == {"image tokens alone", "layers alone"}
+    images, layers = said["alone"]["image tokens alone"], said["alone"]["layers alone"]
+    assert all(row["kept"] < 1 for row in images) and all(row["kept"] == 1 for row in layers)
+    assert len(images) == len(layers) == 1
+
     assert main(["calibrate", *given, "--output-units", "heads"]) == 1
     assert f"has no routers for {Unit.HEADS}" in capsys.readouterr().err
 
