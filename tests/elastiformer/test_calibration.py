@@ -16,6 +16,7 @@ from elastiformer.calibration import (
     output_context,
     unit_of,
 )
+from elastiformer.calibration_reading import read_calibration
 from elastiformer.capacity import LayerPlan, Phase, Unit, dense_plan
 from elastiformer.errors import AdapterError, CapacityError
 
@@ -125,7 +126,7 @@ def test_thresholds_lie_between_the_quantiles_of_the_scores():
 def test_a_calibration_reads_back_as_it_was_written():
     floors = (ImageFloor(0.4, 0.3), ImageFloor(0.6, 0.5))
     for table in (calibration(), replace(calibration(), image_tokens=0.1, image_floors=floors)):
-        assert Calibration.from_json(json.loads(json.dumps(table.as_json()))) == table
+        assert read_calibration(json.loads(json.dumps(table.as_json()))) == table
 
 
 def test_image_tokens_stay_down_to_a_floor_of_each_capacity():
@@ -154,7 +155,7 @@ def test_every_problem_of_a_calibration_is_named_at_once():
     ]
 
     with pytest.raises(AdapterError) as refusal:
-        Calibration.from_json(value)
+        read_calibration(value)
 
     for named in (
         "lowest",
@@ -173,7 +174,7 @@ def test_every_problem_of_a_calibration_is_named_at_once():
 @pytest.mark.parametrize("value", [None, [], {}, {"format": 99}, {"format": 1}])
 def test_something_else_than_a_calibration_is_refused(value):
     with pytest.raises(AdapterError, match=r"calibration\.json cannot be used"):
-        Calibration.from_json(value)
+        read_calibration(value)
 
 
 def test_a_calibration_of_a_larger_model_or_other_units_names_each_misfit():
