@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from elastiformer.accounting import KVPolicy, LayerShape, LoraShape, ModelShape
 from elastiformer.calibration import Calibration
+from elastiformer.calibration_reading import read_calibration
 from elastiformer.capacity import Phase, Unit
 from elastiformer.card import model_card
 from elastiformer.errors import AdapterError
@@ -296,7 +297,7 @@ class SavedAdapter:
         contents = {name: _read_file(folder, name, digest) for name, digest in files.items()}
         calibration = None
         if (folder / "calibration.json").exists():
-            calibration = Calibration.from_json(_read_json(folder / "calibration.json"))
+            calibration = read_calibration(_read_json(folder / "calibration.json"))
         return cls(
             path=folder,
             spec=spec,

@@ -11,10 +11,10 @@ It does not know how a path is found (training/calibrate.py) nor how a plan is r
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 from elastiformer.accounting import ModelShape
@@ -25,8 +25,8 @@ FORMAT = 1
 QUANTILES = 33  # of a router's scores: at 0, 1/32, … 1
 OUTPUT_BLOCK = 64  # generated positions that share one schedule
 
-_FIELDS = tuple(field.name for field in fields(LayerPlan))
-_TOKEN_FIELDS = (Unit.ATTENTION_TOKENS.value, Unit.MLP_TOKENS.value)
+FIELDS = tuple(field.name for field in fields(LayerPlan))
+TOKEN_FIELDS = (Unit.ATTENTION_TOKENS.value, Unit.MLP_TOKENS.value)
 
 
 def unit_of(field: str) -> Unit:
@@ -120,6 +120,14 @@ class Schedule:
         return self.fuller if self.is_fuller(position) else self.leaner
 
 
+@dataclass(frozen=True, order=True, slots=True)
+class ImageFloor:
+    """Asked for this capacity, an image keeps this share at least of its tokens."""
+
+    capacity: float
+    share: float
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The table capacity -> plan of one adapter, and what was measured along it."""
@@ -131,6 +139,7 @@ class Calibration:
     measured: tuple[Measured, ...]
     data: DataRecord | None = None
     image_tokens: float | None = None  # the lowest keep share of image tokens that was measured
+    image_floors: tuple[ImageFloor, ...] = ()  # ascending; none: `image_tokens` at every capacity
 
     @cached_property
     def _levels(self) -> dict[tuple[Phase, int], tuple[Plan, ...]]:
@@ -142,6 +151,22 @@ class Calibration:
         if key not in self._levels:
             self._levels[key] = tuple(walk(self.paths[phase], layers))
         return self._levels[key]
+
+    def image_floor(self, capacity: float) -> float | None:
+        """The keep share down to which image tokens give what a prompt is asked for.
+
+        Between the capacities that were measured it is interpolated, and 1 at capacity 1. None:
+        image tokens are never left out.
+        """
+        if not self.image_floors or self.image_tokens is None:
+            return self.image_tokens
+        known = (*self.image_floors, ImageFloor(1.0, 1.0))
+        if capacity <= known[0].capacity:
+            return known[0].share
+        at = bisect_left(known, capacity, key=lambda floor: floor.capacity)
+        below, above = known[at - 1], known[at]
+        part = (capacity - below.capacity) / (above.capacity - below.capacity)
+        return below.share + part * (above.share - below.share)
 
     def schedule(self, share: float, phase: Phase, shape: ModelShape, context: int) -> Schedule:
         """The plans of a request that wants to spend `share`, for tokens over `context` keys.
@@ -214,7 +239,11 @@ class Calibration:
         return list(problems)
 
     def as_json(self) -> dict[str, Any]:
-        image = {} if self.image_tokens is None else {"image_tokens": self.image_tokens}
+        image: dict[str, Any] = {}
+        if self.image_tokens is not None:
+            image["image_tokens"] = self.image_tokens
+        if self.image_floors:
+            image["image_floors"] = [asdict(floor) for floor in self.image_floors]
         return image | {
             "format": FORMAT,
             "lowest": self.lowest,
@@ -236,21 +265,6 @@ class Calibration:
             "data": asdict(self.data) if self.data else None,
         }
 
-    @classmethod
-    def from_json(cls, value: object) -> Calibration:
-        """Read what `as_json` wrote.
-
-        Raises:
-            AdapterError: naming every problem at once.
-        """
-        reader = _Reader()
-        calibration = reader.calibration(value)
-        if reader.problems or calibration is None:
-            raise AdapterError(
-                "calibration.json cannot be used:\n  " + "\n  ".join(reader.problems)
-            )
-        return calibration
-
 
 def walk(path: Sequence[Step], layers: int) -> Iterator[Plan]:
     """The dense plan, and the plan after each step."""
@@ -260,142 +274,3 @@ def walk(path: Sequence[Step], layers: int) -> Iterator[Plan]:
         changed = replace(plan[step.layer], **{step.field: step.share})
         plan = (*plan[: step.layer], changed, *plan[step.layer + 1 :])
         yield plan
-
-
-class _Reader:
-    """Turns parsed JSON into a Calibration, and notes every problem on the way."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-
-    def calibration(self, value: object) -> Calibration | None:
-        if not isinstance(value, Mapping):
-            self.problems.append(f"an object is expected; got {type(value).__name__}")
-            return None
-        if value.get("format") != FORMAT:
-            self.problems.append(f"format: this version reads {FORMAT}; got {value.get('format')}")
-            return None
-        paths = self._object(value.get("paths"), "paths")
-        thresholds = self._object(value.get("thresholds"), "thresholds")
-        data = value.get("data")
-        return Calibration(
-            lowest=self._number(value.get("lowest"), "lowest", 0.0, 1.0),
-            context=self._count(value.get("context"), "context"),
-            paths={phase: self._path(paths.get(phase.value), phase) for phase in Phase},
-            thresholds={
-                phase: self._thresholds(thresholds.get(phase.value, {}), phase) for phase in Phase
-            },
-            measured=tuple(
-                self._measured(row, f"measured[{index}]")
-                for index, row in enumerate(self._list(value.get("measured"), "measured"))
-            ),
-            data=None if data is None else self._data(data),
-            image_tokens=(
-                None
-                if value.get("image_tokens") is None
-                else self._number(value["image_tokens"], "image_tokens", 0.0, 1.0)
-            ),
-        )
-
-    def _path(self, value: object, phase: Phase) -> tuple[Step, ...]:
-        steps: list[Step] = []
-        now: dict[tuple[int, str], float] = {}
-        for index, item in enumerate(self._list(value, f"paths.{phase}")):
-            name = f"paths.{phase}[{index}]"
-            entry = self._object(item, name)
-            field = entry.get("field")
-            if field not in _FIELDS:
-                self.problems.append(f"{name}.field: one of {', '.join(_FIELDS)}; got {field!r}")
-                continue
-            layer = self._count(entry.get("layer"), f"{name}.layer", least=0)
-            share = self._number(entry.get("share"), f"{name}.share", 0.0, 1.0)
-            if share == 0.0 and field not in _TOKEN_FIELDS:
-                self.problems.append(f"{name}.share: of {field} at least one is kept; got 0")
-            before = now.get((layer, field), 1.0)
-            if share >= before:
-                self.problems.append(
-                    f"{name}: lowers {field} of layer {layer} from {before:g} to {share:g}; "
-                    "a step goes down"
-                )
-            now[layer, field] = share
-            steps.append(Step(layer, field, share))
-        return tuple(steps)
-
-    def _thresholds(self, value: object, phase: Phase) -> dict[Unit, dict[int, tuple[float, ...]]]:
-        found: dict[Unit, dict[int, tuple[float, ...]]] = {}
-        for unit, by_layer in self._object(value, f"thresholds.{phase}").items():
-            name = f"thresholds.{phase}.{unit}"
-            if unit not in _TOKEN_FIELDS:
-                self.problems.append(f"{name}: not a unit that has thresholds")
-                continue
-            layers = found.setdefault(Unit(unit), {})
-            for layer, values in self._object(by_layer, name).items():
-                if not str(layer).isdecimal():
-                    self.problems.append(f"{name}: a layer is a number; got {layer!r}")
-                    continue
-                layers[int(layer)] = self._quantiles(values, f"{name}.{layer}")
-        return found
-
-    def _quantiles(self, value: object, name: str) -> tuple[float, ...]:
-        values = tuple(
-            self._number(item, f"{name}[{index}]", -math.inf, math.inf)
-            for index, item in enumerate(self._list(value, name))
-        )
-        if len(values) < 2:
-            self.problems.append(f"{name}: at least 2 quantiles; got {len(values)}")
-        if any(low > high for low, high in pairwise(values)):
-            self.problems.append(f"{name}: quantiles must not fall")
-        return values
-
-    def _measured(self, value: object, name: str) -> Measured:
-        entry = self._object(value, name)
-        known = [field.name for field in fields(Measured)]
-        return Measured(
-            **{
-                key: self._number(entry.get(key), f"{name}.{key}", -math.inf, math.inf)
-                for key in known
-                if key in ("capacity", "spent") or entry.get(key) is not None
-            }
-        )
-
-    def _data(self, value: object) -> DataRecord:
-        entry = self._object(value, "data")
-        return DataRecord(
-            name=self._text(entry.get("name"), "data.name"),
-            sha256=self._text(entry.get("sha256"), "data.sha256"),
-            windows=self._count(entry.get("windows"), "data.windows"),
-            window_tokens=self._count(entry.get("window_tokens"), "data.window_tokens"),
-            seed=self._count(entry.get("seed"), "data.seed", least=0),
-        )
-
-    def _object(self, value: object, name: str) -> Mapping[str, Any]:
-        if isinstance(value, Mapping):
-            return value
-        self.problems.append(f"{name}: an object is expected; got {type(value).__name__}")
-        return {}
-
-    def _list(self, value: object, name: str) -> list[Any]:
-        if isinstance(value, list):
-            return value
-        self.problems.append(f"{name}: a list is expected; got {type(value).__name__}")
-        return []
-
-    def _text(self, value: object, name: str) -> str:
-        if isinstance(value, str):
-            return value
-        self.problems.append(f"{name}: a text is expected; got {type(value).__name__}")
-        return ""
-
-    def _count(self, value: object, name: str, least: int = 1) -> int:
-        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
-            return value
-        self.problems.append(f"{name}: a whole number, at least {least}; got {value!r}")
-        return least
-
-    def _number(self, value: object, name: str, least: float, most: float) -> float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and math.isfinite(value) and least <= value <= most:  # type: ignore[arg-type, operator]
-            return float(value)  # type: ignore[arg-type]
-        bound = "a finite number" if math.isinf(most) else f"a number in [{least:g}, {most:g}]"
-        self.problems.append(f"{name}: {bound}; got {value!r}")
-        return 1.0

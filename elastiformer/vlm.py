@@ -144,7 +144,7 @@ class ElasticVlm(ElasticModel):
         """A prompt as it runs at a capacity; each picture has its image tokens among the ids.
 
         Under one number for all, image tokens are left out first, down to the share that was
-        calibrated, and the language model's own units give what is still asked for.
+        calibrated for that number, and the language model's own units give what is still asked for.
 
         Raises:
             CapacityError: image tokens are to be left out, and the adapter has no router for them.
@@ -157,27 +157,30 @@ class ElasticVlm(ElasticModel):
                 self._check_router()
                 kept = [kept_count(share.image_tokens, count) for count in tokens]
             rest = replace(rest, prompt=_without_images(share))
-        elif share < 1 and tokens and self._image_share is not None:
-            kept, left = self._kept(share, len(ids), tokens, self._image_share)
+        elif share < 1 and tokens and (lowest := self._image_floor(share)) is not None:
+            kept, left = self._kept(share, len(ids), tokens, lowest)
             rest = replace(rest, prompt=left)
         output = rest.output
         if isinstance(output, UnitShares):
             rest = replace(rest, output=_without_images(output))
-        elif output < 1 and self._leaves_output_whole:
-            rest = replace(rest, output=1.0)
+        elif output < 1:
+            running = len(ids) - sum(tokens) + sum(kept)
+            rest = replace(rest, output=self._of_output(output, len(ids), running))
         return ImagedPrompt.of(ids, self.vlm.image_token, pictures, kept, rest)
 
-    @property
-    def _leaves_output_whole(self) -> bool:
-        """Whether the adapter leaves out image tokens only, and nothing of what is generated."""
+    def _of_output(self, share: float, sent: int, running: int) -> float:
+        """What is asked of the tokens that are generated, each of which attends to fewer keys."""
         calibration = self.calibration
-        if calibration is None or calibration.image_tokens is None:
-            return False
-        return not calibration.paths[Phase.OUTPUT]
+        gives_images = calibration is not None and calibration.image_tokens is not None
+        if calibration is not None and gives_images and not calibration.paths[Phase.OUTPUT]:
+            return 1.0  # nothing of it is ever left out
+        if running == sent:
+            return share
+        fewer_keys = self.shape.dense_token_flops(sent) / self.shape.dense_token_flops(running)
+        return min(1.0, share * fewer_keys)
 
-    @property
-    def _image_share(self) -> float | None:
-        return self.calibration.image_tokens if self.calibration is not None else None
+    def _image_floor(self, capacity: float) -> float | None:
+        return self.calibration.image_floor(capacity) if self.calibration is not None else None
 
     def _check_router(self) -> None:
         if self.adapter is None or self.adapter.routers.image is None:
@@ -209,7 +212,7 @@ class ElasticVlm(ElasticModel):
         if fitting:
             return _spread(least + fitting - 1, tokens), 1.0
         running = text + least
-        left = due - router.flops_per_token * total
+        left = due - (router.flops_per_token * total if least < total else 0)
         return _spread(least, tokens), left / (running * self.shape.dense_token_flops(running))
 
     # The sparse form.
@@ -257,7 +260,7 @@ class ElasticVlm(ElasticModel):
     def masked_images(
         self,
         batch: ImagedBatch,
-        plans: Many[tuple[Plan, Plan]],
+        plans: PlanGrid | Many[tuple[Plan, Plan]],
         shares: float | Many[float] = 1.0,
         selection: Selection = Selection.THRESHOLD,
         chosen_NP: Tensor | None = None,
@@ -265,7 +268,7 @@ class ElasticVlm(ElasticModel):
         """One differentiable forward over whole rows, dropped image tokens taken out of them.
 
         Args:
-            plans: (prompt plan, output plan) for each row.
+            plans: a plan for each token as sent, or one (prompt plan, output plan) for each row.
             shares: of each image's tokens, that stay; one for all, or one for each image.
             chosen_NP: which image tokens stay, where somebody else than the router chooses.
         """
@@ -288,10 +291,12 @@ class ElasticVlm(ElasticModel):
         stay = _staying(keep_BT)
         at_BSD = stay.original_BS[..., None].expand(-1, -1, embedded_BTD.shape[2])
         output_BS = batch.output_BT.gather(1, stay.original_BS)
+        if isinstance(plans, PlanGrid):
+            plans = PlanGrid(plans.plans, plans.plan_BT.gather(1, stay.original_BS))
         result = self._masked(
             # A mask is always given: without one, gaps in the positions would part sequences.
             {"inputs_embeds": embedded_BTD.gather(1, at_BSD), "position_ids": stay.original_BS},
-            PlanGrid.by_phase(plans, output_BS),
+            plans,
             output_BS,
             selection,
             stay.mask_BS,
@@ -305,6 +310,12 @@ class ElasticVlm(ElasticModel):
         embedded_BTD: Tensor = self.layout.embedding(batch.ids_BT)
         image_BT1 = (batch.ids_BT == self.vlm.image_token)[..., None]
         return embedded_BTD.masked_scatter(image_BT1, features_NPD.to(embedded_BTD.dtype))
+
+    def teacher(self, ids_BT: Tensor | ImagedBatch, mask_BT: Tensor | None = None) -> Tensor:
+        """The untouched base's logits [B, T, V] on text, or on a batch with images."""
+        if isinstance(ids_BT, ImagedBatch):
+            return self.teacher_images(ids_BT)
+        return super().teacher(ids_BT, mask_BT)
 
     def teacher_images(self, batch: ImagedBatch) -> Tensor:
         """The untouched base's logits [B, T, V]."""

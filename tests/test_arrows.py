@@ -14,14 +14,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LOW_TO_HIGH = """
-    elastiformer: errors tasks capacity usage accounting calibration card priced families encoders
-        experts routers lora lora_files unpacking shipped originals weights encoder_weights vlms
-        vlm_weights misfits adapter masked pool cache sequence imaged prefixes kernels row_kernels
-        pointwise packed rotary taken costs lanes pairs single_queries sub_layers tiles readings
-        products flop_formulas expert_table repair attention placing workshop keeping sparse_heads
-        sparse_attention sparse_experts sparse_mlp decoding sparse encoding imaging sight planning
-        drawing sampling inputs images encoder_inputs picture_inputs elastic model sharded led vlm
-        encoder __init__
+    elastiformer: errors tasks capacity usage accounting calibration calibration_reading card
+        priced families encoders experts routers lora lora_files unpacking shipped originals
+        weights encoder_weights vlms vlm_weights misfits adapter masked pool cache sequence imaged
+        prefixes kernels row_kernels pointwise packed rotary taken costs lanes pairs single_queries
+        sub_layers tiles readings products flop_formulas expert_table repair attention placing
+        workshop keeping sparse_heads sparse_attention sparse_experts sparse_mlp decoding sparse
+        encoding imaging sight planning drawing sampling inputs images encoder_inputs
+        picture_inputs elastic model sharded led vlm encoder __init__
 
     service: __init__ errors build settings schemas scheduler pace metrics knob orders energy rows
         bench ledger middleware engine encoder_engine led served zero_shot items desk tracing logs
@@ -33,7 +33,8 @@ LOW_TO_HIGH = """
         corpora sentiment canvas_tower canvas_sets canvas_answers canvas_model build quality
         encoder_quality picture_quality allotment tuning sensitivity regression picking baselines
         repaired pictures stopwatch reports encoder_reports loop encoder_calibrate encoder_evaluate
-        picture_reports picture_evaluate overlap domain_report recipe_report distill repair ranks
+        picture_reports picture_evaluate path_search picture_meter picture_calibrate
+        overlap domain_report recipe_report distill repair ranks
         calibrate evaluate domains recipe reconstruct summarize goals seeds synthesize __main__
 """
 
@@ -94,7 +95,8 @@ DOORS = {
 
 # Files that know no tensor, and import no file of ours that does.
 WITHOUT_TORCH = {
-    "elastiformer": "errors tasks capacity usage accounting calibration card inputs",
+    "elastiformer": "errors tasks capacity usage accounting calibration calibration_reading card "
+    "inputs",
     "service": "errors build settings scheduler pace metrics knob middleware zero_shot",
     "training": "files signals packages allotment",
 }

@@ -33,7 +33,7 @@ from training.data import Windows, pack, read_corpus, seed_of, tokenizer_of
 from training.encoder_calibrate import SEEN, task_asked
 from training.encoder_student import ItemStudent
 from training.examples import numbers, read_examples
-from training.exchanges import read_exchanges
+from training.exchanges import collated, read_exchanges
 from training.files import RunError, write_json
 from training.lessons import tolerances
 from training.loop import Distillation, Text
@@ -50,6 +50,7 @@ from training.student import Student, TextStudent
 EXPERT_WINDOWS = 8  # on which neurons that work together are found
 HELD_OUT_WINDOWS = 8
 EXPERT_EXAMPLES, HELD_OUT_EXAMPLES = 64, 128  # the same of an encoder's data
+EXPERT_EXCHANGES = 16  # the same with images
 BLANK, TOLERANCE = "blank", "tolerance.json"  # what a run begins with, kept for its resumption
 
 # Options that may differ between a run and its resumption; the others decide what is learnt.
@@ -328,10 +329,9 @@ def _picture_student(
     args.batch_tokens = args.batch_items * args.window
     train_W1 = numbers(len(train.each))
     text = Text(sha256, train_W1, held_W1, Windows(train_W1, args.seed))
-    # Experts are split by what the language model does with the text.
-    longest = max(len(each.prompt) for each in some)
-    ids_BT = torch.tensor([[*each.prompt, *[0] * (longest - len(each.prompt))] for each in some])
-    return PictureStudent(model, train, held, args.image_most), text, ids_BT.to(model.device)
+    # Experts are split by what the language model does with images and text.
+    sample = collated(some[:EXPERT_EXCHANGES], model)
+    return PictureStudent(model, train, held, args.image_most), text, sample
 
 
 def _refuse_mixing(

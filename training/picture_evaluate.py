@@ -1,15 +1,13 @@
-"""Calibration and report of a vision-language model: image tokens, against answers known.
+"""Report of a vision-language model: what a number leaves out, against answers known.
 
-A number leaves out image tokens first (elastiformer/vlm.py), and how far that goes is what
-calibration sets; the language model's own units are asked for by their shares. Baselines keep as
-many image tokens and choose them otherwise.
+Baselines keep as many image tokens and choose them otherwise. Where the layers' own units give as
+well, image tokens alone and layers alone are measured beside both together.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,72 +17,30 @@ from typing import Any
 import torch
 import transformers
 
-from elastiformer import AdapterError, Calibration, CapacityError, Phase, Unit
+from elastiformer import AdapterError, Calibration, Phase
 from elastiformer.calibration import DataRecord
 from elastiformer.vlm import ElasticVlm
 from training.choosers import CHOOSERS
 from training.exchanges import Exchange, Exchanges, read_exchanges
 from training.picture_quality import (
+    Answers,
+    PictureQuality,
     answers_at,
     chosen_by,
+    loaded,
     prefill_flops,
     prefill_times,
-    prompt_at,
     quality,
+    reached,
     scores_by,
+    some_of,
 )
 from training.picture_reports import PictureReport, Prefill, write_pictures
-from training.picture_student import LEAST_IMAGE_SHARE
 from training.progress import track
+from training.quality import recalibrate
 
 TIMED = 16  # exchanges
 TOLERANCE = 0.02  # what an exchange spends lies so near to what it asked
-
-
-def calibrate_pictures(args: argparse.Namespace) -> dict[str, Any]:
-    """One calibration, from the data to the adapter's table.
-
-    Raises:
-        AdapterError, DataError: see their messages.
-    """
-    started = time.monotonic()
-    model = _loaded(args)
-    assert model.adapter is not None
-    if args.image_spread is not None:
-        model.adapter.spread_images(args.image_spread)
-    exchanges = read_exchanges(args.data, model)
-    some = _some(exchanges, args.check_items)
-    mean = round(sum(len(each.prompt) for each in some) / len(some))
-    draft = Calibration(
-        lowest=min(args.capacities),
-        context=mean,
-        paths={phase: () for phase in Phase},
-        thresholds={phase: {} for phase in Phase},
-        measured=(),
-        data=DataRecord(Path(exchanges.source).name, exchanges.sha256, len(some), mean, args.seed),
-        image_tokens=LEAST_IMAGE_SHARE,
-    )
-    _recalibrate(model, draft)
-    served = [each for each in args.capacities if _reached(model, some, each)]
-    dense = answers_at(model, some, 1.0)
-    rows = [quality(model, some, capacity, dense) for capacity in track(served, label="measuring")]
-    measured = tuple(row.measured() for row in rows)
-    _recalibrate(model, replace(draft, lowest=min(served), measured=measured))
-    model.adapter.save(args.adapter)
-    worst = max(row.missed or 0.0 for row in rows)
-    if worst > TOLERANCE:
-        told = f"warning: a prompt with its answer, which runs whole, missed by {worst:.3f}"
-        print(told, file=sys.stderr)
-    return {
-        "adapter": str(args.adapter),
-        "lowest": min(served),
-        "not_reached": [each for each in args.capacities if each not in served],
-        "worst_miss": worst,
-        "promise_kept": worst <= TOLERANCE,
-        "runs_whole": [str(phase) for phase, path in draft.paths.items() if not path],
-        "measured": [asdict(row) for row in measured],
-        "seconds": round(time.monotonic() - started, 1),
-    }
 
 
 def evaluate_pictures(args: argparse.Namespace) -> dict[str, Any]:
@@ -94,13 +50,13 @@ def evaluate_pictures(args: argparse.Namespace) -> dict[str, Any]:
         AdapterError, DataError: see their messages.
     """
     started = time.monotonic()
-    model = _loaded(args)
+    model = loaded(args)
     calibration = model.calibration
     if calibration is None:
         raise AdapterError(f"{args.adapter}: not calibrated; run python -m training calibrate")
     exchanges = read_exchanges(args.data, model)
-    some = _some(exchanges, args.items)
-    served = [each for each in args.capacities if _reached(model, some, each)]
+    some = some_of(exchanges, args.items)
+    served = [each for each in args.capacities if reached(model, some, each)]
     dense = answers_at(model, some, 1.0)
     ours = [quality(model, some, capacity, dense) for capacity in track(served, label="quality")]
     beside = {}
@@ -110,6 +66,7 @@ def evaluate_pictures(args: argparse.Namespace) -> dict[str, Any]:
             chosen_by(model, scores_BP, some, capacity, dense)
             for capacity in track([each for each in served if each < 1], label=name)
         ]
+    alone = _alone(model, calibration, some, args.capacities, dense)
     timed = some[:TIMED]
     times = prefill_times(model, timed, served, args.repeats) if args.repeats else {}
     flops = {capacity: prefill_flops(model, timed, capacity) for capacity in times}
@@ -120,6 +77,7 @@ def evaluate_pictures(args: argparse.Namespace) -> dict[str, Any]:
         about=_about(model, calibration, exchanges, len(some), args),
         ours=ours,
         choosers=beside,
+        alone=alone,
         prefill=prefill,
         refused=[each for each in args.capacities if each not in served],
     )
@@ -172,29 +130,26 @@ def _about(
     }
 
 
-def _loaded(args: argparse.Namespace) -> ElasticVlm:
-    model = ElasticVlm.load(args.base, args.adapter, dtype=args.dtype, device=args.device)
-    if model.adapter is None or Unit.IMAGE_TOKENS not in model.adapter.units:
-        raise AdapterError(f"{args.adapter}: has no router for {Unit.IMAGE_TOKENS}")
-    return model
-
-
-def _some(exchanges: Exchanges, wanted: int) -> tuple[Exchange, ...]:
-    """So many exchanges, by their content: in no order that matters."""
-    return tuple(sorted(exchanges.each, key=lambda each: each.digest)[:wanted])
-
-
-def _recalibrate(model: ElasticVlm, calibration: Calibration) -> None:
-    assert model.adapter is not None
-    model.adapter.calibration = calibration
-    model.attach(model.adapter)
-
-
-def _reached(model: ElasticVlm, exchanges: Sequence[Exchange], capacity: float) -> bool:
-    """Whether every one of these prompts can be run at a capacity."""
-    try:
-        for each in exchanges:
-            prompt_at(model, each, capacity)
-    except CapacityError:
-        return False
-    return True
+def _alone(
+    model: ElasticVlm,
+    calibration: Calibration,
+    exchanges: Sequence[Exchange],
+    capacities: Sequence[float],
+    dense: Answers,
+) -> dict[str, list[PictureQuality]]:
+    """Each of the two that give without the other, at the capacities that it reaches."""
+    if not any(calibration.paths.values()):
+        return {}
+    only = {
+        "image tokens alone": replace(
+            calibration, paths=dict.fromkeys(Phase, ()), image_floors=(), lowest=0.01
+        ),
+        "layers alone": replace(calibration, image_tokens=1.0, image_floors=()),
+    }
+    found: dict[str, list[PictureQuality]] = {}
+    for name, each in only.items():
+        recalibrate(model, each)
+        given = [c for c in capacities if c < 1 and reached(model, exchanges, c)]
+        found[name] = [quality(model, exchanges, c, dense) for c in track(given, label=name)]
+    recalibrate(model, calibration)
+    return found

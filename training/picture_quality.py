@@ -9,6 +9,7 @@ Shape letters: B exchanges   P image tokens   T tokens   R answer tokens   V voc
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,14 +18,14 @@ from statistics import fmean, median
 import torch
 from torch import Tensor
 
-from elastiformer import Capacity, Chunk
+from elastiformer import AdapterError, Capacity, CapacityError, Chunk, Unit
 from elastiformer.calibration import Measured
 from elastiformer.capacity import dense_plan
 from elastiformer.imaged import ImagedPrompt
 from elastiformer.sight import keep
 from elastiformer.vlm import ElasticVlm
 from training.choosers import CHOOSERS
-from training.exchanges import Exchange, collated, judged, picture_in
+from training.exchanges import Exchange, Exchanges, collated, judged, picture_in
 from training.losses import Divergence, kl_per_token
 
 AT_ONCE = 8
@@ -62,6 +63,33 @@ class Answers:
     logits: list[Tensor]
     spent: list[float]
     kept: list[int]
+
+
+def loaded(args: argparse.Namespace) -> ElasticVlm:
+    """The model and the adapter that the options name.
+
+    Raises:
+        AdapterError: the adapter routes no image tokens.
+    """
+    model = ElasticVlm.load(args.base, args.adapter, dtype=args.dtype, device=args.device)
+    if model.adapter is None or Unit.IMAGE_TOKENS not in model.adapter.units:
+        raise AdapterError(f"{args.adapter}: has no router for {Unit.IMAGE_TOKENS}")
+    return model
+
+
+def some_of(exchanges: Exchanges, wanted: int) -> tuple[Exchange, ...]:
+    """So many exchanges, by their content: in no order that matters."""
+    return tuple(sorted(exchanges.each, key=lambda each: each.digest)[:wanted])
+
+
+def reached(model: ElasticVlm, exchanges: Sequence[Exchange], capacity: float) -> bool:
+    """Whether every one of these prompts can be run at a capacity."""
+    try:
+        for each in exchanges:
+            prompt_at(model, each, capacity)
+    except CapacityError:
+        return False
+    return True
 
 
 def prompt_at(model: ElasticVlm, exchange: Exchange, capacity: float) -> ImagedPrompt:

@@ -51,6 +51,7 @@ class PictureReport:
     about: Mapping[str, Any]
     ours: Sequence[PictureQuality]
     choosers: Mapping[str, Sequence[PictureQuality]]
+    alone: Mapping[str, Sequence[PictureQuality]]  # image tokens or layers, without the other
     prefill: Mapping[float, Prefill]
     refused: Sequence[float]  # capacities below the calibrated range
 
@@ -59,6 +60,7 @@ class PictureReport:
             "about": self.about,
             "ours": [asdict(row) for row in self.ours],
             "choosers": {name: [asdict(r) for r in rows] for name, rows in self.choosers.items()},
+            "alone": {name: [asdict(r) for r in rows] for name, rows in self.alone.items()},
             "prefill": {
                 f"{capacity:g}": {**asdict(each), "realised": each.realised}
                 for capacity, each in self.prefill.items()
@@ -169,12 +171,25 @@ def _markdown(report: PictureReport, pictures: Sequence[str]) -> str:
         *table(heads, rows),
         "",
     ]
-    if "output" in about["runs_whole"]:
+    whole = about["runs_whole"]
+    if "prompt" in whole:
         lines += [
-            "The language model's own units have no plans here: what a number asks for is had from "
-            "image tokens alone, and what is generated runs whole.",
+            "The language model's own units have no plan for prompts here: what a number asks of "
+            "one is had from image tokens alone.",
             "",
         ]
+    if "output" in whole:
+        lines += ["What is generated runs whole.", ""]
+    if report.alone:
+        heads = ["what gives", "capacity", "image tokens kept", "spent", "KL", "answers right"]
+        each = [
+            [name, f"{row.capacity:g}", *map(cell_of, (row.kept, row.spent, row.kl, row.right))]
+            for name, rows in {"both": report.ours, **report.alone}.items()
+            for row in rows
+            if row.capacity < 1
+        ]
+        lines += ["Image tokens and the layers' own units, together and each alone:", ""]
+        lines += [*table(heads, each), ""]
     if report.choosers:
         lines += ["The others keep as many tokens of each image and choose them otherwise.", ""]
     if report.refused:

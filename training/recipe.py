@@ -30,11 +30,12 @@ from torch import Tensor
 
 from elastiformer import Adapter, Calibration, Capacity, ElasticModel, Phase, Unit, UnitShares
 from training import distill
-from training.calibrate import capacities, thresholds
+from training.calibrate import capacities
 from training.data import Windows, pack, read_corpus, tokenizer_of
 from training.files import DataError, RunError, same_run, write_json
 from training.loop import VERSIONS, Text
 from training.options import real, whole
+from training.path_search import thresholds
 from training.processes import World
 from training.progress import track
 from training.quality import Setting, Window, compare, recalibrate, routed, windows_of
@@ -328,7 +329,7 @@ class Study:
         """What is lost and spent at each keep share, by the adapter that is attached."""
         args, model, (windows, _) = self._args, self._model, self._held
         recalibrate(model, None)
-        levels = thresholds(self._meter, (row.unit,))
+        levels = thresholds(self._meter.scores((row.unit,)))
         paths: dict[Phase, tuple[Any, ...]] = dict.fromkeys(Phase, ())
         recalibrate(model, Calibration(1.0, args.held_out_window, paths, levels, ()))
         shares = args.shares if row.name in ALONE else [s for s in args.choice_shares if s < 1]

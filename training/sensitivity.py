@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -111,24 +112,19 @@ def late_counts(layers: int) -> list[int]:
     )
 
 
-class Meter:
-    """Runs plans through the masked form on a fixed set of windows, and says what they lose."""
+class AnyMeter(ABC):
+    """Runs plans through the masked form, and says what they lose; on what, each kind knows."""
 
-    def __init__(self, model: ElasticModel, ids_WT: Tensor, prompt_tokens: int) -> None:
+    def __init__(self, model: ElasticModel, ids_WT: Tensor) -> None:
         self._model = model
         self._ids_WT = ids_WT.to(model.device)
         self._layers = len(model.shape.layers)
         self._dense = dense_plan(self._layers)
-        places_T = torch.arange(ids_WT.shape[1], device=model.device)
-        self._continuation_WT = (places_T >= prompt_tokens - 1).expand_as(self._ids_WT)
         self._whole: dict[Phase, list[Any]] = {}
-        with torch.inference_mode():
-            # Its softmax is the same for every probe, and half of what a comparison costs.
-            self._teacher_WTV = model.teacher(self._ids_WT).float().log_softmax(-1)
 
     @torch.inference_mode()
     def kl(self, phase: Phase, plan: Plan, first_layer: int = 0) -> float:
-        """KL in nats per judged token when the tokens of `phase` run under `plan`.
+        """The KL when the tokens of `phase` run under `plan`.
 
         Args:
             first_layer: below it `plan` keeps everything.
@@ -139,6 +135,62 @@ class Meter:
             with _starting_at(self._modules(), first_layer, self._whole[phase]):
                 return self._run(phase, plan)
         return self._run(phase, plan)
+
+    @torch.inference_mode()
+    def scheduled_kl(self, phase: Phase, schedule: Schedule) -> float:
+        """KL when the tokens of `phase` take turns between a schedule's two plans."""
+        tokens = self._ids_WT.shape[1]
+        plan_T = torch.tensor([1 if schedule.is_fuller(at) else 2 for at in range(tokens)])
+        routed_WT = self._output(phase) == (phase is Phase.OUTPUT)
+        plan_WT = torch.where(routed_WT, plan_T.to(self._ids_WT.device), 0)
+        return self._run(phase, PlanGrid([self._dense, schedule.fuller, schedule.leaner], plan_WT))
+
+    def _pair(self, phase: Phase, plan: Plan) -> tuple[Plan, Plan]:
+        return (plan, self._dense) if phase is Phase.PROMPT else (self._dense, plan)
+
+    def _grid(self, phase: Phase, plans: Plan | PlanGrid) -> PlanGrid | list[tuple[Plan, Plan]]:
+        """For every row, or every token, what it runs under."""
+        if isinstance(plans, PlanGrid):
+            return plans
+        return [self._pair(phase, plans)] * len(self._ids_WT)
+
+    @abstractmethod
+    def _output(self, phase: Phase) -> Tensor:
+        """The tokens of phase output."""
+
+    @abstractmethod
+    def _run(self, phase: Phase, plans: Plan | PlanGrid) -> float:
+        """What is lost when the tokens of `phase` run under plans of theirs."""
+
+    def _record(self, phase: Phase) -> list[Any]:
+        """What each layer gives when nothing is left out, as below a probed layer."""
+        outputs: list[Any] = [None] * self._layers
+        handles = [
+            module.register_forward_hook(lambda _, args, out, at=at: outputs.__setitem__(at, out))
+            for at, module in enumerate(self._modules())
+        ]
+        try:
+            self._run(phase, self._dense)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
+
+    def _modules(self) -> list[nn.Module]:
+        layout = self._model.layout
+        return list(self._model.base.get_submodule(layout.layers_path).children())
+
+
+class Meter(AnyMeter):
+    """The same on a fixed set of windows of text, in nats per judged token."""
+
+    def __init__(self, model: ElasticModel, ids_WT: Tensor, prompt_tokens: int) -> None:
+        super().__init__(model, ids_WT)
+        places_T = torch.arange(ids_WT.shape[1], device=model.device)
+        self._continuation_WT = (places_T >= prompt_tokens - 1).expand_as(self._ids_WT)
+        with torch.inference_mode():
+            # Its softmax is the same for every probe, and half of what a comparison costs.
+            self._teacher_WTV = model.teacher(self._ids_WT).float().log_softmax(-1)
 
     @torch.inference_mode()
     def scores(self, units: Sequence[Unit]) -> Iterator[tuple[Phase, Unit, int, Tensor]]:
@@ -160,23 +212,13 @@ class Meter:
                     active_WT = route.active_BT & (output_WT == (phase is Phase.OUTPUT))
                     yield phase, route.unit, route.layer, route.scores[active_WT].float().cpu()
 
-    @torch.inference_mode()
-    def scheduled_kl(self, phase: Phase, schedule: Schedule) -> float:
-        """KL when the tokens of `phase` take turns between a schedule's two plans."""
-        tokens = self._ids_WT.shape[1]
-        plan_T = torch.tensor([1 if schedule.is_fuller(at) else 2 for at in range(tokens)])
-        routed_WT = self._output(phase) == (phase is Phase.OUTPUT)
-        plan_WT = torch.where(routed_WT, plan_T.to(self._ids_WT.device), 0)
-        return self._run(phase, PlanGrid([self._dense, schedule.fuller, schedule.leaner], plan_WT))
-
     def _logits(self, phase: Phase, plans: Plan | PlanGrid) -> Tensor:
         """What comes of all windows, [W, T, V]."""
-        grid = (
-            plans if isinstance(plans, PlanGrid) else [self._pair(phase, plans)] * len(self._ids_WT)
-        )
-        output_WT = self._output(phase)
         return self._model.masked(
-            self._ids_WT, grid, output_WT, selection=Selection.RANK
+            self._ids_WT,
+            self._grid(phase, plans),
+            self._output(phase),
+            selection=Selection.RANK,
         ).logits_BTV
 
     def _run(self, phase: Phase, plans: Plan | PlanGrid) -> float:
@@ -186,11 +228,8 @@ class Meter:
             self._teacher_WTV, self._logits(phase, plans), judged_WT, strict=True
         ):
             first = int(judged_T.int().argmax())  # all after it are judged too
-            kl += _kl_sum(teacher_TV[first:], student_TV[first:].float())
+            kl += kl_sum(teacher_TV[first:], student_TV[first:].float())
         return kl / int(judged_WT.sum())
-
-    def _pair(self, phase: Phase, plan: Plan) -> tuple[Plan, Plan]:
-        return (plan, self._dense) if phase is Phase.PROMPT else (self._dense, plan)
 
     def _output(self, phase: Phase) -> Tensor:
         """The tokens of phase output, which are those that are judged."""
@@ -198,26 +237,8 @@ class Meter:
             return self._continuation_WT
         return torch.ones_like(self._ids_WT, dtype=torch.bool)
 
-    def _record(self, phase: Phase) -> list[Any]:
-        """What each layer gives when nothing is left out, as below a probed layer."""
-        outputs: list[Any] = [None] * self._layers
-        handles = [
-            module.register_forward_hook(lambda _, args, out, at=at: outputs.__setitem__(at, out))
-            for at, module in enumerate(self._modules())
-        ]
-        try:
-            self._run(phase, self._dense)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return outputs
 
-    def _modules(self) -> list[nn.Module]:
-        layout = self._model.layout
-        return list(self._model.base.get_submodule(layout.layers_path).children())
-
-
-def _kl_sum(teacher_NV: Tensor, student_NV: Tensor) -> float:
+def kl_sum(teacher_NV: Tensor, student_NV: Tensor) -> float:
     """KL to the teacher's log-probabilities, summed over tokens."""
     apart_NV = (teacher_NV - student_NV).add_(student_NV.logsumexp(-1, keepdim=True))
     # Small numbers from here on: summed with the logits' own size, rounding would outweigh them.

@@ -1,6 +1,7 @@
 """Promises of the table capacity -> plan: exact on average, monotone, clear about its bounds."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -8,12 +9,14 @@ from elastiformer.accounting import LayerShape, LoraShape, ModelShape
 from elastiformer.calibration import (
     Calibration,
     DataRecord,
+    ImageFloor,
     Measured,
     Schedule,
     Step,
     output_context,
     unit_of,
 )
+from elastiformer.calibration_reading import read_calibration
 from elastiformer.capacity import LayerPlan, Phase, Unit, dense_plan
 from elastiformer.errors import AdapterError, CapacityError
 
@@ -121,9 +124,17 @@ def test_thresholds_lie_between_the_quantiles_of_the_scores():
 
 
 def test_a_calibration_reads_back_as_it_was_written():
-    table = calibration()
+    floors = (ImageFloor(0.4, 0.3), ImageFloor(0.6, 0.5))
+    for table in (calibration(), replace(calibration(), image_tokens=0.1, image_floors=floors)):
+        assert read_calibration(json.loads(json.dumps(table.as_json()))) == table
 
-    assert Calibration.from_json(json.loads(json.dumps(table.as_json()))) == table
+
+def test_image_tokens_stay_down_to_a_floor_of_each_capacity():
+    table = replace(calibration(), image_tokens=0.1)
+    assert calibration().image_floor(0.5) is None and table.image_floor(0.5) == 0.1
+    floored = replace(table, image_floors=(ImageFloor(0.4, 0.3), ImageFloor(0.6, 0.5)))
+    asked = {0.2: 0.3, 0.4: 0.3, 0.5: 0.4, 0.6: 0.5, 0.8: 0.75, 1.0: 1.0}
+    assert {each: floored.image_floor(each) for each in asked} == pytest.approx(asked)
 
 
 def test_every_problem_of_a_calibration_is_named_at_once():
@@ -137,9 +148,14 @@ def test_every_problem_of_a_calibration_is_named_at_once():
     ]
     value["thresholds"]["output"]["attention_tokens"]["2"] = [3.0, 1.0, float("nan")]
     value["measured"][0]["capacity"] = None
+    value["image_floors"] = [
+        {"capacity": 0.6, "share": 0.5},
+        {"capacity": 0.4, "share": 0.3},
+        {"capacity": 0.8, "share": 2},
+    ]
 
     with pytest.raises(AdapterError) as refusal:
-        Calibration.from_json(value)
+        read_calibration(value)
 
     for named in (
         "lowest",
@@ -149,6 +165,8 @@ def test_every_problem_of_a_calibration_is_named_at_once():
         "thresholds.output.attention_tokens.2[2]",
         "must not fall",
         "measured[0].capacity",
+        "image_floors[1]: capacities rise",
+        "image_floors[2].share",
     ):
         assert named in str(refusal.value)
 
@@ -156,7 +174,7 @@ def test_every_problem_of_a_calibration_is_named_at_once():
 @pytest.mark.parametrize("value", [None, [], {}, {"format": 99}, {"format": 1}])
 def test_something_else_than_a_calibration_is_refused(value):
     with pytest.raises(AdapterError, match=r"calibration\.json cannot be used"):
-        Calibration.from_json(value)
+        read_calibration(value)
 
 
 def test_a_calibration_of_a_larger_model_or_other_units_names_each_misfit():
