@@ -49,7 +49,9 @@ class Rows:
     def of(self, x_N: Tensor) -> Tensor:
         if self.all:
             return x_N
-        return x_N[self._slice] if self._slice is not None else x_N[self.index_R]
+        if self._slice is not None:
+            return x_N[self._slice]
+        return x_N.index_select(0, self.index_R)  # several times faster than indexing
 
     def put(self, into_N: Tensor, x_R: Tensor) -> None:
         into_N[self._slice if self._slice is not None else self.index_R] = x_R
