@@ -44,6 +44,7 @@ PROBES = {"attention_tokens": 0.5, "mlp_tokens": 0.5, "heads": 0.6, "experts": 0
 PROBE = 0.5  # of channels
 LEAST_KL = 1e-6  # what lies below is rounding
 GRID = 20  # a channel's or token's share moves in steps of 1/20
+_EVEN_GRID = tuple(round(kept / GRID, 6) for kept in range(GRID - 1, 0, -1))
 LEAST_SHARE = 0.1  # of things inside a sub-layer; below, the sub-layer is left out whole
 
 
@@ -225,6 +226,16 @@ def late_layers(layers: int) -> tuple[Step, ...]:
     return tuple(
         Step(layer, token, 0.0) for layer in range(layers - 1, 0, -1) for token in TOKEN_FIELDS
     )
+
+
+def one_by_one(path: Sequence[Step]) -> tuple[Step, ...]:
+    """Whole sub-layers left out in this order, each a grid step at a time before the next begins.
+
+    So under any plan at most one sub-layer works on a part of the tokens: gathering a part costs
+    time that no FLOP counts.
+    """
+    shares = [*_EVEN_GRID, 0.0]
+    return tuple(replace(step, share=share) for step in path for share in shares)
 
 
 def without_layers(first: int, layers: int) -> Plan:

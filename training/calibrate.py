@@ -61,7 +61,7 @@ Thresholds = dict[Phase, dict[Unit, dict[int, tuple[float, ...]]]]
 _FOR_TEXTS = ("windows", "check_windows", "window", "prompt_tokens")
 # Images are given up first, all layers keep the rest: there is no path to find.
 _FOR_PATHS = (
-    *("task", "items", "seen", *_FOR_TEXTS),
+    *("task", "items", "seen", "one_by_one", *_FOR_TEXTS),
     *("prompt_units", "output_units", "sweeps", "max_minutes"),
 )
 

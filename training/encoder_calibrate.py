@@ -22,7 +22,15 @@ from elastiformer.calibration import DataRecord, Step
 from elastiformer.encoder import ElasticEncoder
 from elastiformer.encoder_weights import task_of
 from elastiformer.tasks import Task
-from training.allotment import LEAST_KL, Allotment, Curves, fields_of, late_layers, uniform
+from training.allotment import (
+    LEAST_KL,
+    Allotment,
+    Curves,
+    fields_of,
+    late_layers,
+    one_by_one,
+    uniform,
+)
 from training.encoder_quality import ItemMeter, Judged, measure_items
 from training.examples import Examples, read_examples
 from training.files import DataError
@@ -39,7 +47,7 @@ COMPARED = 3  # capacities at which candidate paths are compared
 Path_ = tuple[Step, ...]
 
 
-FOR_ITEMS = ("items", "check_items", "seen")  # what a language model has no use for
+FOR_ITEMS = ("items", "check_items", "seen", "one_by_one")  # what a language model has no use for
 
 
 def add_item_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +62,12 @@ def add_item_arguments(parser: argparse.ArgumentParser) -> None:
         "--check-items", type=int, default=256, help="others of them, for the table"
     )
     parser.add_argument("--seen", type=real(above=0, most=1), default=1.0, help=SEEN)
+    parser.add_argument(
+        "--one-by-one",
+        action="store_true",
+        help="of an encoder: leave out its sub-layers one after the other, so that at most one works "
+        "on a part of the tokens; what is saved then is time as well",
+    )
 
 
 def task_asked(args: argparse.Namespace) -> Task | None:
@@ -181,6 +195,7 @@ class ItemJob:
         self.phase = routed_phase(model)
         asked = args.prompt_units if model.reads_class else args.output_units
         self._units = adapter.units if asked is None else asked
+        self._one_by_one = args.one_by_one
         self._meter = ItemMeter(model, items, self.phase)
         about = hashlib.sha256(f"{adapter.identity_in(self.phase)}/{probe.sha256}".encode())
         self._notebook = Notebook(
@@ -234,6 +249,8 @@ class ItemJob:
         self, fields: Sequence[str], late: Mapping[int, float]
     ) -> dict[str, Callable[[Curves], Path_]]:
         """Ways to make a path from loss curves, by name."""
+        if self._one_by_one:
+            return self._makers_one_by_one()
 
         def greedy(late: Mapping[int, float] | None = None, whole: bool = True) -> Any:
             return lambda known: Allotment(
@@ -248,6 +265,16 @@ class ItemJob:
             makers["late layers"] = lambda _: late_layers(self._layers)
             if fields and late:
                 makers["late layers and greedy"] = greedy(late=late)
+        return makers
+
+    def _makers_one_by_one(self) -> dict[str, Callable[[Curves], Path_]]:
+        makers: dict[str, Callable[[Curves], Path_]] = {
+            "greedy": lambda known: one_by_one(
+                Allotment(self._shape, self.context, known, fields=()).path()
+            )
+        }
+        if self.phase is Phase.PROMPT:
+            makers["late layers"] = lambda _: one_by_one(late_layers(self._layers))
         return makers
 
     def _score(self, name: str, path: Path_) -> Score:
