@@ -37,7 +37,7 @@ from training.files import DataError
 from training.options import real
 from training.progress import track
 from training.sensitivity import Notebook, ask, curves, late_losses, probes
-from training.tuning import Score, tune
+from training.tuning import Score, reorder, tune
 
 TOLERANCE = 0.02  # what an item spends lies so near to what it asked, beyond a token's worth
 PROBING, TUNING = 0.5, 0.8  # of the time allowed, when the probes and the tuning end
@@ -213,13 +213,22 @@ class ItemJob:
         known = curves(self._notebook.answers, self.phase, self._layers)
         makers = self._makers(fields, late_losses(self._notebook.answers))
         judged = {
-            name: (self._score(name, path), path)
+            name: (self._score(name, self._spelt(path)), path)
             for name, make in track(list(makers.items()), label="comparing paths")
             if (path := make(known))
         }
         if not judged:
             raise AdapterError("nothing that can be left out was measured")
         self.chosen = min(judged, key=lambda name: judged[name][0])
+        if self._one_by_one:
+            order, _ = reorder(
+                judged[self.chosen][1],
+                lambda order: self._score(f"{self.chosen}, reordered", self._spelt(order)),
+                self._deadline(TUNING),
+                self._sweeps,
+            )
+            self._score(f"{self.chosen}, reordered", self._spelt(order))
+            return self._spelt(order)
         if not fields or "greedy" not in self.chosen:  # no curve shaped it: nothing to turn
             return judged[self.chosen][1]
         path, _, _ = tune(
@@ -269,18 +278,21 @@ class ItemJob:
 
     def _makers_one_by_one(self) -> dict[str, Callable[[Curves], Path_]]:
         makers: dict[str, Callable[[Curves], Path_]] = {
-            "greedy": lambda known: one_by_one(
-                Allotment(self._shape, self.context, known, fields=()).path()
-            )
+            "greedy": lambda known: Allotment(self._shape, self.context, known, fields=()).path()
         }
         if self.phase is Phase.PROMPT:
-            makers["late layers"] = lambda _: one_by_one(late_layers(self._layers))
+            makers["late layers"] = lambda _: late_layers(self._layers)
         return makers
+
+    def _spelt(self, path: Path_) -> Path_:
+        """The path with all of its steps, where only an order of sub-layers is given."""
+        return one_by_one(path) if self._one_by_one else path
 
     def _score(self, name: str, path: Path_) -> Score:
         """A path's loss over a few capacities, each weighed alike; the less, the better."""
         asked = [each for each in self._capacities if each < 1]
-        asked = asked[len(asked) // 4 :][:: -max(1, math.ceil(len(asked) / COMPARED))]
+        asked = asked[len(asked) // 4 :]  # near 1 all paths are good
+        asked = asked[:: -max(1, math.ceil(len(asked) / COMPARED))]
         found: dict[str, float] = {}
         for capacity in asked:
             schedule = self._schedule(path, capacity, self.context)
