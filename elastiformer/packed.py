@@ -123,8 +123,11 @@ class Packed:
         self._number = {kind: at for at, kind in enumerate(self.distinct_kinds)}
         self._rows: dict[frozenset[Kind], Rows] = {}
         self.repaired: dict[int, list[tuple[str, Rows]]] = {}  # by layer; filled in by who knows
-        self.ids_N = torch.tensor(self.ids, dtype=torch.long, device=device)
-        self.position_N = torch.tensor(self.positions, dtype=torch.long, device=device)
+        # By way of NumPy, which reads lists several times faster than PyTorch.
+        self.ids_N, self.position_N = (
+            torch.from_numpy(np.array(each, dtype=np.int64)).to(device)
+            for each in (self.ids, self.positions)
+        )
 
     @cached_property
     def kinds(self) -> list[Kind]:
