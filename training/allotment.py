@@ -228,14 +228,9 @@ def late_layers(layers: int) -> tuple[Step, ...]:
     )
 
 
-def one_by_one(path: Sequence[Step]) -> tuple[Step, ...]:
-    """Whole sub-layers left out in this order, each a grid step at a time before the next begins.
-
-    So under any plan at most one sub-layer works on a part of the tokens: gathering a part costs
-    time that no FLOP counts.
-    """
-    shares = [*_EVEN_GRID, 0.0]
-    return tuple(replace(step, share=share) for step in path for share in shares)
+def gradually(step: Step) -> tuple[Step, ...]:
+    """Leaving out a whole sub-layer a grid step at a time."""
+    return tuple(replace(step, share=share) for share in (*_EVEN_GRID, 0.0))
 
 
 def without_layers(first: int, layers: int) -> Plan:

@@ -19,6 +19,7 @@ from typing import Any
 
 from elastiformer import AdapterError, Calibration, CapacityError, Phase
 from elastiformer.calibration import DataRecord, Step
+from elastiformer.capacity import dense_plan
 from elastiformer.encoder import ElasticEncoder
 from elastiformer.encoder_weights import task_of
 from elastiformer.tasks import Task
@@ -27,8 +28,8 @@ from training.allotment import (
     Allotment,
     Curves,
     fields_of,
+    gradually,
     late_layers,
-    one_by_one,
     uniform,
 )
 from training.encoder_quality import ItemMeter, Judged, measure_items
@@ -42,6 +43,7 @@ from training.tuning import Score, reorder, tune
 TOLERANCE = 0.02  # what an item spends lies so near to what it asked, beyond a token's worth
 PROBING, TUNING = 0.5, 0.8  # of the time allowed, when the probes and the tuning end
 SEEN = "share of an image's patches that a masked autoencoder is shown"
+WORTH = 0.8  # of an even spread's loss, at most, is a router's that is worth its time
 COMPARED = 3  # capacities at which candidate paths are compared
 
 Path_ = tuple[Step, ...]
@@ -66,7 +68,8 @@ def add_item_arguments(parser: argparse.ArgumentParser) -> None:
         "--one-by-one",
         action="store_true",
         help="of an encoder: leave out its sub-layers one after the other, so that at most one works "
-        "on a part of the tokens; what is saved then is time as well",
+        "on a part of the tokens, and without its router where that loses little; what is saved is "
+        "time then, in small batches, too",
     )
 
 
@@ -213,7 +216,7 @@ class ItemJob:
         known = curves(self._notebook.answers, self.phase, self._layers)
         makers = self._makers(fields, late_losses(self._notebook.answers))
         judged = {
-            name: (self._score(name, self._spelt(path)), path)
+            name: (self._score(name, path), path)
             for name, make in track(list(makers.items()), label="comparing paths")
             if (path := make(known))
         }
@@ -221,14 +224,16 @@ class ItemJob:
             raise AdapterError("nothing that can be left out was measured")
         self.chosen = min(judged, key=lambda name: judged[name][0])
         if self._one_by_one:
+            name = f"{self.chosen}, reordered"
             order, _ = reorder(
                 judged[self.chosen][1],
-                lambda order: self._score(f"{self.chosen}, reordered", self._spelt(order)),
+                lambda order: self._score(name, order),
                 self._deadline(TUNING),
                 self._sweeps,
             )
-            self._score(f"{self.chosen}, reordered", self._spelt(order))
-            return self._spelt(order)
+            path = self._routed(order)
+            self._score(name, path)
+            return path
         if not fields or "greedy" not in self.chosen:  # no curve shaped it: nothing to turn
             return judged[self.chosen][1]
         path, _, _ = tune(
@@ -284,9 +289,26 @@ class ItemJob:
             makers["late layers"] = lambda _: late_layers(self._layers)
         return makers
 
-    def _spelt(self, path: Path_) -> Path_:
-        """The path with all of its steps, where only an order of sub-layers is given."""
-        return one_by_one(path) if self._one_by_one else path
+    def _routed(self, order: Path_) -> Path_:
+        """Whole sub-layers in this order, each at once or by its router.
+
+        Left out at once, a part of a sub-layer's tokens is spread evenly over an item, and known
+        before it runs. A router has to lose clearly less to be worth its time.
+        """
+        evenly = [at % 2 == 1 for at in range(self._longest)]
+        path: list[Step] = []
+        before = dense_plan(self._layers)
+        for step in track(order, label="routers against an even spread"):
+            half, after = (
+                (*before[: step.layer], changed, *before[step.layer + 1 :])
+                for share in (0.5, 0.0)
+                if (changed := replace(before[step.layer], **{step.field: share}))
+            )
+            spread = self._meter.scheduled(before, after, evenly)
+            routed = self._meter.scheduled(half, half, evenly)
+            path += gradually(step) if routed < WORTH * max(spread, LEAST_KL) else [step]
+            before = after
+        return tuple(path)
 
     def _score(self, name: str, path: Path_) -> Score:
         """A path's loss over a few capacities, each weighed alike; the less, the better."""
