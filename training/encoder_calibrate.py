@@ -306,7 +306,7 @@ class ItemJob:
             )
             spread = self._meter.scheduled(before, after, evenly)
             routed = self._meter.scheduled(half, half, evenly)
-            path += gradually(step) if routed < WORTH * max(spread, LEAST_KL) else [step]
+            path += gradually(step) if max(routed, LEAST_KL) < WORTH * spread else [step]
             before = after
         return tuple(path)
 
