@@ -49,7 +49,7 @@ COMPARED = 3  # capacities at which candidate paths are compared
 Path_ = tuple[Step, ...]
 
 
-FOR_ITEMS = ("items", "check_items", "seen", "one_by_one")  # what a language model has no use for
+FOR_ITEMS = ("items", "check_items", "seen")  # what a language model has no use for
 
 
 def add_item_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,13 +64,6 @@ def add_item_arguments(parser: argparse.ArgumentParser) -> None:
         "--check-items", type=int, default=256, help="others of them, for the table"
     )
     parser.add_argument("--seen", type=real(above=0, most=1), default=1.0, help=SEEN)
-    parser.add_argument(
-        "--one-by-one",
-        action="store_true",
-        help="of an encoder: leave out its sub-layers one after the other, so that at most one works "
-        "on a part of the tokens, and without its router where that loses little; what is saved is "
-        "time then, in small batches, too",
-    )
 
 
 def task_asked(args: argparse.Namespace) -> Task | None:
