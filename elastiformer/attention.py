@@ -235,9 +235,13 @@ class BothWays:
         if layer.window is not None and keys_C.max() > layer.window:
             outs = [self.one(query_NAH, position_N, read, layer) for read in reads.each]
             return torch.cat(outs)
+        working, keys_values_RMH = query_NAH.dtype, sides.keys_values_RMH
+        if sides.queries.each == 1 and working == torch.bfloat16 and query_NAH.is_cpu:
+            # For lone queries PyTorch's kernel takes twice as long in bfloat16.
+            query_NAH, keys_values_RMH = query_NAH.float(), keys_values_RMH.float()
         if sides.queries.each is not None and sides.keys.each is not None:
             sizes = sides.queries.each, sides.keys.each
-            return _together(query_NAH, sides.keys_values_RMH, *sizes, layer.scale)
+            return _together(query_NAH, keys_values_RMH, *sizes, layer.scale).to(working)
         sizes_2S, size_C = np.unique(np.stack([queries_C, keys_C]), axis=1, return_inverse=True)
         out_NAH = torch.empty_like(query_NAH)
         for size, (queries, keys) in enumerate(sizes_2S.T.tolist()):
@@ -247,9 +251,9 @@ class BothWays:
             query_R = _rows(sides.queries.starts[:-1][among_B], queries, query_NAH.device)
             key_R = _rows(sides.keys.starts[:-1][among_B], keys, query_NAH.device)
             out_NAH[query_R] = _together(
-                query_NAH[query_R], sides.keys_values_RMH[key_R], queries, keys, layer.scale
+                query_NAH[query_R], keys_values_RMH[key_R], queries, keys, layer.scale
             )
-        return out_NAH
+        return out_NAH.to(working)
 
     def one(self, query_NAH: Tensor, position_N: Tensor, read: Read, layer: Layer) -> Tensor:
         """The attention output of one request's queries."""
@@ -270,10 +274,6 @@ def _together(
     query_NAH: Tensor, keys_values_RMH: Tensor, queries: int, keys: int, scale: float
 ) -> Tensor:
     """The attention output of requests of one size, each with all of its keys: [N, A, H]."""
-    if queries == 1 and query_NAH.dtype == torch.bfloat16 and query_NAH.device.type == "cpu":
-        # For a lone query PyTorch's kernel takes twice as long in bfloat16.
-        single_NAH = _together(query_NAH.float(), keys_values_RMH.float(), queries, keys, scale)
-        return single_NAH.to(query_NAH.dtype)
     query_BQAH = query_NAH.view(-1, queries, *query_NAH.shape[1:])
     keys_values_BKMH = keys_values_RMH.view(-1, keys, *keys_values_RMH.shape[1:])
     key_BKGH, value_BKGH = keys_values_BKMH.chunk(2, dim=2)
