@@ -59,12 +59,21 @@ class Read:
         return self.positions_K is None and self.count == self.held.length
 
 
+class Bounds:
+    """Where the rows of each request begin among some rows, and the last ones end: [C + 1]."""
+
+    def __init__(self, starts: np.ndarray) -> None:
+        self.starts, self.counts_C = starts, np.diff(starts)
+        first = int(self.counts_C[0])
+        self.each = first if bool((self.counts_C == first).all()) else None  # as many of everyone
+
+
 class Sides(NamedTuple):
-    """The keys and values of whole requests side by side, and where each one's rows begin."""
+    """The keys and values of whole requests side by side."""
 
     keys_values_RMH: Tensor  # of each row first its keys' heads, then its values'
-    key_starts: np.ndarray  # [C + 1]
-    query_starts: np.ndarray  # [C + 1]
+    keys: Bounds
+    queries: Bounds
 
 
 class Reads:
@@ -222,26 +231,29 @@ class BothWays:
     def attend(self, query_NAH: Tensor, position_N: Tensor, reads: Reads, layer: Layer) -> Tensor:
         sides = reads.sides
         assert sides is not None, "whole requests"
-        queries_C, keys_C = np.diff(sides.query_starts), np.diff(sides.key_starts)
+        queries_C, keys_C = sides.queries.counts_C, sides.keys.counts_C
         if layer.window is not None and keys_C.max() > layer.window:
             outs = [self.one(query_NAH, position_N, read, layer) for read in reads.each]
             return torch.cat(outs)
-        sizes, size_C = np.unique(np.stack([queries_C, keys_C]), axis=1, return_inverse=True)
-        each_size = sizes.T.tolist()
-        if len(each_size) == 1:
-            queries, keys = each_size[0]
-            return _together(query_NAH, sides.keys_values_RMH, queries, keys, layer.scale)
+        working, keys_values_RMH = query_NAH.dtype, sides.keys_values_RMH
+        if sides.queries.each == 1 and working == torch.bfloat16 and query_NAH.is_cpu:
+            # For lone queries PyTorch's kernel takes twice as long in bfloat16.
+            query_NAH, keys_values_RMH = query_NAH.float(), keys_values_RMH.float()
+        if sides.queries.each is not None and sides.keys.each is not None:
+            sizes = sides.queries.each, sides.keys.each
+            return _together(query_NAH, keys_values_RMH, *sizes, layer.scale).to(working)
+        sizes_2S, size_C = np.unique(np.stack([queries_C, keys_C]), axis=1, return_inverse=True)
         out_NAH = torch.empty_like(query_NAH)
-        for size, (queries, keys) in enumerate(each_size):
+        for size, (queries, keys) in enumerate(sizes_2S.T.tolist()):
             if not queries:
                 continue
             among_B = size_C == size
-            query_R = _rows(sides.query_starts[:-1][among_B], queries, query_NAH.device)
-            key_R = _rows(sides.key_starts[:-1][among_B], keys, query_NAH.device)
+            query_R = _rows(sides.queries.starts[:-1][among_B], queries, query_NAH.device)
+            key_R = _rows(sides.keys.starts[:-1][among_B], keys, query_NAH.device)
             out_NAH[query_R] = _together(
-                query_NAH[query_R], sides.keys_values_RMH[key_R], queries, keys, layer.scale
+                query_NAH[query_R], keys_values_RMH[key_R], queries, keys, layer.scale
             )
-        return out_NAH
+        return out_NAH.to(working)
 
     def one(self, query_NAH: Tensor, position_N: Tensor, read: Read, layer: Layer) -> Tensor:
         """The attention output of one request's queries."""

@@ -119,7 +119,7 @@ class ElasticEncoder(Elastic):
     def _sparse(self) -> SparseForm:
         return EncoderForm(self.encoder, self.adapter, self.shape, self.pooling, self.normalized)
 
-    @property
+    @cached_property
     def context(self) -> int:
         """The most tokens of one text, or the tokens of an image."""
         if self.encoder.reads_images:

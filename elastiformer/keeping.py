@@ -10,7 +10,6 @@ Shape letters: N packed tokens   R rows   D width
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -134,15 +133,19 @@ class Keeping:
         share_K = np.array([shares[kind] for kind in packed.distinct_kinds])
         output_K = np.array([kind.phase is Phase.OUTPUT for kind in packed.distinct_kinds])
         kind_R = packed.kind_N[routed.rows_R]
-        bounds = np.searchsorted(routed.rows_R, packed.starts).tolist()
+        # Requests side by side, padded: ranking each by itself would take longer than it saves.
+        start_C = np.searchsorted(routed.rows_R, packed.starts)
+        count_C = np.diff(start_C)
+        chunk_R = np.repeat(np.arange(len(count_C)), count_C)
+        place_R = np.arange(routed.count) - start_C[chunk_R]
+        scores_CT = torch.zeros(len(count_C), int(count_C.max()))
+        scores_CT[chunk_R, place_R] = scores_R.float().cpu()
+        share_CT = np.zeros(scores_CT.shape)
+        share_CT[chunk_R, place_R] = share_K[kind_R]
         kept_R = np.zeros(routed.count, dtype=bool)
-        scores_R, share_R = scores_R.cpu(), torch.from_numpy(share_K[kind_R])
-        for begin, end in pairwise(bounds):
-            for is_output in (True, False):
-                among_T = torch.from_numpy(output_K[kind_R[begin:end]] == is_output)
-                if bool(among_T.any()):
-                    kept_T = by_rank(
-                        scores_R[None, begin:end], share_R[None, begin:end], among_T[None]
-                    )[0]
-                    kept_R[begin:end] |= kept_T.numpy()
+        for is_output in np.unique(output_K[kind_R]):
+            among_CT = np.zeros(scores_CT.shape, dtype=bool)
+            among_CT[chunk_R, place_R] = output_K[kind_R] == is_output
+            kept_CT = by_rank(scores_CT, torch.from_numpy(share_CT), torch.from_numpy(among_CT))
+            kept_R |= kept_CT.numpy()[chunk_R, place_R]
         return kept_R

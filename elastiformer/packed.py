@@ -49,7 +49,9 @@ class Rows:
     def of(self, x_N: Tensor) -> Tensor:
         if self.all:
             return x_N
-        return x_N[self._slice] if self._slice is not None else x_N[self.index_R]
+        if self._slice is not None:
+            return x_N[self._slice]
+        return x_N.index_select(0, self.index_R)  # several times faster than indexing
 
     def put(self, into_N: Tensor, x_R: Tensor) -> None:
         into_N[self._slice if self._slice is not None else self.index_R] = x_R
@@ -121,8 +123,11 @@ class Packed:
         self._number = {kind: at for at, kind in enumerate(self.distinct_kinds)}
         self._rows: dict[frozenset[Kind], Rows] = {}
         self.repaired: dict[int, list[tuple[str, Rows]]] = {}  # by layer; filled in by who knows
-        self.ids_N = torch.tensor(self.ids, dtype=torch.long, device=device)
-        self.position_N = torch.tensor(self.positions, dtype=torch.long, device=device)
+        # By way of NumPy, which reads lists several times faster than PyTorch.
+        self.ids_N, self.position_N = (
+            torch.from_numpy(np.array(each, dtype=np.int64)).to(device)
+            for each in (self.ids, self.positions)
+        )
 
     @cached_property
     def kinds(self) -> list[Kind]:

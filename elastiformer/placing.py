@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastiformer.attention import Read, Reads, Sides
+from elastiformer.attention import Bounds, Read, Reads, Sides
 from elastiformer.cache import Held
 from elastiformer.packed import Packed, Rows
 from elastiformer.single_queries import Singles, on_host
@@ -173,7 +173,7 @@ class WholePlacing(Placing):
     def __init__(self, packed: Packed) -> None:
         self._packed = packed
         self._parts: dict[Rows, list[_Part]] = {}
-        self._bounds: dict[Rows, np.ndarray] = {}
+        self._bounds: dict[Rows, Bounds] = {}
         none_S = np.empty(0, dtype=np.int64)
         rows_NH = torch.empty(0, 0, device=packed.device)
         self._nobody = Singles(rows_NH, 1, none_S, none_S, none_S, none_S, none_S, none_S)
@@ -186,18 +186,17 @@ class WholePlacing(Placing):
         self._placed, self._keys_values_RMH = rows, keys_values_RMH
 
     def keys(self, layer: int) -> np.ndarray:
-        return np.diff(self._bounds_of(self._placed))
+        return self._bounds_of(self._placed).counts_C
 
     def reads(self, layer: int, rows: Rows) -> Reads:
         assert self._keys_values_RMH is not None, "queries without keys"
-        starts = (self._bounds_of(self._placed), self._bounds_of(rows))
-        sides = Sides(self._keys_values_RMH, *starts)
+        bounds = (self._bounds_of(self._placed), self._bounds_of(rows))
+        sides = Sides(self._keys_values_RMH, *bounds)
         return Reads(self._nobody, lambda: self._each(layer, rows), sides)
 
-    def _bounds_of(self, rows: Rows) -> np.ndarray:
-        """Where each chunk's rows begin among these, and the last one's end."""
+    def _bounds_of(self, rows: Rows) -> Bounds:
         if rows not in self._bounds:
-            self._bounds[rows] = np.searchsorted(rows.rows_R, self._packed.starts)
+            self._bounds[rows] = Bounds(np.searchsorted(rows.rows_R, self._packed.starts))
         return self._bounds[rows]
 
     def _each(self, layer: int, rows: Rows) -> list[Read]:
@@ -205,7 +204,7 @@ class WholePlacing(Placing):
         placed, position_R = self._placed, self._placed.of(self._packed.position_N)
         _, heads, size = self._keys_values_RMH.shape
         kv_heads, found = heads // 2, []
-        spans = list(pairwise(self._bounds_of(placed).tolist()))
+        spans = list(pairwise(self._bounds_of(placed).starts.tolist()))
         for part in self._parts_of(rows):
             begin, end = spans[part.chunk]
             count = end - begin

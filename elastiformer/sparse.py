@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import elastiformer.flop_formulas  # noqa: F401  (registers them)
-from elastiformer import kernels
+from elastiformer import kernels, memory
 from elastiformer.accounting import ModelShape
 from elastiformer.adapter import Adapter
 from elastiformer.costs import CostTable, Trial
@@ -49,6 +49,8 @@ class SparseForm:
     ) -> None:
         self.layout, self.adapter, self.shape = layout, adapter, shape
         self.workshop = Workshop(layout, adapter, originals)
+        if self.workshop.device.type == "cpu":
+            memory.keep_freed()
         keeping = Keeping(self.workshop)
         self._attention = SparseAttention(self.workshop, keeping)
         self._mlp = SparseMlp(self.workshop, keeping)

@@ -50,11 +50,12 @@ class Usage:
         return sum(count for (of, _), count in self.skipped.items() if of is unit)
 
     def __iadd__(self, other: Usage) -> Usage:
-        for each in fields(self):
-            mine, theirs = getattr(self, each.name), getattr(other, each.name)
-            if isinstance(theirs, dict):
-                for key, count in theirs.items():
-                    mine[key] = mine.get(key, 0) + count
-            else:
-                setattr(self, each.name, mine + theirs)
+        for name in _NUMBERS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for mine, theirs in ((self.routed, other.routed), (self.skipped, other.skipped)):
+            for key, count in theirs.items():
+                mine[key] = mine.get(key, 0) + count
         return self
+
+
+_NUMBERS = tuple(each.name for each in fields(Usage) if each.type == "int")

@@ -44,6 +44,7 @@ PROBES = {"attention_tokens": 0.5, "mlp_tokens": 0.5, "heads": 0.6, "experts": 0
 PROBE = 0.5  # of channels
 LEAST_KL = 1e-6  # what lies below is rounding
 GRID = 20  # a channel's or token's share moves in steps of 1/20
+_EVEN_GRID = tuple(round(kept / GRID, 6) for kept in range(GRID - 1, 0, -1))
 LEAST_SHARE = 0.1  # of things inside a sub-layer; below, the sub-layer is left out whole
 
 
@@ -225,6 +226,11 @@ def late_layers(layers: int) -> tuple[Step, ...]:
     return tuple(
         Step(layer, token, 0.0) for layer in range(layers - 1, 0, -1) for token in TOKEN_FIELDS
     )
+
+
+def gradually(step: Step) -> tuple[Step, ...]:
+    """Leaving out a whole sub-layer a grid step at a time."""
+    return tuple(replace(step, share=share) for share in (*_EVEN_GRID, 0.0))
 
 
 def without_layers(first: int, layers: int) -> Plan:

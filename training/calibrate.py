@@ -70,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output-units", type=units, default=None, help="the same for outputs")
     parser.add_argument("--sweeps", type=int, default=1, help="of tuning, at most; 0: none")
+    parser.add_argument(
+        "--one-by-one",
+        action="store_true",
+        help="leave out an encoder's sub-layers one after the other, each without its router where "
+        "that loses little: then also small savings are saved time",
+    )
     parser.add_argument("--max-minutes", type=float, default=math.inf)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto")
@@ -89,13 +95,18 @@ def capacities(text: str) -> list[float]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if is_vlm(args.base):
-        refuse_unused(args, add_arguments, ("task", "seen", *_FOR_TEXTS), "a vision-language model")
+        refuse_unused(
+            args,
+            add_arguments,
+            ("task", "seen", "one_by_one", *_FOR_TEXTS),
+            "a vision-language model",
+        )
         return calibrate_pictures(args)
     refuse_unused(args, add_arguments, ("image_spread",), "what routes no image tokens")
     if (task := task_asked(args)) is not None:
         refuse_unused(args, add_arguments, _FOR_TEXTS, "an encoder")
         return calibrate_items(args, task)
-    refuse_unused(args, add_arguments, FOR_ITEMS, "a language model")
+    refuse_unused(args, add_arguments, (*FOR_ITEMS, "one_by_one"), "a language model")
     started = time.monotonic()
     model = ElasticModel.load(args.base, args.adapter, dtype=args.dtype, device=args.device)
     if model.adapter is None or model.tokenizer is None:

@@ -19,21 +19,31 @@ from typing import Any
 
 from elastiformer import AdapterError, Calibration, CapacityError, Phase
 from elastiformer.calibration import DataRecord, Step
+from elastiformer.capacity import dense_plan
 from elastiformer.encoder import ElasticEncoder
 from elastiformer.encoder_weights import task_of
 from elastiformer.tasks import Task
-from training.allotment import LEAST_KL, Allotment, Curves, fields_of, late_layers, uniform
+from training.allotment import (
+    LEAST_KL,
+    Allotment,
+    Curves,
+    fields_of,
+    gradually,
+    late_layers,
+    uniform,
+)
 from training.encoder_quality import ItemMeter, Judged, measure_items
 from training.examples import Examples, read_examples
 from training.files import DataError
 from training.options import real
 from training.progress import track
 from training.sensitivity import Notebook, ask, curves, late_losses, probes
-from training.tuning import Score, tune
+from training.tuning import Score, reorder, tune
 
 TOLERANCE = 0.02  # what an item spends lies so near to what it asked, beyond a token's worth
 PROBING, TUNING = 0.5, 0.8  # of the time allowed, when the probes and the tuning end
 SEEN = "share of an image's patches that a masked autoencoder is shown"
+WORTH = 0.8  # of an even spread's loss, at most, is a router's that is worth its time
 COMPARED = 3  # capacities at which candidate paths are compared
 
 Path_ = tuple[Step, ...]
@@ -181,6 +191,7 @@ class ItemJob:
         self.phase = routed_phase(model)
         asked = args.prompt_units if model.reads_class else args.output_units
         self._units = adapter.units if asked is None else asked
+        self._one_by_one = args.one_by_one
         self._meter = ItemMeter(model, items, self.phase)
         about = hashlib.sha256(f"{adapter.identity_in(self.phase)}/{probe.sha256}".encode())
         self._notebook = Notebook(
@@ -205,6 +216,17 @@ class ItemJob:
         if not judged:
             raise AdapterError("nothing that can be left out was measured")
         self.chosen = min(judged, key=lambda name: judged[name][0])
+        if self._one_by_one:
+            name = f"{self.chosen}, reordered"
+            order, _ = reorder(
+                judged[self.chosen][1],
+                lambda order: self._score(name, order),
+                self._deadline(TUNING),
+                self._sweeps,
+            )
+            path = self._routed(order)
+            self._score(name, path)
+            return path
         if not fields or "greedy" not in self.chosen:  # no curve shaped it: nothing to turn
             return judged[self.chosen][1]
         path, _, _ = tune(
@@ -234,6 +256,8 @@ class ItemJob:
         self, fields: Sequence[str], late: Mapping[int, float]
     ) -> dict[str, Callable[[Curves], Path_]]:
         """Ways to make a path from loss curves, by name."""
+        if self._one_by_one:
+            return self._makers_one_by_one()
 
         def greedy(late: Mapping[int, float] | None = None, whole: bool = True) -> Any:
             return lambda known: Allotment(
@@ -250,10 +274,40 @@ class ItemJob:
                 makers["late layers and greedy"] = greedy(late=late)
         return makers
 
+    def _makers_one_by_one(self) -> dict[str, Callable[[Curves], Path_]]:
+        makers: dict[str, Callable[[Curves], Path_]] = {
+            "greedy": lambda known: Allotment(self._shape, self.context, known, fields=()).path()
+        }
+        if self.phase is Phase.PROMPT:
+            makers["late layers"] = lambda _: late_layers(self._layers)
+        return makers
+
+    def _routed(self, order: Path_) -> Path_:
+        """Whole sub-layers in this order, each at once or by its router.
+
+        Left out at once, a part of a sub-layer's tokens is spread evenly over an item, and known
+        before it runs. A router has to lose clearly less to be worth its time.
+        """
+        evenly = [at % 2 == 1 for at in range(self._longest)]
+        path: list[Step] = []
+        before = dense_plan(self._layers)
+        for step in track(order, label="routers against an even spread"):
+            half, after = (
+                (*before[: step.layer], changed, *before[step.layer + 1 :])
+                for share in (0.5, 0.0)
+                if (changed := replace(before[step.layer], **{step.field: share}))
+            )
+            spread = self._meter.scheduled(before, after, evenly)
+            routed = self._meter.scheduled(half, half, evenly)
+            path += gradually(step) if max(routed, LEAST_KL) < WORTH * spread else [step]
+            before = after
+        return tuple(path)
+
     def _score(self, name: str, path: Path_) -> Score:
         """A path's loss over a few capacities, each weighed alike; the less, the better."""
         asked = [each for each in self._capacities if each < 1]
-        asked = asked[len(asked) // 4 :][:: -max(1, math.ceil(len(asked) / COMPARED))]
+        asked = asked[len(asked) // 4 :]  # near 1 all paths are good
+        asked = asked[:: -max(1, math.ceil(len(asked) / COMPARED))]
         found: dict[str, float] = {}
         for capacity in asked:
             schedule = self._schedule(path, capacity, self.context)

@@ -2,7 +2,8 @@
 
 Probed alone, a layer shows nothing of how losses add up when everything is lowered at once. So
 the curves get knobs: how much each field counts, how steep all are, how far layers differ. A knob
-is turned a little either way, a path is made and its loss measured, and what is better stays.
+is turned a little either way, a path is made and its loss measured, and what is better stays. A
+path of whole sub-layers is an order, in which neighbours change places.
 """
 
 from __future__ import annotations
@@ -68,6 +69,25 @@ def reshaped(curves: Curves, knobs: Knobs) -> Curves:
         },
         {name: knobs.steepness * value for name, value in curves.steepness.items()},
     )
+
+
+def reorder(
+    order: Path, judge: Callable[[Path], Score], until: float, sweeps: int
+) -> tuple[Path, Score]:
+    """Swap neighbours while it helps, `sweeps` times through or until the clock reads `until`."""
+    score = judge(order)
+    for _ in range(sweeps):
+        before = score
+        for at in range(len(order) - 1):
+            if time.monotonic() > until:
+                return order, score
+            other = (*order[:at], order[at + 1], order[at], *order[at + 2 :])
+            other_score = judge(other)
+            if other_score < score:
+                order, score = other, other_score
+        if score == before:
+            break
+    return order, score
 
 
 def tune(

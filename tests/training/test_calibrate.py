@@ -13,7 +13,7 @@ from elastiformer.accounting import LayerShape, ModelShape
 from elastiformer.calibration import Step, walk
 from elastiformer.capacity import dense_plan
 from training.__main__ import main
-from training.allotment import Allotment, Curves, fields_of, late_layers, uniform
+from training.allotment import Allotment, Curves, fields_of, gradually, late_layers, uniform
 from training.sensitivity import (
     LATE,
     Meter,
@@ -24,7 +24,7 @@ from training.sensitivity import (
     probes,
     remembered,
 )
-from training.tuning import Knobs, reshaped, tune
+from training.tuning import Knobs, reorder, reshaped, tune
 
 LAYERS = 3
 SHAPE = ModelShape((LayerShape(24, 4, 2, 10, 56, gated=True, experts=7),) * LAYERS, 24, 97)
@@ -248,6 +248,26 @@ def test_turning_a_knob_keeps_only_what_is_better():
     assert score == judge(path) < judge(make(known))
     assert make(reshaped(known, knobs)) == path
     assert tune(known, ["heads"], make, judge, -math.inf, sweeps=3)[0] == make(known)
+
+
+def test_neighbours_change_places_only_while_it_helps():
+    order = tuple(Step(layer, "mlp_tokens", 0.0) for layer in (0, 2, 1, 3))
+
+    def judge(path: tuple[Step, ...]) -> tuple[int, float]:
+        late = sum(place * step.layer for place, step in enumerate(path))
+        return 0, float(late)  # the later layers first, the better
+
+    path, score = reorder(order, judge, math.inf, sweeps=9)
+    assert [step.layer for step in path] == [3, 2, 1, 0] and score == judge(path)
+    assert reorder(order, judge, -math.inf, sweeps=9)[0] == order
+    assert reorder(order, judge, math.inf, sweeps=0)[0] == order
+
+
+def test_gradually_a_sub_layer_goes_from_whole_to_nothing():
+    steps = gradually(Step(2, "mlp_tokens", 0.0))
+    shares = [step.share for step in steps]
+    assert shares == sorted(set(shares), reverse=True) and shares[0] < 1 and shares[-1] == 0
+    assert {(step.layer, step.field) for step in steps} == {(2, "mlp_tokens")}
 
 
 def test_knobs_that_are_not_turned_change_nothing():

@@ -28,6 +28,7 @@ from tests.tiny_encoders import (
     tiny_word_tokenizer,
 )
 from training.__main__ import main
+from training.allotment import TOKEN_FIELDS
 from training.encoder_reports import kept_patches
 from training.encoder_student import ItemStudent, distances, judged
 from training.examples import read_examples
@@ -141,6 +142,32 @@ def test_an_encoder_is_distilled_calibrated_and_evaluated(tmp_path, capsys, fami
     assert not sequence.plan_at(len(item.ids) - 1).is_dense
     card = (adapter / "README.md").read_text()
     assert "items of about" in card and f"Task: {served.task}" in card
+
+
+@pytest.mark.parametrize(("family", "task"), [("vit", None), ("siglip", "features")])
+def test_one_by_one_at_most_one_sub_layer_works_on_a_part_of_the_tokens(
+    tmp_path, capsys, family, task
+):
+    base = save_tiny_encoder(tmp_path / "base", tiny_encoder(family, task))
+    data, adapter = pictures(tmp_path / "images", 60), tmp_path / "adapter"
+    units = ["--units", "attention_tokens,mlp_tokens", "--steps", 2]
+    ran(capsys, "distill", "--base", base, "--data", data, "--out", adapter, *units)
+    where = ["--base", base, "--adapter", adapter, "--data", data]
+    calibrated = ran(capsys, "calibrate", *where, "--one-by-one", "--sweeps", 1)
+    assert calibrated["promise_kept"] and "reordered" in list(calibrated["candidates"])[-1]
+
+    served = ElasticEncoder.load(str(base), adapter, dtype="float32")
+    for item in read_examples(str(data), served).items([3, 4]):
+        for percent in range(60, 91):
+            sequence = served.sequence(Capacity(percent / 100, percent / 100), item)
+            plans = [sequence.plan_at(place).plan for place in range(len(item.ids))]
+            routed = plans[1:]  # the first token keeps every sub-layer
+            shares = [
+                {getattr(plan[layer], field) for plan in routed}
+                for layer in range(len(served.shape.layers))
+                for field in TOKEN_FIELDS
+            ]
+            assert sum(each not in ({0.0}, {1.0}) for each in shares) <= 1
 
 
 def test_of_every_image_as_many_patches_are_kept_as_are_due():
