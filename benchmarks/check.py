@@ -45,6 +45,7 @@ class Planned:
 
     mode: str
     times: StepTimes
+    overhead: float  # factor on each step: HTTP and threads
     rate: float  # with the promise, for good
     saturated: float  # finished per second when there is always one more waiting
     checked: tuple[Checked, ...] = ()

@@ -13,15 +13,16 @@ from benchmarks.results import Goal, Report, Table
 from elastiformer import ElasticModel
 
 
-def report(
-    args: argparse.Namespace, model: ElasticModel, planned: Sequence[Planned], overhead: float
-) -> Report:
+def report(args: argparse.Namespace, model: ElasticModel, planned: Sequence[Planned]) -> Report:
     tables = [_step_table(each) for each in planned]
     tables.append(
         Table(
             "What this machine holds",
-            ("requests", "requests/s with the promise", "requests/s at most"),
-            [[each.mode, f"{each.rate:.2f}", f"{each.saturated:.2f}"] for each in planned],
+            ("requests", "HTTP and threads, factor", "requests/s with the promise", "at most"),
+            [
+                [each.mode, f"{each.overhead:.2f}", f"{each.rate:.2f}", f"{each.saturated:.2f}"]
+                for each in planned
+            ],
         )
     )
     if args.check:
@@ -59,13 +60,13 @@ def report(
             "share": args.share,
             "check_seconds": args.check_seconds if args.check else None,
         },
-        results={"overhead": overhead, "planned": [asdict(each) for each in planned]},
+        results={"planned": [asdict(each) for each in planned]},
         tables=tables,
         notes=(
             f"Each request: {args.prompt} prompt tokens, {args.tokens} new ones. The promise: for "
             f"{args.share:.0%} of the requests the first token within {args.first_token_ms:g} ms, "
             f"the others {args.between_tokens_ms:g} ms apart or less on average. Steps are medians "
-            f"in this process; HTTP and threads make each {overhead:.2f} times as long. Arrivals "
+            "in this process; HTTP and threads make each longer by the factor of its mix. Arrivals "
             "are random and wait for nobody."
         ),
         draw=lambda figure: _draw(figure, planned, args.share),

@@ -3,8 +3,8 @@
 First steps are measured: so many rows that decode, beside so many prompt tokens, at each mix of
 capacities. Then the server's own scheduler runs over these step times with random arrivals
 (`benchmarks/simulation.py`), and the highest rate is searched at which `--share` of the requests
-get their first token and the following ones in time. What HTTP and threads add is one factor: the
-same sixteen streams over HTTP, of the first mix, over the time that the simulation gives them.
+get their first token and the following ones in time. What HTTP and threads add is one factor for
+each mix: half as many streams over HTTP as may run, over the time that the simulation gives them.
 
 With --check, requests are then sent at rates around the planned one, at the very moments that are
 simulated beside them, and the rates at which the promise breaks are compared.
@@ -116,15 +116,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     needs_server = args.overhead is None or args.check
     with _server(args) if needs_server else nullcontext() as place:
-        overhead = args.overhead
         if place is not None:
             ids = models.text_ids(model, 4096 + args.prompt)
             sender = Sender(place.address, ids, starts, args.prompt, args.tokens)
-            if overhead is None:
-                first = next(iter(mixes))
-                overhead = _overhead(sender, hosts[first], jobs[first], mixes[first])
-        assert overhead is not None, "measured where it was not given"
-        hosts = {mode: replace(host, overhead=overhead) for mode, host in hosts.items()}
+        hosts = {
+            mode: replace(
+                host, overhead=args.overhead or _overhead(sender, host, jobs[mode], mixes[mode])
+            )
+            for mode, host in hosts.items()
+        }
         planned = [_plan(mode, hosts[mode], jobs[mode], promise, args.requests) for mode in mixes]
         if args.check:
             planned = [
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 )
                 for each in planned
             ]
-    return write(report(args, model, planned, overhead), args.out)
+    return write(report(args, model, planned), args.out)
 
 
 def _server(args: argparse.Namespace) -> AbstractContextManager[server.Running]:
@@ -160,7 +160,7 @@ def _job(args: argparse.Namespace, engine: Engine, capacity: Capacity) -> Job:
 
 def _overhead(sender: Sender, host: Host, jobs: Sequence[Job], mix: Sequence[float]) -> float:
     """The same streams over HTTP, over what the simulation says; the median of three tries."""
-    streams = host.limits.max_running
+    streams = max(host.limits.max_running // 2, 1)  # about as many as near the promised rate
     on_paper = _last([Arrival(0.0, jobs[at % len(jobs)]) for at in range(streams)], host)
     taken = [sender.at_once(streams, mix) for _ in range(4)]
     return statistics.median(taken[1:]) / on_paper  # the first one warms up
@@ -182,4 +182,5 @@ def _plan(mode: str, host: Host, jobs: Sequence[Job], promise: Promise, requests
     def share_at(rate: float) -> float:
         return promise.share_kept(times_of(simulate_at(host, jobs, rate, requests / rate, seed=0)))
 
-    return Planned(mode, host.times, held_rate(share_at, promise.share, 1.2 * saturated), saturated)
+    rate = held_rate(share_at, promise.share, 1.2 * saturated)
+    return Planned(mode, host.times, host.overhead, rate, saturated)

@@ -100,7 +100,8 @@ def step_times(
 ) -> StepTimes:
     """Medians over rounds in which every kind of step has its turn."""
     most = min(engine.limits.max_running, engine.limits.max_step_tokens)
-    rows = sorted({1, *(most * part // 4 for part in (1, 2, 4))} - {0})
+    # A row more than fills a tile costs what a whole tile does.
+    rows = sorted({each for each in (1, 2, 4, 5, most // 2, most) if each <= most})
     tokens = [each for each in PROMPT_TOKENS if each <= engine.limits.max_step_tokens]
     cells = [(0, each) for each in tokens[1:]]
     # Beside decodes few prompt tokens run: of more, each is taken to cost what it does alone.
