@@ -63,7 +63,7 @@ class Measured:
     time_ratio: Spread  # over capacity 1.0 in the same round
     block_flop_ratio: float
     flop_ratio: float  # with the output head
-    realised_blocks: float | None  # None where nothing was to be saved
+    realised_blocks: float | None  # None where next to nothing was to be saved
     realised: float | None
     roof_milliseconds: float | None
     roof_ratio: float | None
@@ -157,21 +157,17 @@ def _measure(
                 realised=_realised(ratio.median, whole_model),
                 roof_milliseconds=1000 * roof[capacity] if roof else None,
                 roof_ratio=roof_ratio,
-                of_roof_saving=_of_roof(ratio.median, roof_ratio),
+                of_roof_saving=_realised(ratio.median, roof_ratio),
             )
         )
     return found
 
 
-def _realised(time_ratio: float, cost_ratio: float) -> float | None:
-    return (1 - time_ratio) / (1 - cost_ratio) if cost_ratio < 0.999 else None
-
-
-def _of_roof(time_ratio: float, roof_ratio: float | None) -> float | None:
-    """None where the roofline lets the plan save next to nothing: then the quotient is noise."""
-    if roof_ratio is None or roof_ratio > 1 - LITTLE:
+def _realised(time_ratio: float, ratio: float | None) -> float | None:
+    """None where next to nothing could be saved: then the quotient is noise."""
+    if ratio is None or ratio > 1 - LITTLE:
         return None
-    return (1 - time_ratio) / (1 - roof_ratio)
+    return (1 - time_ratio) / (1 - ratio)
 
 
 def _both(share: float) -> Capacity:
@@ -234,7 +230,7 @@ def _report(args: argparse.Namespace, model: ElasticModel, measured: list[Measur
             "(1 - FLOP ratio), once for the blocks' FLOPs and once for all, the output head "
             "included. The roofline of a decode step counts the weights that some row needs and "
             "the FLOPs; its last column is (1 - time ratio) / (1 - roofline ratio), "
-            f"left out where the roofline itself allows less than {LITTLE:.0%}."
+            f"and each is left out where less than {LITTLE:.0%} could be saved."
         ),
         draw=lambda figure: _draw(figure, measured),
         goals=_goals(measured, shaped=name != "saving"),
@@ -247,7 +243,7 @@ def _goals(measured: Sequence[Measured], shaped: bool) -> list[Goal]:
         found = [
             each.of_roof_saving if of_roof else each.realised
             for each in measured
-            if each.work == work and each.flop_ratio < 0.999 and _is_low(each.capacity)
+            if each.work == work and _is_low(each.capacity)
         ]
         return min((value for value in found if value is not None), default=None)
 

@@ -58,4 +58,4 @@ class Usage:
         return self
 
 
-_NUMBERS = tuple(each.name for each in fields(Usage) if each.type == "int")
+_NUMBERS = tuple(each.name for each in fields(Usage) if each.name not in ("routed", "skipped"))
