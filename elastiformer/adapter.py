@@ -22,12 +22,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from elastiformer.accounting import KVPolicy, LayerShape, LoraShape, ModelShape
+from elastiformer.adapter_files import (
+    from_hub,
+    parse_tensors,
+    read_file,
+    read_json,
+    to_hub,
+    write_beside,
+)
 from elastiformer.calibration import Calibration
 from elastiformer.calibration_reading import read_calibration
 from elastiformer.capacity import Phase, Unit
@@ -211,14 +217,9 @@ class Adapter:
 
     def push(self, repository: str) -> None:
         """Upload the saved folder to the Hub, as a model repository."""
-        from huggingface_hub import HfApi
-
         if self.path is None:
             raise AdapterError("this adapter was never saved: save it to a folder, then push it")
-        hub = HfApi()
-        hub.create_repo(repository, exist_ok=True)
-        names = ["*.json", "*.safetensors", "README.md"]
-        hub.upload_folder(repo_id=repository, folder_path=self.path, allow_patterns=names)
+        to_hub(self.path, repository)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {name: p.detach().float() for name, p in self.routers.state_dict().items()}
@@ -279,8 +280,8 @@ class SavedAdapter:
         if not folder.is_dir():
             if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
                 raise AdapterError(f"adapter {str(source)!r}: there is no such folder")
-            folder = _from_hub(str(source))
-        header = _read_json(folder / "adapter.json")
+            folder = from_hub(str(source))
+        header = read_json(folder / "adapter.json")
         if header.get("format") != FORMAT:
             raise AdapterError(
                 f"{folder / 'adapter.json'}: format {header.get('format')!r}; "
@@ -294,15 +295,15 @@ class SavedAdapter:
             raise AdapterError(f"{folder / 'adapter.json'}: cannot be read: {error!r}") from error
         if problems := spec.problems():
             raise AdapterError(f"{folder / 'adapter.json'}:\n  " + "\n  ".join(problems))
-        contents = {name: _read_file(folder, name, digest) for name, digest in files.items()}
+        contents = {name: read_file(folder, name, digest) for name, digest in files.items()}
         calibration = None
         if (folder / "calibration.json").exists():
-            calibration = read_calibration(_read_json(folder / "calibration.json"))
+            calibration = read_calibration(read_json(folder / "calibration.json"))
         return cls(
             path=folder,
             spec=spec,
             base=base,
-            tensors=_parse_tensors(
+            tensors=parse_tensors(
                 folder / "routers.safetensors", contents.get("routers.safetensors")
             ),
             lora=read_lora(folder, contents) if spec.lora_rank else {},
@@ -388,20 +389,6 @@ def elastic_shape(layout: Layout, adapter: Adapter | None) -> ModelShape:
     return ModelShape(tuple(layers), layout.width, layout.vocabulary, kv, repaired)
 
 
-def write_beside(path: Path, content: bytes) -> None:
-    """Write a file beside its place, and then rename: whoever reads sees the old or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def _spec(header: Mapping[str, Any]) -> AdapterSpec:
     lora = header["lora"] or {"rank": 0, "parts": [], "phases": "shared"}
     return AdapterSpec(
@@ -419,48 +406,3 @@ def _spec(header: Mapping[str, Any]) -> AdapterSpec:
         image_scorer=header.get("image_scorer", "linear"),
         image_spread=header.get("image_spread", 0.0),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path}: an object is expected; got {type(value).__name__}")
-    return value
-
-
-def _read_file(folder: Path, name: str, digest: str) -> bytes:
-    path = folder / name
-    if ".." in Path(name).parts or Path(name).is_absolute():
-        raise AdapterError(f"{folder / 'adapter.json'}: names a file outside its folder: {name}")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise AdapterError(f"{path}: cannot be read: {error}") from error
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise AdapterError(f"{path}: cut short or altered: its hash is not the one in adapter.json")
-    return content
-
-
-def _parse_tensors(path: Path, content: bytes | None) -> dict[str, Tensor]:
-    if content is None:
-        raise AdapterError(f"{path}: adapter.json does not list it")
-    try:
-        return load_tensors(content)
-    except SafetensorError as error:
-        raise AdapterError(f"{path}: not a safetensors file: {error}") from error
-
-
-def _from_hub(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "README.md"])
-        )
-    except Exception as error:  # the Hub client raises many kinds; all mean the same here
-        raise AdapterError(
-            f"adapter {repository!r}: no such folder, and not to be had from the Hub ({error})"
-        ) from error

@@ -37,6 +37,7 @@ from elastiformer.lanes import (
     _Tile,
     _vector,
 )
+from elastiformer.largest import _copy_largest
 from elastiformer.row_kernels import _as_stored
 
 _NEEDED = ("avx512bf16", "avx512bw")
@@ -70,11 +71,17 @@ def multiply(
     steps: np.ndarray,
     lows: np.ndarray,
     x_RI: np.ndarray,
+    norms_I: np.ndarray,
+    start_S: np.ndarray,
     out_RO: np.ndarray,
 ) -> None:
-    """out = x, rounded to bfloat16, times the stored weight: of a grid, or of bfloat16."""
+    """out = the picked of x, rounded to bfloat16, times the stored weight: of a grid, or bfloat16.
+
+    Args:
+        start_S: where each row's picks would begin, and the last ones end (largest.py).
+    """
     with TURN:
-        _multiply_pairs(weight_SICW, steps, lows, x_RI, out_RO)
+        _multiply_pairs(weight_SICW, steps, lows, x_RI, norms_I, start_S, out_RO)
 
 
 def takes(inputs: int, form: np.dtype[Any]) -> bool:
@@ -257,41 +264,51 @@ def _scaled(
     return result
 
 
+@compiled(fastmath={"contract", "reassoc", "nsz"})
+def _total(numbers_I, first, end):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for i in range(first, end):
+        total += numbers_I[i]
+    return total
+
+
 @compiled()
-def _pair_values(x_RI, tile, pairs_PH, total_GH):  # type: ignore[no-untyped-def]
-    """The values of a tile's rows in pairs of bfloat16, and their sums over each group."""
-    rows, inputs = x_RI.shape
-    for h in range(TILE):
-        row = tile * TILE + h
-        if row >= rows:
-            pairs_PH[:, h] = 0
-            total_GH[:, h] = 0
-            continue
-        small_I = np.empty(inputs, dtype=np.uint16)
-        bits_I = np.empty(inputs, dtype=np.uint32)
-        for i in range(inputs):
-            small_I[i] = _as_stored(x_RI[row, i], small_I)
-            bits_I[i] = np.uint32(small_I[i]) << np.uint32(16)
-        rounded_I = bits_I.view(np.float32)
-        for group in range(len(total_GH)):
-            total = np.float32(0)
-            for i in range(group * GROUP, min(group * GROUP + GROUP, inputs)):
-                total += rounded_I[i]
-            total_GH[group, h] = total
-        for pair in range(inputs // 2):
-            pairs_PH[pair, h] = np.uint32(small_I[2 * pair]) | bits_I[2 * pair + 1]
+def _pair_row(x_I, h, pairs_PH, total_GH):  # type: ignore[no-untyped-def]
+    """A row's values in pairs of bfloat16, and their sums over each group."""
+    inputs = len(x_I)
+    small_I = np.empty(inputs, dtype=np.uint16)
+    bits_I = np.empty(inputs, dtype=np.uint32)
+    for i in range(inputs):
+        small_I[i] = _as_stored(x_I[i], small_I)
+        bits_I[i] = np.uint32(small_I[i]) << np.uint32(16)
+    rounded_I = bits_I.view(np.float32)
+    for group in range(len(total_GH)):
+        first = group * GROUP
+        total_GH[group, h] = _total(rounded_I, first, min(first + GROUP, inputs))
+    both_P = small_I.view(np.uint32)
+    for pair in range(len(both_P)):
+        pairs_PH[pair, h] = both_P[pair]
 
 
 @compiled(parallel=True)
-def _multiply_pairs(weight_SICW, steps, lows, x_RI, out_RO):  # type: ignore[no-untyped-def]
+def _multiply_pairs(weight_SICW, steps, lows, x_RI, norms_I, start_S, out_RO):  # type: ignore[no-untyped-def]
     slabs, inputs, chunks, _ = weight_SICW.shape
     rows, outputs = out_RO.shape
     tiles = (rows + TILE - 1) // TILE
     groups = (inputs + GROUP - 1) // GROUP
     pairs_TPH = np.empty((tiles, inputs // 2, TILE), dtype=np.uint32)
     total_TGH = np.empty((tiles, groups, TILE), dtype=np.float32)
-    for tile in prange(tiles):
-        _pair_values(x_RI, tile, pairs_TPH[tile], total_TGH[tile])
+    for row in prange(tiles * TILE):
+        tile, h = row // TILE, row % TILE
+        if row >= rows:
+            pairs_TPH[tile, :, h] = 0
+            total_TGH[tile, :, h] = 0
+        elif start_S[row + 1] - start_S[row] < inputs:
+            only_I = np.empty(inputs, dtype=np.float32)
+            _copy_largest(x_RI[row], norms_I, start_S[row + 1] - start_S[row], only_I)
+            _pair_row(only_I, h, pairs_TPH[tile], total_TGH[tile])
+        else:
+            _pair_row(x_RI[row], h, pairs_TPH[tile], total_TGH[tile])
     pairs_, total_ = pairs_TPH.reshape(-1), total_TGH.reshape(-1)
     for slab in prange(slabs):
         width = chunks * WIDTH

@@ -85,7 +85,7 @@ class Product:
             return picked(self._weight_IO, self._bias_O, reading.x_RI, reading.index_RK())
         counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
         if self.pairs and len(reading.x_RI) > 1 and not counted:
-            out_RO = torch.from_numpy(self._tiles.multiply_pairs(reading.only_RI.numpy()))
+            out_RO = torch.from_numpy(self._tiles.multiply_pairs(*reading.unsearched))
         elif counted:
             out_RO = torch.ops.elasti.tiled_linear(
                 [torch.from_numpy(array) for array in reading.picks],

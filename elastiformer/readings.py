@@ -9,21 +9,13 @@ Shape letters: R rows   I inputs   K picked channels   S (of start_S) rows + 1
 from __future__ import annotations
 
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from elastiformer.kernels import keep_largest
-from elastiformer.tiles import Picks, even_starts, everything, search
-
-
-class Wanted(NamedTuple):
-    """What decides on a CPU which channels are picked."""
-
-    norms_I: np.ndarray
-    start_S: np.ndarray  # where each row's picks begin, and the last ones end
+from elastiformer.largest import keep_largest
+from elastiformer.tiles import Picks, Wanted, even_starts, everything, search
 
 
 class Reading:
@@ -67,6 +59,13 @@ class Reading:
             return torch.from_numpy(only_RI)
         assert self._kept_RI is not None, "channels that nobody marked"
         return self.x_RI * self._kept_RI
+
+    @property
+    def unsearched(self) -> tuple[np.ndarray, Wanted | None]:
+        """`x`, and what is to be picked of it; without that, it is zero but for the picks."""
+        if self._wanted is not None:
+            return self.on_host_RI, self._wanted
+        return self.only_RI.contiguous().numpy(), None
 
     @cached_property
     def picks(self) -> Picks:

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from elastiformer.kernels import TURN, _keep_largest, _search_row, _search_side_by_side, compiled
+from elastiformer.kernels import TURN, compiled
 from elastiformer.lanes import _multiply_one, _multiply_some
+from elastiformer.largest import _search_row, _search_side_by_side
 from elastiformer.pairs import _multiply_pairs
 from elastiformer.row_kernels import (
     _ALONE,
@@ -116,13 +117,11 @@ def _add_bias(out_NO, bias_O):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _product_of_pairs(x_NI, weight, layer, start_S):  # type: ignore[no-untyped-def]
-    """What a row leaves out becomes zero, in place: nobody else reads it."""
-    if start_S[-1] < x_NI.size:
-        _keep_largest(x_NI, weight.norms_I[layer], start_S)
     out_NO = np.empty((len(x_NI), weight.outputs), dtype=np.float32)
     _multiply_pairs(
-        weight.weight_SICW[layer], weight.steps[layer], weight.lows[layer], x_NI, out_NO
-    )
+        weight.weight_SICW[layer], weight.steps[layer], weight.lows[layer],
+        x_NI, weight.norms_I[layer], start_S, out_NO,
+    )  # fmt: skip
     _add_bias(out_NO, weight.bias_O[layer])
     return out_NO
 

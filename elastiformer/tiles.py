@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from elastiformer import kernels, lanes, pairs
+from elastiformer import kernels, lanes, largest, pairs
 from elastiformer.lanes import GROUP, LANES, WIDTH
 
 # A slab holds long lines of memory for each input, or else a single row that leaves inputs out
@@ -42,6 +42,16 @@ class Picks(NamedTuple):
     index_P: np.ndarray
     value_P: np.ndarray
     start_S: np.ndarray
+
+
+class Wanted(NamedTuple):
+    """What decides which inputs the rows pick: those of the largest size x norm."""
+
+    norms_I: np.ndarray
+    start_S: np.ndarray  # where each row's picks begin, and the last ones end
+
+
+_NO_NORMS = np.empty(0, dtype=np.float32)  # of rows that pick all
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,10 +122,16 @@ class Tiles:
         """Whether rows in bfloat16 can be multiplied two inputs at a time (pairs.py)."""
         return pairs.takes(self.weight_SICW.shape[1], self.weight_SICW.dtype)
 
-    def multiply_pairs(self, x_RI: np.ndarray) -> np.ndarray:
-        """The product with rows of float32, rounded to bfloat16 on the way: float32 [R, O]."""
-        out_RO = np.empty((len(x_RI), self.outputs), dtype=np.float32)
-        pairs.multiply(*self.arrays, x_RI, out_RO)
+    def multiply_pairs(self, x_RI: np.ndarray, wanted: Wanted | None = None) -> np.ndarray:
+        """The product with rows of float32, rounded to bfloat16 on the way: float32 [R, O].
+
+        Args:
+            wanted: which inputs the rows pick; None: all.
+        """
+        rows, inputs = x_RI.shape
+        out_RO = np.empty((rows, self.outputs), dtype=np.float32)
+        norms_I, start_S = wanted or Wanted(_NO_NORMS, even_starts(rows, inputs))
+        pairs.multiply(*self.arrays, x_RI, norms_I, start_S, out_RO)
         return out_RO
 
     def multiply(self, picks: Picks, summed: int = 1024) -> np.ndarray:
@@ -137,7 +153,7 @@ def search(x_RI: np.ndarray, norms_I: np.ndarray, start_S: np.ndarray) -> Picks:
     """
     count = int(start_S[-1])
     index_P, value_P = np.empty(count, dtype=np.int32), np.empty(count, dtype=np.float32)
-    kernels.search(x_RI, norms_I, index_P, value_P, start_S)
+    largest.search(x_RI, norms_I, index_P, value_P, start_S)
     return Picks(index_P, value_P, start_S)
 
 

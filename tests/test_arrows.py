@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LOW_TO_HIGH = """
     elastiformer: errors tasks capacity usage accounting calibration calibration_reading card
         priced families encoders experts routers lora lora_files unpacking shipped originals
-        weights encoder_weights vlms vlm_weights misfits adapter masked pool cache sequence
-        imaged prefixes memory kernels row_kernels pointwise packed rotary taken costs lanes
-        pairs single_queries sub_layers tiles readings products flop_formulas expert_table
-        repair attention placing workshop keeping sparse_heads sparse_attention sparse_experts
-        sparse_mlp decoding sparse encoding imaging sight planning drawing sampling inputs
-        images encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
+        weights encoder_weights vlms vlm_weights misfits adapter_files adapter masked pool cache
+        sequence imaged prefixes memory kernels row_kernels pointwise packed rotary taken costs
+        lanes largest pairs single_queries sub_layers tiles readings products flop_formulas
+        expert_table repair attention placing workshop keeping sparse_heads sparse_attention
+        sparse_experts sparse_mlp decoding sparse encoding imaging sight planning drawing sampling
+        inputs images encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
 
     service: __init__ errors build settings schemas scheduler pace metrics knob orders energy rows
         bench ledger middleware engine encoder_engine led served zero_shot items desk tracing logs
@@ -40,7 +40,15 @@ LOW_TO_HIGH = """
 
 _COMPILED = {
     f"elastiformer.{name}"
-    for name in ("kernels", "lanes", "pairs", "row_kernels", "single_queries", "sub_layers")
+    for name in (
+        "kernels",
+        "lanes",
+        "largest",
+        "pairs",
+        "row_kernels",
+        "single_queries",
+        "sub_layers",
+    )
 }
 
 # library: the only files that may import it. A package stands for all its files.
@@ -74,7 +82,7 @@ DOORS = {
         "training.vision",
     },
     "peft": {"elastiformer.lora_files"},
-    "huggingface_hub": {"elastiformer.adapter", "elastiformer.weights"},
+    "huggingface_hub": {"elastiformer.adapter_files", "elastiformer.weights"},
     "gguf": set(),  # Transformers reads GGUF with it
     "datasets": {"training.data", "training.examples"},
     "PIL": {"elastiformer.images"},

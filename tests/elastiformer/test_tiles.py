@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from elastiformer import kernels
+from elastiformer import kernels, largest
 from elastiformer.families import Projection
 from elastiformer.products import Product
 from elastiformer.readings import Reading, pick
@@ -98,7 +98,7 @@ def test_the_search_finds_what_a_stable_sort_finds(rows, values):
         assert (picks.value_P[own] == x_RI[row, picks.index_P[own]]).all()
     only_RI = np.zeros_like(x_RI)
     only_RI[np.repeat(np.arange(rows), counts_R), picks.index_P] = picks.value_P
-    kernels.keep_largest(x_RI, norms_I, start_S)
+    largest.keep_largest(x_RI, norms_I, start_S)
     assert (x_RI == only_RI).all()
 
 
