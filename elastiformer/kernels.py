@@ -45,13 +45,18 @@ def fit_grid(
     Args:
         group: how many inputs share a step and a low.
     """
+    use_threads()
     with TURN:
         return bool(_fit_grid(full_SIO, group, codes, steps, lows).all())
 
 
 def use_threads() -> None:
     """Let this thread's calls use as many threads as PyTorch does."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    # Numba's first call of all tells OpenMP, and so PyTorch, to use all processors.
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def thread_pool() -> str:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +16,8 @@ from elastiformer.families import Projection
 from elastiformer.products import Product
 from elastiformer.readings import Reading, pick
 from elastiformer.tiles import Picks, Tiles, even_starts, everything, search
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +125,29 @@ def test_rows_that_pick_and_rows_that_do_not_share_a_product():
         assert own.only_RI.data_ptr() == before_RI.data_ptr() and torch.equal(before_RI, only_RI)
         for out_RO in (product.by_row(reading), product.at_once(reading)):
             torch.testing.assert_close(out_RO, linear(only_RI))
+
+
+def test_kernels_use_no_more_threads_than_they_are_told():
+    # Numba is told by its first call of a process alone.
+    code = """
+import numba, torch
+from elastiformer import kernels
+from elastiformer.tiles import Tiles
+
+Tiles.of(torch.randn(200, 64))
+kernels.use_threads()
+print(torch.get_num_threads(), numba.get_num_threads())
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"},
+    )
+    assert found.stdout.split() == ["1", "1"]
 
 
 def test_where_there_are_no_tiles_both_ways_agree():
