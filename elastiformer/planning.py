@@ -231,12 +231,17 @@ def prompt_ending(
     price = min(_END_PRICE, share - lowest)
     payable = math.floor(price / (whole - share + price) * context)
     tokens = min(_END_TOKENS, context // _END_PART, payable)
-    others = share - (whole - share) * tokens / (context - tokens)
+    others = others_share(share, whole, tokens, context)
     try:
         calibration.schedule(others, Phase.PROMPT, shape, context)
     except CapacityError:  # out of the path's reach at this length
         return Ending(0, share)
     return Ending(tokens, others)
+
+
+def others_share(share: float, whole: float, tokens: int, context: int) -> float:
+    """What the others of a prompt ask for, where so many tokens of it spend `whole` each."""
+    return share - (whole - share) * tokens / (context - tokens)
 
 
 def prompt_context(tokens: int) -> int:

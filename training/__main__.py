@@ -7,6 +7,8 @@
     python -m training calibrate  --base BASE --adapter DIR --data DATA
     python -m training evaluate   --base BASE --adapter DIR --data DATA --capacities 1.0,0.8,0.6
                                   --out REPORT_DIR
+    python -m training ablate     --base BASE --adapter DIR --data DATA --held-out DATA
+                                  --out REPORT_DIR
     python -m training seeds      --base BASE --adapter DIR --data DATA --held-out DATA --test DATA
                                   --work DIR --out REPORT_DIR
     python -m training domains    --base BASE --data DATA --test DATA --domain NAME=LABEL,LABEL
@@ -41,6 +43,7 @@ COMMANDS = (
     "ranks",
     "calibrate",
     "evaluate",
+    "ablate",
     "seeds",
     "domains",
     "recipe",

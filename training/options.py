@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 
 from elastiformer import Unit
 from training.files import DataError
@@ -66,12 +67,17 @@ def units(text: str) -> tuple[Unit, ...]:
     if text == "none":
         return ()
     known = {unit.value: unit for unit in Unit}
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    if stray := [name for name in names if name not in known]:
+    return tuple(known[name] for name in names(text, "unit", known))
+
+
+def names(text: str, what: str, known: Collection[str]) -> list[str]:
+    """Comma-separated names of what is known, each once."""
+    found = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    if stray := [name for name in found if name not in known]:
         raise argparse.ArgumentTypeError(
-            f"unknown unit {', '.join(stray)}; known: {', '.join(known)}"
+            f"unknown {what} {', '.join(stray)}; known: {', '.join(known)}"
         )
-    return tuple(known[name] for name in names)
+    return found
 
 
 def refuse_unused(
@@ -93,3 +99,30 @@ def refuse_unused(
     for name in names:
         if (value := getattr(args, name)) != parser.get_default(name):
             raise DataError(f"--{name.replace('_', '-')}: {model} has no use for it; got {value}")
+
+
+def command_line(
+    command: str,
+    args: argparse.Namespace,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    free: Collection[str],
+) -> str:
+    """What ran, without where its files lie, and without what is as it is anyhow.
+
+    Args:
+        free: options that say nothing about what is measured.
+    """
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = [f"python -m training {command}"]
+    for name, value in vars(args).items():
+        if name in ("base", "adapter", "data", "held_out", "out"):
+            value = Path(value).name
+        elif name in free or value == parser.get_default(name):
+            continue
+        elif isinstance(value, list):
+            value = ",".join(
+                f"{each:g}" if isinstance(each, float) else str(each) for each in value
+            )
+        words.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(words)

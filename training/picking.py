@@ -67,6 +67,24 @@ class Picking(ABC):
         """For a while, the base's modules do their part."""
 
 
+class AsPlanned(Picking):
+    """Nothing done otherwise: the masked form under plans laid out by position."""
+
+    first_is_whole = False
+
+    @contextmanager
+    def applied(self, under: Under) -> Iterator[None]:
+        yield
+
+
+def every_channel(plan: Plan) -> Plan:
+    """Every channel kept, but still not the dense plan, so that its repair runs."""
+    return tuple(
+        replace(layer, **{site.value: 1 - 1e-9 for site in Site if getattr(layer, site) < 1})
+        for layer in plan
+    )
+
+
 class ChannelPicking(Picking):
     """Channels by chance, or the same for every token; with or without what they tell of others.
 
@@ -90,11 +108,7 @@ class ChannelPicking(Picking):
         self.first_is_whole = moments is not None
 
     def rest(self, plan: Plan, phase: Phase) -> Plan:
-        # Every channel kept, but still not the dense plan, so that its repair runs.
-        return tuple(
-            replace(layer, **{site.value: 1 - 1e-9 for site in Site if getattr(layer, site) < 1})
-            for layer in plan
-        )
+        return every_channel(plan)
 
     @contextmanager
     def applied(self, under: Under) -> Iterator[None]:
@@ -279,23 +293,44 @@ def _laid_out(
     tokens = len(window.ids_T)
     scored = setting is Setting.SCORED
     sequence = model.sequence(asked, window.prompt_tokens, tokens, scored)
+    placed = [
+        (sequence.plan_at(position).plan, sequence.phase_at(position)) for position in range(tokens)
+    ]
+    sequence.release()
+    return counted(model, window, placed, picking)
+
+
+def counted(
+    model: ElasticModel, window: Window, placed: Sequence[tuple[Plan, Phase]], picking: Picking
+) -> tuple[Under, float, float]:
+    """A plan and phase for each position as `Under`, what that spends, and what picking adds.
+
+    Both are shares of the dense block FLOPs of the window.
+    """
     number: dict[tuple[Plan, Phase], int] = {}
     kinds = []
-    spent, added, dense = 0.0, 0, 0
-    for position in range(tokens):
-        phase = sequence.phase_at(position)
-        plan = sequence.plan_at(position).plan
+    spent, added = 0.0, 0
+    for position, (plan, phase) in enumerate(placed):
         if position == 0 and picking.first_is_whole:
             plan = dense_plan(len(plan))
         kinds.append(number.setdefault((plan, phase), len(number)))
-        # As in our own run: the prompt in one chunk, the continuation in another.
-        keys = window.prompt_tokens if position < window.prompt_tokens else tokens
+        keys = keys_at(window, position)
         spent += model.shape.of_phase(phase).planned_token_flops(plan, keys)
         added += picking.added_flops(plan, phase)
-        dense += model.shape.dense_token_flops(keys)
-    sequence.release()
+    dense = dense_flops(model, window)
     kind_T = torch.tensor(kinds, device=model.device)
     return Under(list(number), kind_T), spent / dense, added / dense
+
+
+def dense_flops(model: ElasticModel, window: Window) -> int:
+    """Block FLOPs of a window at capacity 1.0."""
+    places = range(len(window.ids_T))
+    return sum(model.shape.dense_token_flops(keys_at(window, place)) for place in places)
+
+
+def keys_at(window: Window, position: int) -> int:
+    """As in our own run: the prompt in one chunk, the continuation in another."""
+    return window.prompt_tokens if position < window.prompt_tokens else len(window.ids_T)
 
 
 @contextmanager

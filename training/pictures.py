@@ -135,6 +135,42 @@ def draw_spread(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]],
     _save(figure, path)
 
 
+def draw_rows(
+    path: Path, panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]], x: str
+) -> None:
+    """One panel per title, one line per row: (value, its error) of each name, on a log scale."""
+    pyplot = _pyplot()
+    most = max(len(rows) for rows in panels.values())
+    figure, axes = pyplot.subplots(
+        1,
+        len(panels),
+        squeeze=False,
+        figsize=(6.6 * len(panels), 1.2 + 0.26 * most),
+        constrained_layout=True,
+    )
+    names = list(
+        dict.fromkeys(name for rows in panels.values() for row in rows.values() for name in row)
+    )
+    for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
+        for name in names:
+            here = [(*row[name], at) for at, row in enumerate(rows.values()) if name in row]
+            if here:
+                values, errors, places = zip(*here, strict=True)
+                colour = f"C{names.index(name)}"
+                axis.errorbar(values, places, xerr=errors, fmt="o", color=colour, label=name)
+        axis.axvline(1.0, color="0.6", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="x", which="minor", labelsize="small", rotation=90)
+        axis.set_yticks(range(len(rows)), list(rows))
+        axis.invert_yaxis()
+        axis.set(title=title, xlabel=x)
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(fontsize="small")
+    _save(figure, path)
+
+
 def draw_patches(
     path: Path,
     pictures: Sequence[Sequence[Sequence[float]]],

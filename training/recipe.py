@@ -34,7 +34,7 @@ from training.calibrate import capacities
 from training.data import Windows, pack, read_corpus, tokenizer_of
 from training.files import DataError, RunError, same_run, write_json
 from training.loop import VERSIONS, Text
-from training.options import real, whole
+from training.options import command_line, names, real, whole
 from training.path_search import thresholds
 from training.processes import World
 from training.progress import track
@@ -132,12 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def rows(text: str) -> list[str]:
     """Comma-separated names of rows, each once."""
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    if stray := [name for name in names if name not in ROWS]:
-        raise argparse.ArgumentTypeError(
-            f"unknown row {', '.join(stray)}; known: {', '.join(ROWS)}"
-        )
-    return names
+    return names(text, "row", ROWS)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -212,7 +207,7 @@ class Study:
         args = self._args
         return {
             "base": asdict(self._model.identity),
-            "command": _command(args),
+            "command": command_line("recipe", args, add_arguments, FREE),
             "trained_on": {"name": Path(args.data).name, "sha256": self._text.sha256},
             "measured_on": {
                 "name": Path(args.held_out).name,
@@ -343,19 +338,3 @@ class Study:
         )
         of = compare(windows, found, share, Setting.SCORED)
         return Point(share, of.spent, of.kl, of.kl_p95, of.perplexity_ratio, of.same_top)
-
-
-def _command(args: argparse.Namespace) -> str:
-    """What ran, without where its files lie, and without what is as it is anyhow."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    words = ["python -m training recipe"]
-    for name, value in vars(args).items():
-        if name in ("base", "data", "held_out", "out"):
-            value = Path(value).name
-        elif name in FREE or value == parser.get_default(name):
-            continue
-        elif isinstance(value, list):
-            value = ",".join(f"{each:g}" for each in value)
-        words.append(f"--{name.replace('_', '-')} {value}")
-    return " ".join(words)

@@ -6,7 +6,6 @@ KL over the reference's: below 1 it loses less.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +15,7 @@ from typing import Any
 from elastiformer import Unit
 from training.files import write_atomically, write_json
 from training.pictures import Curve, draw_curves
-from training.reports import table
+from training.reports import digits, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,20 +277,14 @@ def _choices(recipe: Recipe) -> list[str]:
 
 def _kl(row: Row, share: float) -> str:
     point = row.by_share.get(share)
-    return "" if point is None else f"{_digits(point.kl)} / {point.spent:.3f}"
+    return "" if point is None else f"{digits(point.kl)} / {point.spent:.3f}"
 
 
 def _tail(row: Row, share: float) -> str:
     point = row.by_share.get(share)
     if point is None:
         return ""
-    return f"{_digits(point.kl_p95)} / {_digits(point.perplexity_ratio)}"
-
-
-def _digits(value: float) -> str:
-    """Three digits, and below a thousandth one or none: never in powers of ten."""
-    places = 4 if value < 1e-3 else max(0, 2 - math.floor(math.log10(value)))
-    return f"{value:.{places}f}"
+    return f"{digits(point.kl_p95)} / {digits(point.perplexity_ratio)}"
 
 
 def _training(row: Row) -> list[str]:

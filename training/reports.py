@@ -5,6 +5,7 @@ Each file appears whole or not at all, report.json last.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -203,3 +204,9 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table in Markdown, line by line."""
     lines = [list(heads), ["---"] * len(heads), *map(list, rows)]
     return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def digits(value: float, most: int = 3) -> str:
+    """So many digits, and below a thousandth one or none: never in powers of ten."""
+    places = 4 if value < 1e-3 else max(0, most - 1 - math.floor(math.log10(value)))
+    return f"{value:.{places}f}"
