@@ -210,8 +210,8 @@ def _prose(about: Mapping[str, Any]) -> list[str]:
     return [
         f"{about['base']['id']} with the adapter {about['adapter'][:12]}, {about['dtype']}, in "
         f"the masked form. {on['windows']} windows of {on['window_tokens']} tokens of {on['name']} "
-        f"(sha256 {on['sha256'][:12]}), {on['prompt_tokens']} of them prompt; *copied*: the continuation "
-        "repeats the prompt's beginning. What rows learn, they learn from "
+        f"(sha256 {on['sha256'][:12]}), {on['prompt_tokens']} of them prompt; *copied*: the "
+        "continuation repeats the prompt's beginning. What rows learn, they learn from "
         f"{learnt['windows']} windows of {learnt['window_tokens']} tokens of {learnt['name']} "
         f"(sha256 {learnt['sha256'][:12]}), seed {about['seed']}. KL to the full model in nats per "
         "token; in brackets the standard error over windows; behind the slash what a row loses "

@@ -161,7 +161,7 @@ def rows_of(leave_at: Sequence[int], keep: Iterable[str]) -> dict[str, Row]:
 
     Args:
         leave_at: layers from which on prompts leave all.
-        keep: what they keep all the same when they leave from the first of these on, as `kept` reads.
+        keep: as `kept` reads it, what they keep leaving from the first of these on.
     """
     rows: list[Row] = [*OUTPUTS, *ENDS]
     for layer in leave_at:

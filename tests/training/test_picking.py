@@ -21,8 +21,12 @@ ALSO = (Step(1, "attention_tokens", 0.0), Step(0, "mlp_tokens", 0.0))
 
 @pytest.fixture(params=["llama", "gpt2", "gemma2"])
 def model(request) -> ElasticModel:
+    return picking_channels(request.param)
+
+
+def picking_channels(family: str = "llama") -> ElasticModel:
     """A model whose outputs pick channels, and whose prompts leave out whole sub-layers."""
-    model = ElasticModel(tiny(request.param))
+    model = ElasticModel(tiny(family))
     model.attach(model.blank_adapter([Unit.CHANNELS], lora_rank=0))
     lower = tuple(
         Step(layer, site, share)
