@@ -25,6 +25,7 @@ from training.files import write_atomically, write_json
 from training.pictures import draw_rows
 from training.reports import digits, table
 
+FAR = 2.0  # times the loss
 CLEAR = 2.0  # standard errors between a row and the adapter as it ships, to be called different
 
 
@@ -151,16 +152,23 @@ def _as_json(point: Point, reference: Mapping[Any, Point]) -> dict[str, Any]:
 
 
 def _panels(found: Ablation) -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
-    """KL over as shipped's, with the error of the difference, by panel, row and place."""
+    """KL over as shipped's, with the error of the difference, by panel, row and place.
+
+    Rows that lose far more have a panel of their own: near 1 small differences are to be seen.
+    """
     panels: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     for kind, title in ((OutputRow, "every token scored"), (EndingRow, "prompt routed")):
         for row, points in found.kind(kind):
+            cells: dict[str, tuple[float, float]] = {}
             for place, there in found.reference(row).items():
                 if place in points and there.kl > 0 and points[place].kl > 0:
                     _, of = beyond(points[place], there)
-                    cell = (points[place].kl / there.kl, (of or 0.0) / there.kl)
-                    name = f"{place[0]}, {place[1]:g}"
-                    panels.setdefault(title, {}).setdefault(row.name, {})[name] = cell
+                    ratio = points[place].kl / there.kl
+                    cells[f"{place[0]}, {place[1]:g}"] = ratio, (of or 0.0) / there.kl
+            if cells:
+                far = max(ratio for ratio, _ in cells.values()) > FAR
+                panel = f"{title}: far more" if far and kind is OutputRow else title
+                panels.setdefault(panel, {})[row.name] = cells
     return panels
 
 

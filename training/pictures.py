@@ -139,6 +139,8 @@ def draw_rows(
     path: Path, panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]], x: str
 ) -> None:
     """One panel per title, one line per row: (value, its error) of each name, on a log scale."""
+    from matplotlib import ticker
+
     pyplot = _pyplot()
     most = max(len(rows) for rows in panels.values())
     figure, axes = pyplot.subplots(
@@ -160,9 +162,11 @@ def draw_rows(
                 axis.errorbar(values, places, xerr=errors, fmt="o", color=colour, label=name)
         axis.axvline(1.0, color="0.6", linewidth=0.8)
         axis.set_xscale("log")
+        low, high = axis.get_xlim()
+        steps = (1, 2, 5) if high > 8 * low else (1, 1.1, 1.2, 1.5, 2, 3, 5, 6, 7, 8, 9)
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=steps))
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("{x:g}")
-        axis.tick_params(axis="x", which="minor", labelsize="small", rotation=90)
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
         axis.set_yticks(range(len(rows)), list(rows))
         axis.invert_yaxis()
         axis.set(title=title, xlabel=x)
