@@ -31,11 +31,12 @@ LOW_TO_HIGH = """
         exchanges choosers image_draws losses lessons student encoder_student picture_student
         checkpoint mixed fitting fashion_mnist convolutions vision masked_images reviews canvases
         corpora sentiment canvas_tower canvas_sets canvas_answers canvas_model build quality
-        encoder_quality picture_quality allotment tuning sensitivity regression picking baselines
-        repaired pictures stopwatch reports encoder_reports loop encoder_calibrate encoder_evaluate
-        picture_reports picture_evaluate path_search picture_meter picture_calibrate
-        overlap domain_report recipe_report distill repair ranks
-        calibrate evaluate domains recipe reconstruct summarize goals seeds synthesize __main__
+        encoder_quality picture_quality allotment tuning sensitivity regression picking
+        channel_choices learnt ablation_rows baselines repaired pictures stopwatch reports
+        encoder_reports loop encoder_calibrate encoder_evaluate picture_reports picture_evaluate
+        path_search picture_meter picture_calibrate overlap domain_report recipe_report
+        ablation_report distill repair ranks ablation calibrate evaluate ablate domains recipe
+        reconstruct summarize goals seeds synthesize __main__
 """
 
 _COMPILED = {

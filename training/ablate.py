@@ -14,15 +14,14 @@ done. A run that was stopped goes on with the same command.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
-import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from training.ablation import EQUAL, Study
 from training.ablation_report import Ablation, Point, write_ablation
@@ -30,6 +29,7 @@ from training.ablation_rows import kept
 from training.calibrate import capacities
 from training.data import read_corpus, tokenizer_of
 from training.files import RunError, same_run, write_json
+from training.loop import VERSIONS
 from training.options import command_line, names, whole
 from training.progress import track
 from training.ranks import numbers
@@ -141,9 +141,5 @@ def about(study: Study, args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "dtype": str(study.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
     }
