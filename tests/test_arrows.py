@@ -34,9 +34,9 @@ LOW_TO_HIGH = """
         encoder_quality picture_quality allotment tuning sensitivity regression picking
         channel_choices learnt ablation_rows baselines repaired pictures stopwatch reports
         encoder_reports loop encoder_calibrate encoder_evaluate picture_reports picture_evaluate
-        path_search picture_meter picture_calibrate overlap domain_report recipe_report
-        ablation_report distill repair ranks ablation calibrate evaluate ablate domains recipe
-        reconstruct summarize goals seeds synthesize __main__
+        path_search picture_meter picture_calibrate overlap subjects domain_data domain_report
+        recipe_report ablation_report distill repair ranks ablation calibrate evaluate ablate
+        domains recipe reconstruct summarize goals seeds synthesize __main__
 """
 
 _COMPILED = {

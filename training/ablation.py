@@ -26,6 +26,7 @@ from training.ablation_rows import EndingRow, LeavingRow, OutputRow, Row, kept, 
 from training.allotment import uniform
 from training.baselines import lowered, under_paths
 from training.channel_choices import Choice, ChoicePicking, Learnt, Weight
+from training.data import some_windows, tokenizer_of
 from training.files import RunError
 from training.learnt import constants, gradients, up_sizes
 from training.losses import Divergence, kl_per_token
@@ -40,7 +41,6 @@ from training.picking import (
     run_picked,
 )
 from training.quality import Setting, Window, asked_of, copied, windows_of
-from training.ranks import windows
 
 PROSE, COPIED = "prose", "copied"
 EQUAL = 0.002  # of the block FLOPs: a schedule meets its share as nearly as positions let it
@@ -127,7 +127,8 @@ class Study:
     @cached_property
     def _held_WT(self) -> Tensor:
         args = self._args
-        return windows(self.model, args.held_out, args.windows, args.held_out_window, args.seed)
+        of = (args.windows, args.held_out_window, args.seed)
+        return some_windows(args.held_out, tokenizer_of(self.model), *of)[0]
 
     @cached_property
     def _prose(self) -> list[Window]:
@@ -141,7 +142,8 @@ class Study:
     @cached_property
     def _learn_WT(self) -> Tensor:
         args = self._args
-        return windows(self.model, args.data, args.learn_windows, args.learn_window, args.seed)
+        of = (args.learn_windows, args.learn_window, args.seed)
+        return some_windows(args.data, tokenizer_of(self.model), *of)[0]
 
     @cached_property
     def _gradients(self) -> Sizes:

@@ -235,6 +235,24 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, window: int) -> Ten
     return ids_WT
 
 
+def some_windows(
+    source: str, tokenizer: PreTrainedTokenizerBase, count: int, window: int, seed: int
+) -> tuple[Tensor, str]:
+    """So many windows of `DATA`, [count, window], as the seed orders them; the hash of its text.
+
+    Raises:
+        DataError: when it holds fewer.
+    """
+    corpus = read_corpus(source, tokenizer)
+    ids_WT = pack(corpus, tokenizer, window)
+    if len(ids_WT) < count:
+        raise DataError(
+            f"{source}: {len(ids_WT)} windows of {window} tokens; {count} are wanted: give more "
+            "text, or ask for fewer or shorter ones"
+        )
+    return Windows(ids_WT, seed).take(count), corpus.sha256
+
+
 def tokens_of(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A document's tokens, with the one that ends a text."""
     ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]

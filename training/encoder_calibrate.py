@@ -37,6 +37,7 @@ from training.examples import Examples, read_examples
 from training.files import DataError
 from training.options import real
 from training.progress import track
+from training.quality import recalibrate
 from training.sensitivity import Notebook, ask, curves, late_losses, probes
 from training.tuning import Score, reorder, tune
 
@@ -164,13 +165,6 @@ def uniform_calibration(model: ElasticEncoder, context: int) -> Calibration:
     routed = routed_phase(model)
     paths = {phase: path if phase is routed else () for phase in Phase}
     return Calibration(lowest=0.01, context=context, paths=paths, thresholds={}, measured=())
-
-
-def recalibrate(model: ElasticEncoder, calibration: Calibration | None) -> None:
-    """From now on the model runs under this calibration."""
-    assert model.adapter is not None
-    model.adapter.calibration = calibration
-    model.attach(model.adapter)
 
 
 class ItemJob:

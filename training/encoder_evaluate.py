@@ -21,14 +21,16 @@ import transformers
 
 from elastiformer import AdapterError, CapacityError
 from elastiformer.calibration import DataRecord
+from elastiformer.elastic import Elastic
 from elastiformer.encoder import ElasticEncoder
 from elastiformer.tasks import Task
 from training.data import seed_of
-from training.encoder_calibrate import labels_of, load, recalibrate, some, uniform_calibration
+from training.encoder_calibrate import labels_of, load, some, uniform_calibration
 from training.encoder_quality import ItemQuality, Judged, measure_items, time_items
 from training.encoder_reports import ItemReport, write_items
 from training.examples import Examples, read_examples
 from training.progress import track
+from training.quality import recalibrate
 
 ITEM_BASELINES = ("uniform", "random")
 
@@ -111,7 +113,7 @@ def _uniform(model: ElasticEncoder) -> Iterator[None]:
 
 
 @contextmanager
-def random_routers(model: ElasticEncoder, seed: int) -> Iterator[None]:
+def random_routers(model: Elastic, seed: int) -> Iterator[None]:
     """The model with routers that know nothing; its own come back afterwards."""
     adapter = model.adapter
     assert adapter is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
@@ -58,6 +59,8 @@ Parser = Callable[[str], float]
 
 
 SPREAD = "what an even spread of the kept image tokens weighs beside the router's scores"
+
+FILES = ("base", "adapter", "data", "held_out", "test", "out")  # of which the name is enough
 
 LAYER_UNITS = tuple(unit for unit in Unit if unit is not Unit.IMAGE_TOKENS)
 
@@ -116,13 +119,23 @@ def command_line(
     add_arguments(parser)
     words = [f"python -m training {command}"]
     for name, value in vars(args).items():
-        if name in ("base", "adapter", "data", "held_out", "out"):
+        if name in FILES:
             value = Path(value).name
         elif name in free or value == parser.get_default(name):
             continue
-        elif isinstance(value, list):
-            value = ",".join(
-                f"{each:g}" if isinstance(each, float) else str(each) for each in value
-            )
-        words.append(f"--{name.replace('_', '-')} {value}")
+        several = value if isinstance(value, list) and isinstance(value[0], tuple) else [value]
+        flag = f"--{name.replace('_', '-')}"
+        words += [f"{flag} {shlex.quote(_written(each))}" for each in several]
     return " ".join(words)
+
+
+def _written(value: object) -> str:
+    """A value as it stands on the command line."""
+    match value:
+        case (str(name), tuple(values)):  # a name and what belongs to it
+            return f"{name}={','.join(values)}"
+        case list() | tuple():
+            return ",".join(map(_written, value))
+        case float():
+            return f"{value:g}"
+    return str(value)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from elastiformer import Calibration, Capacity, Chunk, ElasticModel, Phase, dense_plan
+from elastiformer.elastic import Elastic
 from training.losses import Divergence, kl_per_token
 
 ROWS_AT_ONCE = 256  # of the vocabulary's width: bounds what a comparison holds in memory
@@ -78,7 +79,7 @@ class Quality:
     spent_most: float
 
 
-def recalibrate(model: ElasticModel, calibration: Calibration | None) -> None:
+def recalibrate(model: Elastic, calibration: Calibration | None) -> None:
     """From now on the model runs under this calibration."""
     assert model.adapter is not None
     model.adapter.calibration = calibration

@@ -22,8 +22,8 @@ from torch import Tensor
 from elastiformer import AdapterError, ElasticModel, Phase
 from elastiformer.adapter import AdapterSpec, blank
 from training.allotment import without_layers
-from training.data import Windows, pack, read_corpus, tokenizer_of
-from training.files import DataError, write_atomically, write_json
+from training.data import some_windows, tokenizer_of
+from training.files import write_atomically, write_json
 from training.options import real, whole
 from training.progress import track
 from training.quality import copied
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "is owed to a later one"
         )
     fit_WT, check_WT = (
-        windows(model, source, count, tokens, args.seed)
+        some_windows(source, tokenizer_of(model), count, tokens, args.seed)[0]
         for source, count, tokens in (
             (args.data, args.windows, args.window),
             (args.held_out, args.held_out_windows, args.held_out_window),
@@ -111,18 +111,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     write_atomically(args.out / "ranks.md", markdown(about, rows).encode())
     write_json(args.out / "ranks.json", about | {"rows": [asdict(row) for row in rows]})
     return about | {"out": str(args.out), "seconds": round(time.monotonic() - started, 1)}
-
-
-def windows(model: ElasticModel, source: str, count: int, tokens: int, seed: int) -> Tensor:
-    """So many windows of a text.
-
-    Raises:
-        DataError: when it holds fewer.
-    """
-    ids_WT = pack(read_corpus(source, tokenizer_of(model)), tokenizer_of(model), tokens)
-    if len(ids_WT) < count:
-        raise DataError(f"{source}: {len(ids_WT)} windows of {tokens} tokens; {count} are wanted")
-    return Windows(ids_WT, seed).take(count)
 
 
 @torch.inference_mode()

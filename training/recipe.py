@@ -31,8 +31,8 @@ from torch import Tensor
 from elastiformer import Adapter, Calibration, Capacity, ElasticModel, Phase, Unit, UnitShares
 from training import distill
 from training.calibrate import capacities
-from training.data import Windows, pack, read_corpus, tokenizer_of
-from training.files import DataError, RunError, same_run, write_json
+from training.data import Windows, some_windows, tokenizer_of
+from training.files import RunError, same_run, write_json
 from training.loop import VERSIONS, Text
 from training.options import command_line, names, real, whole
 from training.path_search import thresholds
@@ -239,16 +239,11 @@ class Study:
     @cached_property
     def _held(self) -> tuple[list[Window], str]:
         """The windows to measure on, and the hash of their text."""
-        args, tokenizer = self._args, tokenizer_of(self._model)
-        corpus = read_corpus(args.held_out, tokenizer)
-        ids_WT = pack(corpus, tokenizer, args.held_out_window)
-        if len(ids_WT) < args.windows:
-            raise DataError(
-                f"{args.held_out}: {len(ids_WT)} windows of {args.held_out_window} tokens; "
-                f"{args.windows} are wanted"
-            )
-        chosen_WT = Windows(ids_WT, args.seed).take(args.windows)
-        return windows_of(self._model, chosen_WT, args.held_out_window * 2 // 3), corpus.sha256
+        args, tokens = self._args, self._args.held_out_window
+        chosen_WT, sha256 = some_windows(
+            args.held_out, tokenizer_of(self._model), args.windows, tokens, args.seed
+        )
+        return windows_of(self._model, chosen_WT, tokens * 2 // 3), sha256
 
     @cached_property
     def _meter(self) -> Meter:

@@ -33,7 +33,7 @@ from training.encoder_calibrate import some
 from training.examples import read_examples
 from training.files import RunError, write_atomically, write_json
 from training.options import real, whole
-from training.overlap import plan_grid
+from training.overlap import item_grid
 from training.pictures import draw_images
 from training.progress import track
 from training.reports import table
@@ -208,7 +208,7 @@ def measured(
 def routed(model: ElasticEncoder, items: Sequence[Item], capacity: float) -> Tensor:
     """The features of every token at a capacity, [B, T, D]."""
     batch = model.collate(items)
-    return model.masked(batch, plan_grid(model, items, capacity)).outputs
+    return model.masked(batch, item_grid(model, items, capacity)).outputs
 
 
 def painted(

@@ -20,6 +20,7 @@ from training.ablation_report import Ablation, Point, beyond, sentences
 from training.ablation_rows import AS_SHIPPED, EndingRow, LeavingRow, OutputRow, kept, rows_of
 from training.allotment import late_layers, without_layers
 from training.calibrate import capacities
+from training.data import some_windows
 from training.losses import Divergence, kl_per_token
 from training.repair import OWED
 
@@ -97,7 +98,7 @@ def test_rows_lose_what_is_served(ablated, tmp_path, tiny_folder, capsys):
             assert abs(point["spent"] - there["spent"]) <= ablation.EQUAL
 
     model = ElasticModel.load(str(tiny_folder), str(tmp_path / "adapter"), dtype="float32")
-    ids_WT = ablation.windows(model, str(tmp_path / "test.jsonl"), 3, 60, 0)
+    ids_WT, _ = some_windows(str(tmp_path / "test.jsonl"), model.tokenizer, 3, 60, 0)
     output_WT = (torch.arange(60) >= 39).expand(3, 60)
     plans = [(without_layers(1, LAYERS), dense_plan(LAYERS))] * 3
     with torch.inference_mode():
