@@ -7,7 +7,7 @@ attention, one call a layer, on CUDA devices that have it. Which one runs is dec
 (`backend`), and what it cannot express (a capped score, some heads only) is the portable one's.
 
 Shape letters: N packed queries   Q queries of a request   K keys   A query heads
-    G key/value heads   H head size   S single queries   B requests of one size
+    G key/value heads   H head size   S single queries   B requests of one call
     C all requests   R rows with keys and values   M keys' heads and values' heads
 """
 
@@ -59,6 +59,18 @@ class Read:
         return self.positions_K is None and self.count == self.held.length
 
 
+class Group(NamedTuple):
+    """Requests of like length as one call takes them: each padded to the longest."""
+
+    query_R: Tensor  # the rows of the queries,
+    queries: int  # so many of each request
+    real_R: Tensor  # which of them are no padding,
+    asked_R: Tensor  # and their rows
+    key_R: Tensor
+    keys: int
+    held_B11K: Tensor  # which keys are no padding
+
+
 class Bounds:
     """Where the rows of each request begin among some rows, and the last ones end: [C + 1]."""
 
@@ -66,6 +78,42 @@ class Bounds:
         self.starts, self.counts_C = starts, np.diff(starts)
         first = int(self.counts_C[0])
         self.each = first if bool((self.counts_C == first).all()) else None  # as many of everyone
+        self._groups: dict[Bounds, list[Group]] = {}
+
+    def groups(self, keys: Bounds, device: torch.device) -> list[Group]:
+        """These queries with their keys, in calls; made once, as every layer asks."""
+        if keys not in self._groups:
+            # In a call the longest has less than twice the keys of the shortest.
+            octave_C = np.where(self.counts_C > 0, np.frexp(keys.counts_C)[1], -1)
+            self._groups[keys] = [
+                self._group(keys, octave_C == octave, device)
+                for octave in np.unique(octave_C[octave_C >= 0])
+            ]
+        return self._groups[keys]
+
+    def _group(self, keys: Bounds, among_C: np.ndarray, device: torch.device) -> Group:
+        def on_device(each: np.ndarray) -> Tensor:
+            return torch.from_numpy(each).to(device)
+
+        query_BQ, real_BQ = self._side_by_side(among_C)
+        key_BK, held_BK = keys._side_by_side(among_C)
+        real_R = np.flatnonzero(real_BQ)
+        return Group(
+            on_device(query_BQ.ravel()),
+            query_BQ.shape[1],
+            on_device(real_R),
+            on_device(query_BQ.ravel()[real_R]),
+            on_device(key_BK.ravel()),
+            key_BK.shape[1],
+            on_device(held_BK[:, None, None]),
+        )
+
+    def _side_by_side(self, among_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of some requests, padded with their first ones, and which are no padding."""
+        count_B1 = self.counts_C[among_C, None]
+        place_T = np.arange(count_B1.max())
+        real_BT = place_T < count_B1
+        return self.starts[:-1][among_C, None] + np.where(real_BT, place_T, 0), real_BT
 
 
 class Sides(NamedTuple):
@@ -222,8 +270,8 @@ class Varlen:
 class BothWays:
     """An encoder's attention: every query sees all keys of its request, or a window both ways.
 
-    Requests with as many queries and keys are one call, as images are. Where a window hides keys,
-    each request is a call.
+    Requests with as many queries and keys are one call, as images are, and so are others of like
+    length, padded. Where a window hides keys, each request is a call.
     """
 
     name = "sdpa, both ways"
@@ -231,8 +279,7 @@ class BothWays:
     def attend(self, query_NAH: Tensor, position_N: Tensor, reads: Reads, layer: Layer) -> Tensor:
         sides = reads.sides
         assert sides is not None, "whole requests"
-        queries_C, keys_C = sides.queries.counts_C, sides.keys.counts_C
-        if layer.window is not None and keys_C.max() > layer.window:
+        if layer.window is not None and sides.keys.counts_C.max() > layer.window:
             outs = [self.one(query_NAH, position_N, read, layer) for read in reads.each]
             return torch.cat(outs)
         working, keys_values_RMH = query_NAH.dtype, sides.keys_values_RMH
@@ -242,17 +289,17 @@ class BothWays:
         if sides.queries.each is not None and sides.keys.each is not None:
             sizes = sides.queries.each, sides.keys.each
             return _together(query_NAH, keys_values_RMH, *sizes, layer.scale).to(working)
-        sizes_2S, size_C = np.unique(np.stack([queries_C, keys_C]), axis=1, return_inverse=True)
         out_NAH = torch.empty_like(query_NAH)
-        for size, (queries, keys) in enumerate(sizes_2S.T.tolist()):
-            if not queries:
-                continue
-            among_B = size_C == size
-            query_R = _rows(sides.queries.starts[:-1][among_B], queries, query_NAH.device)
-            key_R = _rows(sides.keys.starts[:-1][among_B], keys, query_NAH.device)
-            out_NAH[query_R] = _together(
-                query_NAH[query_R], keys_values_RMH[key_R], queries, keys, layer.scale
+        for group in sides.queries.groups(sides.keys, query_NAH.device):
+            out_RAH = _together(
+                query_NAH.index_select(0, group.query_R),
+                keys_values_RMH.index_select(0, group.key_R),
+                group.queries,
+                group.keys,
+                layer.scale,
+                group.held_B11K,
             )
+            out_NAH.index_copy_(0, group.asked_R, out_RAH.index_select(0, group.real_R))
         return out_NAH.to(working)
 
     def one(self, query_NAH: Tensor, position_N: Tensor, read: Read, layer: Layer) -> Tensor:
@@ -271,9 +318,14 @@ class BothWays:
 
 
 def _together(
-    query_NAH: Tensor, keys_values_RMH: Tensor, queries: int, keys: int, scale: float
+    query_NAH: Tensor,
+    keys_values_RMH: Tensor,
+    queries: int,
+    keys: int,
+    scale: float,
+    held_B11K: Tensor | None = None,
 ) -> Tensor:
-    """The attention output of requests of one size, each with all of its keys: [N, A, H]."""
+    """The attention output of requests of one size, each with all keys that it holds: [N, A, H]."""
     query_BQAH = query_NAH.view(-1, queries, *query_NAH.shape[1:])
     keys_values_BKMH = keys_values_RMH.view(-1, keys, *keys_values_RMH.shape[1:])
     key_BKGH, value_BKGH = keys_values_BKMH.chunk(2, dim=2)
@@ -281,14 +333,10 @@ def _together(
         query_BQAH.transpose(1, 2),
         key_BKGH.transpose(1, 2),
         value_BKGH.transpose(1, 2),
+        attn_mask=held_B11K,
         scale=scale,
     )
     return out_BAQH.transpose(1, 2).flatten(0, 1)
-
-
-def _rows(starts_B: np.ndarray, count: int, device: torch.device) -> Tensor:
-    """The numbers of so many rows behind each start."""
-    return torch.from_numpy((starts_B[:, None] + np.arange(count)).ravel()).to(device)
 
 
 def backend(device: torch.device, dtype: torch.dtype) -> Backend:

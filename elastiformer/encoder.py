@@ -26,7 +26,7 @@ from elastiformer.elastic import NO_ROUTING, Elastic
 from elastiformer.encoder_inputs import ImageItems, TextItems
 from elastiformer.encoder_weights import load_encoder
 from elastiformer.encoders import EncoderLayout, Pooling, Reads, describe_encoder
-from elastiformer.encoding import EncoderForm, said
+from elastiformer.encoding import EncoderForm, padded, said
 from elastiformer.errors import InputError
 from elastiformer.masked import MaskedPass, PlanGrid, Route, Selection
 from elastiformer.sequence import Chunk, Item, WholeSequence
@@ -267,11 +267,11 @@ class ElasticEncoder(Elastic):
                 inputs["noise"] = self._noise(items)
             return Batch(inputs, mask_BT, output_BT)
         pad = self.config.pad_token_id or 0
-        inputs = {"input_ids": _padded([item.ids for item in items], pad, longest)}
+        inputs = {"input_ids": padded([item.ids for item in items], pad)}
         inputs["attention_mask"] = mask_BT.long()
         if self.encoder.takes_types:
             types = [item.types or (0,) * len(item.ids) for item in items]
-            inputs["token_type_ids"] = _padded(types, 0, longest)
+            inputs["token_type_ids"] = padded(types, 0)
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         return Batch(inputs, mask_BT, output_BT)
 
@@ -316,7 +316,3 @@ class ElasticEncoder(Elastic):
             features_BTD: Tensor = given.last_hidden_state
             return features_BTD
         return said(self.encoder, given)
-
-
-def _padded(rows: Many[Many[int]], filler: int, length: int) -> Tensor:
-    return torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows])

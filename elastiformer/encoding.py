@@ -73,15 +73,16 @@ class EncoderForm(SparseForm):
         )
 
     def _together(self, items: Sequence[Item]) -> Tensor:
-        """The embedded tokens of items of one form, [B, T, D]; of an image all of its patches."""
+        """The embedded tokens of items of one form, [B, T, D], padded; of an image all patches."""
         tools = self.workshop
         if items[0].pixels_CHW is not None:
             pixels = [item.pixels_CHW for item in items if item.pixels_CHW is not None]
             return self.encoder.embed(torch.stack(pixels).to(tools.device, tools.dtype))
-        ids_BT = torch.tensor([item.ids for item in items], device=tools.device)
+        pad = self.encoder.inner.config.pad_token_id or 0
+        ids_BT = padded([item.ids for item in items], pad).to(tools.device)
         if items[0].types is None or not self.encoder.takes_types:
             return self.encoder.embed(ids_BT)
-        types_BT = torch.tensor([item.types for item in items], device=tools.device)
+        types_BT = padded([item.types or () for item in items], 0).to(tools.device)
         return self.encoder.embed(ids_BT, token_type_ids=types_BT)
 
     def _logits(self, h_ND: Tensor, packed: Packed) -> list[Tensor]:
@@ -168,10 +169,19 @@ def _form(item: Item) -> tuple[object, ...]:
     """What items must share to be embedded in one call."""
     if item.pixels_CHW is not None:
         return tuple(item.pixels_CHW.shape)
-    return len(item.ids), item.types is None
+    # Of texts the longest has less than twice the tokens of the shortest: little is padding.
+    return len(item.ids).bit_length(), item.types is None
 
 
 def _seen(embedded_TD: Tensor, item: Item) -> Tensor:
-    """The tokens that the item holds: of a masked image not all."""
-    whole = item.pixels_CHW is None or len(item.ids) == len(embedded_TD)
+    """The tokens that the item holds: of a text no padding, of a masked image not all."""
+    if item.pixels_CHW is None:
+        return embedded_TD[: len(item.ids)]
+    whole = len(item.ids) == len(embedded_TD)
     return embedded_TD if whole else embedded_TD[torch.tensor(item.ids, device=embedded_TD.device)]
+
+
+def padded(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
+    """Rows of numbers, each filled up to the longest."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])

@@ -1,10 +1,13 @@
 """The low-rank addition to the products of some rows in one layer.
 
-Shape letters: R rows   I inputs   O outputs   K rank
+Shape letters: R rows   I inputs   O outputs   K rank, in `Joined` of all pairs together
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,20 +18,50 @@ from elastiformer.products import Product
 from elastiformer.readings import Reading
 
 
+class Joined(NamedTuple):
+    """All pairs of a product as one, scaled: for the rows of whole items, of which most need it."""
+
+    a_KI: Tensor
+    b_KO: Tensor
+
+    @classmethod
+    def of(cls, product: Product, pairs: dict[str, LoraPair], dtype: torch.dtype) -> Joined | None:
+        """None where nothing of the product is repaired."""
+        paths = list(dict.fromkeys(each.path for each in product.projections if each.path in pairs))
+        if not paths:
+            return None
+        a_KI = torch.cat([pairs[path].a_RI for path in paths])
+        b_KO = a_KI.new_zeros(len(a_KI), product.outputs)
+        rank = len(a_KI) // len(paths)
+        for projection, part in zip(product.projections, product.parts, strict=True):
+            if projection.path in paths:
+                pair, first = pairs[projection.path], rank * paths.index(projection.path)
+                b_OK = pair.b_OR[projection.start : projection.stop]
+                b_KO[first : first + rank, part] = pair.scale * b_OK.T
+        return cls(a_KI.to(dtype), b_KO.to(dtype))
+
+    def mend(self, reading: Reading, out_RO: Tensor, rows: Rows) -> None:
+        """Repair these rows of a product, in place; nothing is added to the others."""
+        inner_RK = F.linear(reading.only_RI, self.a_KI)
+        if not rows.all:
+            inner_RK = inner_RK * rows.mask_N1(inner_RK)
+        out_RO.addmm_(inner_RK, self.b_KO)
+
+
 class Repair:
     """The pairs, by module path, of one group of rows in one layer; perhaps none."""
 
     def __init__(self, pairs: dict[str, LoraPair]) -> None:
-        self._pairs = pairs
+        self.pairs = pairs
         self._inner: dict[str, Tensor] = {}
 
     @property
     def active(self) -> bool:
-        return bool(self._pairs)
+        return bool(self.pairs)
 
     def read(self, projection: Projection, x_RI: Tensor) -> None:
         """Take the input of a projection's module; parts fused in one module share it."""
-        pair = self._pairs.get(projection.path)
+        pair = self.pairs.get(projection.path)
         if pair is not None and projection.path not in self._inner:
             self._inner[projection.path] = F.linear(x_RI, pair.a_RI.to(x_RI.dtype))
 
@@ -43,7 +76,7 @@ class Repair:
         inner_RK = self._inner.get(projection.path)
         if inner_RK is None:
             return out_RO
-        pair = self._pairs[projection.path]
+        pair = self.pairs[projection.path]
         if rows is not None:
             inner_RK = inner_RK[rows]
         b_OK = pair.b_OR[projection.start : projection.stop][outputs].to(inner_RK.dtype)
@@ -51,7 +84,7 @@ class Repair:
 
     def mend(self, product: Product, reading: Reading, out_RO: Tensor, rows: Rows) -> None:
         """Repair these rows of a product, in place; `rows` are among those of the reading."""
-        if not any(projection.path in self._pairs for projection in product.projections):
+        if not any(projection.path in self.pairs for projection in product.projections):
             return
         x_SI = rows.of(reading.only_RI)
         for projection, part in zip(product.projections, product.parts, strict=True):

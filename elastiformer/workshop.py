@@ -28,7 +28,7 @@ from elastiformer.packed import Packed, Rows
 from elastiformer.pointwise import Gate, Norm, lean_gate, lean_norm, working_dtype
 from elastiformer.products import Product
 from elastiformer.readings import Reading, pick
-from elastiformer.repair import Repair
+from elastiformer.repair import Joined, Repair
 from elastiformer.routers import PartGate, Router
 from elastiformer.sequence import Kind
 
@@ -75,6 +75,7 @@ class Workshop:
         self._products: dict[tuple[Projection, ...], Product] = {}
         self._experts: dict[int, ExpertTable] = {}
         self._pairs: dict[tuple[int, str], dict[str, LoraPair]] = {}
+        self._joins: dict[tuple[object, ...], Joined | None] = {}
 
     def product(self, *projections: Projection) -> Product:
         """The product with these projections, which read the same input."""
@@ -147,9 +148,24 @@ class Workshop:
         out_RO = product.run(reading)
         for name, of_name in self._repaired(layer, packed):
             some = of_name.within(rows)
-            if some.count:
+            if not some.count:
+                continue
+            if not self.layout.causal and 2 * some.count > rows.count:
+                joined = self._joined(layer, name, product, out_RO.dtype)
+                if joined is not None:
+                    joined.mend(reading, out_RO, some.among(rows))
+            else:
                 self.repair(layer, name).mend(product, reading, out_RO, some.among(rows))
         return out_RO
+
+    def _joined(
+        self, layer: Layer, name: str, product: Product, dtype: torch.dtype
+    ) -> Joined | None:
+        key = (layer.index, name, product.projections, dtype)
+        if key not in self._joins:
+            pairs = self.repair(layer, name).pairs
+            self._joins[key] = Joined.of(product, pairs, dtype)
+        return self._joins[key]
 
     def _repaired(self, layer: Layer, packed: Packed) -> list[tuple[str, Rows]]:
         """The rows of a step that are repaired in a layer, by the set of their pairs."""

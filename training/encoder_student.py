@@ -75,6 +75,21 @@ class ItemStudent(NumberedStudent):
         plan = teacher.plan(rng, teacher.capacity(rng, lowest), teacher.output_units)
         return Lesson(1, plan, plan)
 
+    def learn(
+        self,
+        numbers_R1: Tensor,
+        lessons: Sequence[Lesson],
+        objective: Objective,
+        whole: Whole,
+        rows_at_once: int,
+    ) -> Tensor:
+        """As of any examples; texts of like length run together, so that little is padded."""
+        if not self.model.encoder.reads_images:
+            lengths = [len(item.ids) for item in self.train.items(numbers_R1[:, 0])]
+            order = sorted(range(len(lengths)), key=lengths.__getitem__)
+            numbers_R1, lessons = numbers_R1[order], [lessons[row] for row in order]
+        return NumberedStudent.learn(self, numbers_R1, lessons, objective, whole, rows_at_once)
+
     def losses(
         self,
         examples: Examples,

@@ -205,6 +205,19 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(tmp_path, capsys, mo
     assert resumed["identity"] == whole["identity"]
 
 
+def test_how_many_texts_run_at_once_changes_rounding_alone(tmp_path, capsys):
+    base = save_tiny_encoder(tmp_path / "base", tiny_encoder("bert"))
+    data = texts(tmp_path / "data.jsonl")
+    given = ["--base", base, "--data", data, "--units", "mlp_tokens,heads", "--steps", 4]
+    after = [
+        ran(capsys, "distill", *given, "--pass-tokens", tokens, "--out", tmp_path / str(tokens))[
+            "held_out_distance"
+        ]["after"]
+        for tokens in (4096, 50)
+    ]
+    assert after[0] == pytest.approx(after[1], rel=1e-3)
+
+
 @pytest.mark.parametrize("problem", [None, "multi_label_classification", "regression"])
 def test_a_distance_is_zero_between_equals_and_grows_apart(problem):
     model = elastic_encoder("bert")
