@@ -33,7 +33,6 @@ class Rows:
         self._of, self._device = of, device
         self._rotations: dict[Rotation, Rotation] = {}
         self._met: dict[Rows, Rows] = {}
-        self._mask_N1: Tensor | None = None
 
     @cached_property
     def index_R(self) -> Tensor:
@@ -46,13 +45,6 @@ class Rows:
         if self.count and self.rows_R[-1] - first + 1 != self.count:
             return None
         return slice(first, first + self.count)
-
-    def mask_N1(self, like: Tensor) -> Tensor:
-        """1 for these rows, 0 for the others."""
-        if self._mask_N1 is None or self._mask_N1.dtype != like.dtype:
-            self._mask_N1 = torch.zeros(self._of, 1, dtype=like.dtype, device=self._device)
-            self._mask_N1[self.index_R] = 1
-        return self._mask_N1
 
     def of(self, x_N: Tensor) -> Tensor:
         if self.all:

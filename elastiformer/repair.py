@@ -1,6 +1,6 @@
 """The low-rank addition to the products of some rows in one layer.
 
-Shape letters: R rows   I inputs   O outputs   K rank, in `Joined` of all pairs together
+Shape letters: R rows   I inputs   O outputs   K rank, in `Joined` of all pairs
 """
 
 from __future__ import annotations
@@ -18,11 +18,19 @@ from elastiformer.products import Product
 from elastiformer.readings import Reading
 
 
+class Part(NamedTuple):
+    """What a pair adds to the outputs of one projection."""
+
+    inner: slice  # of what the pairs of a product read, side by side
+    outputs: slice
+    b_OK: Tensor
+
+
 class Joined(NamedTuple):
-    """All pairs of a product as one, scaled: for the rows of whole items, of which most need it."""
+    """All pairs of a product, which read its input at once; scaled, and in the type at work."""
 
     a_KI: Tensor
-    b_KO: Tensor
+    parts: list[Part]
 
     @classmethod
     def of(cls, product: Product, pairs: dict[str, LoraPair], dtype: torch.dtype) -> Joined | None:
@@ -30,22 +38,21 @@ class Joined(NamedTuple):
         paths = list(dict.fromkeys(each.path for each in product.projections if each.path in pairs))
         if not paths:
             return None
-        a_KI = torch.cat([pairs[path].a_RI for path in paths])
-        b_KO = a_KI.new_zeros(len(a_KI), product.outputs)
-        rank = len(a_KI) // len(paths)
-        for projection, part in zip(product.projections, product.parts, strict=True):
+        parts = []
+        for projection, outputs in zip(product.projections, product.parts, strict=True):
             if projection.path in paths:
-                pair, first = pairs[projection.path], rank * paths.index(projection.path)
-                b_OK = pair.b_OR[projection.start : projection.stop]
-                b_KO[first : first + rank, part] = pair.scale * b_OK.T
-        return cls(a_KI.to(dtype), b_KO.to(dtype))
+                pair, place = pairs[projection.path], paths.index(projection.path)
+                rank = len(pair.a_RI)
+                b_OK = pair.scale * pair.b_OR[projection.start : projection.stop]
+                inner = slice(place * rank, (place + 1) * rank)
+                parts.append(Part(inner, outputs, b_OK.to(dtype)))
+        return cls(torch.cat([pairs[path].a_RI for path in paths]).to(dtype), parts)
 
     def mend(self, reading: Reading, out_RO: Tensor, rows: Rows) -> None:
-        """Repair these rows of a product, in place; nothing is added to the others."""
-        inner_RK = F.linear(reading.only_RI, self.a_KI)
-        if not rows.all:
-            inner_RK = inner_RK * rows.mask_N1(inner_RK)
-        out_RO.addmm_(inner_RK, self.b_KO)
+        """Repair these rows of a product, in place."""
+        inner_RK = F.linear(rows.of(reading.only_RI), self.a_KI)
+        for inner, outputs, b_OK in self.parts:
+            rows.add(out_RO[:, outputs], F.linear(inner_RK[:, inner], b_OK))
 
 
 class Repair:

@@ -150,12 +150,10 @@ class Workshop:
             some = of_name.within(rows)
             if not some.count:
                 continue
-            if not self.layout.causal and 2 * some.count > rows.count:
-                joined = self._joined(layer, name, product, out_RO.dtype)
-                if joined is not None:
-                    joined.mend(reading, out_RO, some.among(rows))
-            else:
+            if self.layout.causal:
                 self.repair(layer, name).mend(product, reading, out_RO, some.among(rows))
+            elif joined := self._joined(layer, name, product, out_RO.dtype):
+                joined.mend(reading, out_RO, some.among(rows))
         return out_RO
 
     def _joined(
