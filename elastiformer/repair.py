@@ -88,13 +88,3 @@ class Repair:
             inner_RK = inner_RK[rows]
         b_OK = pair.b_OR[projection.start : projection.stop][outputs].to(inner_RK.dtype)
         return out_RO + pair.scale * F.linear(inner_RK, b_OK)
-
-    def mend(self, product: Product, reading: Reading, out_RO: Tensor, rows: Rows) -> None:
-        """Repair these rows of a product, in place; `rows` are among those of the reading."""
-        if not any(projection.path in self.pairs for projection in product.projections):
-            return
-        x_SI = rows.of(reading.only_RI)
-        for projection, part in zip(product.projections, product.parts, strict=True):
-            self.read(projection, x_SI)
-            of_part_SO = rows.of(out_RO[:, part])
-            rows.put(out_RO[:, part], self.add(projection, of_part_SO))

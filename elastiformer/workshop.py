@@ -75,7 +75,7 @@ class Workshop:
         self._products: dict[tuple[Projection, ...], Product] = {}
         self._experts: dict[int, ExpertTable] = {}
         self._pairs: dict[tuple[int, str], dict[str, LoraPair]] = {}
-        self._joins: dict[tuple[object, ...], Joined | None] = {}
+        self._joins: dict[tuple[object, ...], tuple[int, Joined | None]] = {}
 
     def product(self, *projections: Projection) -> Product:
         """The product with these projections, which read the same input."""
@@ -148,22 +148,21 @@ class Workshop:
         out_RO = product.run(reading)
         for name, of_name in self._repaired(layer, packed):
             some = of_name.within(rows)
-            if not some.count:
-                continue
-            if self.layout.causal:
-                self.repair(layer, name).mend(product, reading, out_RO, some.among(rows))
-            elif joined := self._joined(layer, name, product, out_RO.dtype):
+            joined = self._joined(layer, name, product, out_RO.dtype) if some.count else None
+            if joined is not None:
                 joined.mend(reading, out_RO, some.among(rows))
         return out_RO
 
     def _joined(
         self, layer: Layer, name: str, product: Product, dtype: torch.dtype
     ) -> Joined | None:
+        pairs = self.repair(layer, name).pairs
         key = (layer.index, name, product.projections, dtype)
-        if key not in self._joins:
-            pairs = self.repair(layer, name).pairs
-            self._joins[key] = Joined.of(product, pairs, dtype)
-        return self._joins[key]
+        # Whoever trains the pairs changes them in place.
+        changes = sum(p.a_RI._version + p.b_OR._version for p in pairs.values())
+        if key not in self._joins or self._joins[key][0] != changes:
+            self._joins[key] = changes, Joined.of(product, pairs, dtype)
+        return self._joins[key][1]
 
     def _repaired(self, layer: Layer, packed: Packed) -> list[tuple[str, Rows]]:
         """The rows of a step that are repaired in a layer, by the set of their pairs."""

@@ -144,6 +144,19 @@ def test_a_repair_that_begins_late_is_the_same_in_both_forms_and_counted(plan, p
     assert alone.usage.flops == sequence.usage.flops
 
 
+def test_a_repair_that_training_changes_is_served_as_it_is_then():
+    model, ids_BT = elastic(), text()
+    pieces = cut(ids_BT[0].tolist(), PROMPT)
+    before = run(model, planned(model, PLANS, PROMPT, TOKENS), pieces)
+    with torch.no_grad():
+        for name, parameter in model.trainable().items():
+            if name.startswith("lora"):
+                parameter.mul_(1.5)
+    after = run(model, planned(model, PLANS, PROMPT, TOKENS), pieces)
+    torch.testing.assert_close(after, masked_logits(model, ids_BT, PLANS), **CLOSE)
+    assert not torch.allclose(after, before, **CLOSE)
+
+
 def test_what_was_computed_before_anything_was_left_out_is_not_repaired():
     model, ids_BT = elastic(lora_phases="prompt", lora_parts=("key", "value")), text()
     last = (WHOLE, WHOLE, GONE)
