@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -32,33 +32,36 @@ SINGLE_ROWS = FewRows((1,) * len(SHARES))
 
 
 TRIAL_TURNS = 3  # of each way
+_AGAIN = 64  # of so many pieces of work one goes the way that seemed slower
+_LATEST = 5  # turns of each way that count
 
 
 class Trial:
     """Which of two ways is faster, found in use: either will do, so at first they take turns.
 
-    For each kind of work both have some turns; the one with the lower median has all that follow.
+    For each kind of work both have some turns; then the one with the lower median goes on, and now
+    and then the other has another turn: whatever else ran here may have misled the first ones.
     """
 
-    def __init__(self, turns: int = TRIAL_TURNS) -> None:
-        self._turns = turns
-        self._taken: defaultdict[tuple[Hashable, bool], list[float]] = defaultdict(list)
-        self._is_first_faster: dict[Hashable, bool] = {}
+    def __init__(self, turns: int = TRIAL_TURNS, again: int = _AGAIN) -> None:
+        self._turns, self._again = turns, again
+        self._taken: defaultdict[tuple[Hashable, bool], deque[float]] = defaultdict(
+            lambda: deque(maxlen=max(turns, _LATEST))
+        )
+        self._count: defaultdict[Hashable, int] = defaultdict(int)
 
     def goes_first_way(self, work: Hashable) -> bool:
         """Which way it is to be this time."""
-        if work in self._is_first_faster:
-            return self._is_first_faster[work]
-        return len(self._taken[work, True]) <= len(self._taken[work, False])
+        first, second = self._taken[work, True], self._taken[work, False]
+        if min(len(first), len(second)) < self._turns:
+            return len(first) <= len(second)
+        is_first_faster = median(first) <= median(second)
+        return is_first_faster != (self._count[work] % self._again == 0)
 
     def took(self, work: Hashable, first_way: bool, seconds: float) -> None:
         """Note a turn."""
-        if work in self._is_first_faster:
-            return
         self._taken[work, first_way].append(seconds)
-        first, second = self._taken[work, True], self._taken[work, False]
-        if min(len(first), len(second)) >= self._turns:
-            self._is_first_faster[work] = median(first) <= median(second)
+        self._count[work] += 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,7 +203,7 @@ def _search_row(x_RI, norms_I, index_P, value_P, start_S, row):  # type: ignore[
 
 @compiled()
 def _copy_largest(x_I, norms_I, wanted, only_I):  # type: ignore[no-untyped-def]
-    """`only` = `x`, zero but for its `wanted` largest; they may be the same array."""
+    """`only` = `x`, zero but for its `wanted` largest."""
     inputs = len(x_I)
     weighed_I = np.empty(inputs, dtype=np.float32)
     total = _weigh(x_I, norms_I, weighed_I)
@@ -220,12 +220,21 @@ def _copy_largest(x_I, norms_I, wanted, only_I):  # type: ignore[no-untyped-def]
         only_I[i] = x_I[i] if keeps else np.float32(0)
 
 
+@compiled()
+def _keep_largest_of_row(x_I, norms_I, wanted):  # type: ignore[no-untyped-def]
+    # Neither in place nor within a parallel loop would it be vector code.
+    only_I = np.empty(len(x_I), dtype=np.float32)
+    _copy_largest(x_I, norms_I, wanted, only_I)
+    for i in range(len(x_I)):
+        x_I[i] = only_I[i]
+
+
 @compiled(parallel=True)
 def _keep_largest(x_RI, norms_I, start_S):  # type: ignore[no-untyped-def]
     for row in prange(len(x_RI)):
         wanted = start_S[row + 1] - start_S[row]
         if wanted < x_RI.shape[1]:
-            _copy_largest(x_RI[row], norms_I, wanted, x_RI[row])
+            _keep_largest_of_row(x_RI[row], norms_I, wanted)
 
 
 @compiled()

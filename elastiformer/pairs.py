@@ -290,6 +290,14 @@ def _pair_row(x_I, h, pairs_PH, total_GH):  # type: ignore[no-untyped-def]
         pairs_PH[pair, h] = both_P[pair]
 
 
+@compiled()
+def _pair_largest(x_I, norms_I, wanted, h, pairs_PH, total_GH):  # type: ignore[no-untyped-def]
+    """The same of a row that is zero but for its `wanted` largest."""
+    only_I = np.empty(len(x_I), dtype=np.float32)
+    _copy_largest(x_I, norms_I, wanted, only_I)
+    _pair_row(only_I, h, pairs_PH, total_GH)
+
+
 @compiled(parallel=True)
 def _multiply_pairs(weight_SICW, steps, lows, x_RI, norms_I, start_S, out_RO):  # type: ignore[no-untyped-def]
     slabs, inputs, chunks, _ = weight_SICW.shape
@@ -304,9 +312,8 @@ def _multiply_pairs(weight_SICW, steps, lows, x_RI, norms_I, start_S, out_RO):  
             pairs_TPH[tile, :, h] = 0
             total_TGH[tile, :, h] = 0
         elif start_S[row + 1] - start_S[row] < inputs:
-            only_I = np.empty(inputs, dtype=np.float32)
-            _copy_largest(x_RI[row], norms_I, start_S[row + 1] - start_S[row], only_I)
-            _pair_row(only_I, h, pairs_TPH[tile], total_TGH[tile])
+            wanted = start_S[row + 1] - start_S[row]
+            _pair_largest(x_RI[row], norms_I, wanted, h, pairs_TPH[tile], total_TGH[tile])
         else:
             _pair_row(x_RI[row], h, pairs_TPH[tile], total_TGH[tile])
     pairs_, total_ = pairs_TPH.reshape(-1), total_TGH.reshape(-1)

@@ -17,7 +17,7 @@ def went(trial: Trial, work: str, seconds: dict[bool, float], times: int) -> lis
 
 
 @pytest.mark.parametrize("first_is_faster", [True, False])
-def test_after_some_turns_each_the_faster_way_has_all(first_is_faster):
+def test_after_some_turns_each_the_faster_way_has_those_that_follow(first_is_faster):
     seconds = {first_is_faster: 1.0, not first_is_faster: 1.1}
     ways = went(Trial(turns=3), "work", seconds, 10)
     assert ways[:6].count(True) == ways[:6].count(False) == 3
@@ -28,6 +28,13 @@ def test_a_slow_turn_or_two_decide_nothing():
     trial = Trial(turns=5)
     went(trial, "work", {True: 90.0, False: 2.0}, 4)  # as when code is compiled
     assert went(trial, "work", {True: 1.0, False: 2.0}, 10)[-4:] == [True] * 4
+
+
+def test_what_misled_the_first_turns_is_found_out():
+    trial = Trial(turns=3, again=8)
+    assert went(trial, "work", {True: 9.0, False: 2.0}, 7)[-1] is False  # something else ran here
+    ways = went(trial, "work", {True: 1.0, False: 2.0}, 60)
+    assert ways[-32:].count(False) == 4  # the other way, too, goes on being tried
 
 
 def test_kinds_of_work_are_tried_apart():
