@@ -311,8 +311,9 @@ def _multiply_pairs(weight_SICW, steps, lows, x_RI, norms_I, start_S, out_RO):  
         if row >= rows:
             pairs_TPH[tile, :, h] = 0
             total_TGH[tile, :, h] = 0
-        elif start_S[row + 1] - start_S[row] < inputs:
-            wanted = start_S[row + 1] - start_S[row]
+            continue
+        wanted = start_S[row + 1] - start_S[row]
+        if wanted < inputs:
             _pair_largest(x_RI[row], norms_I, wanted, h, pairs_TPH[tile], total_TGH[tile])
         else:
             _pair_row(x_RI[row], h, pairs_TPH[tile], total_TGH[tile])

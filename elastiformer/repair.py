@@ -59,16 +59,16 @@ class Repair:
     """The pairs, by module path, of one group of rows in one layer; perhaps none."""
 
     def __init__(self, pairs: dict[str, LoraPair]) -> None:
-        self.pairs = pairs
+        self._pairs = pairs
         self._inner: dict[str, Tensor] = {}
 
     @property
     def active(self) -> bool:
-        return bool(self.pairs)
+        return bool(self._pairs)
 
     def read(self, projection: Projection, x_RI: Tensor) -> None:
         """Take the input of a projection's module; parts fused in one module share it."""
-        pair = self.pairs.get(projection.path)
+        pair = self._pairs.get(projection.path)
         if pair is not None and projection.path not in self._inner:
             self._inner[projection.path] = F.linear(x_RI, pair.a_RI.to(x_RI.dtype))
 
@@ -83,7 +83,7 @@ class Repair:
         inner_RK = self._inner.get(projection.path)
         if inner_RK is None:
             return out_RO
-        pair = self.pairs[projection.path]
+        pair = self._pairs[projection.path]
         if rows is not None:
             inner_RK = inner_RK[rows]
         b_OK = pair.b_OR[projection.start : projection.stop][outputs].to(inner_RK.dtype)

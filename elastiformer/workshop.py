@@ -134,12 +134,15 @@ class Workshop:
         return self.adapter.lora.set_name(kind.phase)
 
     def repair(self, layer: Layer, name: str | None) -> Repair:
+        return Repair(self._pairs_in(layer, name))
+
+    def _pairs_in(self, layer: Layer, name: str | None) -> dict[str, LoraPair]:
         if name is None or self.adapter is None or self.adapter.lora is None:
-            return Repair({})
+            return {}
         key = (layer.index, name)
         if key not in self._pairs:
             self._pairs[key] = self.adapter.lora.set_of(*key)
-        return Repair(self._pairs[key])
+        return self._pairs[key]
 
     def mended(
         self, layer: Layer, product: Product, reading: Reading, packed: Packed, rows: Rows
@@ -156,7 +159,7 @@ class Workshop:
     def _joined(
         self, layer: Layer, name: str, product: Product, dtype: torch.dtype
     ) -> Joined | None:
-        pairs = self.repair(layer, name).pairs
+        pairs = self._pairs_in(layer, name)
         key = (layer.index, name, product.projections, dtype)
         # Whoever trains the pairs changes them in place.
         changes = sum(p.a_RI._version + p.b_OR._version for p in pairs.values())
