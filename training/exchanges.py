@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastiformer.encoding import padded
 from elastiformer.errors import InputError
 from elastiformer.imaged import Picture
 from elastiformer.inputs import TextInputs
@@ -163,15 +164,15 @@ def picture_in(exchange: Exchange, model: ElasticVlm) -> Picture:
 def collated(exchanges: Sequence[Exchange], model: ElasticVlm) -> ImagedBatch:
     """Prompts with their answers; the last prompt token and the answer are of phase output."""
     rows = [each.prompt + each.answer for each in exchanges]
-    longest = max(map(len, rows))
-    at_T = torch.arange(longest)
+    ids_BT = padded(rows, 0)
+    at_T = torch.arange(ids_BT.shape[1])
     count_B1 = torch.tensor([[len(row)] for row in rows])
     first_B1 = torch.tensor([[len(each.prompt) - 1] for each in exchanges])
     mask_BT = at_T < count_B1
     pixels = [picture_in(each, model).pixels_CHW for each in exchanges]
     device = model.device
     return ImagedBatch(
-        ids_BT=torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows]).to(device),
+        ids_BT=ids_BT.to(device),
         pixels_NCHW=torch.stack(pixels).to(device, model.dtype),
         mask_BT=mask_BT.to(device),
         output_BT=((at_T >= first_B1) & mask_BT).to(device),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elastiformer import Capacity, ElasticModel
 from elastiformer.encoder import ElasticEncoder
+from elastiformer.encoding import padded
 from elastiformer.masked import PlanGrid, Route
 from elastiformer.sequence import Item
 from elastiformer.sequence import Sequence as Request
@@ -72,9 +73,7 @@ def _grid(requests: Sequence[Request], device: torch.device) -> PlanGrid:
     for request in requests:
         at = [request.plan_at(place).plan for place in range(request.most_tokens)]
         rows.append([plans.setdefault(plan, len(plans)) for plan in at])
-    longest = max(map(len, rows))
-    plan_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
-    return PlanGrid(list(plans), plan_BT.to(device))  # type: ignore[arg-type]
+    return PlanGrid(list(plans), padded(rows, 0).to(device))  # type: ignore[arg-type]
 
 
 def jaccard(one: Choice, other: Choice) -> float:
