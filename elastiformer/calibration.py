@@ -22,8 +22,10 @@ from elastiformer.capacity import LayerPlan, Phase, Plan, Site, Unit, dense_plan
 from elastiformer.errors import AdapterError, CapacityError
 
 FORMAT = 1
-QUANTILES = 33  # of a router's scores: at 0, 1/32, … 1
+QUANTILES = 33  # of a router's scores, or of channels' sizes: at 0, 1/32, … 1
 OUTPUT_BLOCK = 64  # generated positions that share one schedule
+
+Quantiles = tuple[tuple[tuple[float, ...], ...], ...]  # ascending, for each layer and site
 
 FIELDS = tuple(field.name for field in fields(LayerPlan))
 TOKEN_FIELDS = (Unit.ATTENTION_TOKENS.value, Unit.MLP_TOKENS.value)
@@ -140,6 +142,7 @@ class Calibration:
     data: DataRecord | None = None
     image_tokens: float | None = None  # the lowest keep share of image tokens that was measured
     image_floors: tuple[ImageFloor, ...] = ()  # ascending; none: `image_tokens` at every capacity
+    channel_quantiles: Quantiles = ()  # of outputs' sizes x column norm; none: only counted
 
     @cached_property
     def _levels(self) -> dict[tuple[Phase, int], tuple[Plan, ...]]:
@@ -236,6 +239,11 @@ class Calibration:
                     problems[
                         f"calibration: the {phase} path uses {unit}, which the adapter lacks"
                     ] = None
+        if len(self.channel_quantiles) not in (0, layers):
+            problems[
+                f"calibration: channel quantiles of {len(self.channel_quantiles)} layers, "
+                f"this model has {layers}"
+            ] = None
         return list(problems)
 
     def as_json(self) -> dict[str, Any]:
@@ -244,26 +252,37 @@ class Calibration:
             image["image_tokens"] = self.image_tokens
         if self.image_floors:
             image["image_floors"] = [asdict(floor) for floor in self.image_floors]
-        return image | {
-            "format": FORMAT,
-            "lowest": self.lowest,
-            "context": self.context,
-            "paths": {
-                phase.value: [asdict(step) for step in path] for phase, path in self.paths.items()
-            },
-            "thresholds": {
-                phase.value: {
-                    unit.value: {str(layer): list(values) for layer, values in by_layer.items()}
-                    for unit, by_layer in by_unit.items()
-                }
-                for phase, by_unit in self.thresholds.items()
-            },
-            "measured": [
-                {name: value for name, value in asdict(row).items() if value is not None}
-                for row in self.measured
-            ],
-            "data": asdict(self.data) if self.data else None,
-        }
+        channels: dict[str, Any] = {}
+        if self.channel_quantiles:
+            channels["channel_quantiles"] = {
+                site.value: [list(of_layer[place]) for of_layer in self.channel_quantiles]
+                for place, site in enumerate(Site)
+            }
+        return (
+            image
+            | channels
+            | {
+                "format": FORMAT,
+                "lowest": self.lowest,
+                "context": self.context,
+                "paths": {
+                    phase.value: [asdict(step) for step in path]
+                    for phase, path in self.paths.items()
+                },
+                "thresholds": {
+                    phase.value: {
+                        unit.value: {str(layer): list(values) for layer, values in by_layer.items()}
+                        for unit, by_layer in by_unit.items()
+                    }
+                    for phase, by_unit in self.thresholds.items()
+                },
+                "measured": [
+                    {name: value for name, value in asdict(row).items() if value is not None}
+                    for row in self.measured
+                ],
+                "data": asdict(self.data) if self.data else None,
+            }
+        )
 
 
 def walk(path: Sequence[Step], layers: int) -> Iterator[Plan]:

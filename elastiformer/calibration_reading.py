@@ -16,9 +16,10 @@ from elastiformer.calibration import (
     DataRecord,
     ImageFloor,
     Measured,
+    Quantiles,
     Step,
 )
-from elastiformer.capacity import Phase, Unit
+from elastiformer.capacity import Phase, Site, Unit
 from elastiformer.errors import AdapterError
 
 
@@ -69,7 +70,28 @@ class _Reader:
                 else self._number(value["image_tokens"], "image_tokens", 0.0, 1.0)
             ),
             image_floors=self._image_floors(value.get("image_floors", [])),
+            channel_quantiles=self._channel_quantiles(value.get("channel_quantiles")),
         )
+
+    def _channel_quantiles(self, value: object) -> Quantiles:
+        if value is None:
+            return ()
+        name = "channel_quantiles"
+        entry = self._object(value, name)
+        by_site = [
+            [
+                self._quantiles(quantiles, f"{name}.{site}[{layer}]", least=0.0)
+                for layer, quantiles in enumerate(self._list(entry.get(site), f"{name}.{site}"))
+            ]
+            for site in Site
+        ]
+        sizes = {len(quantiles) for of_site in by_site for quantiles in of_site}
+        if len({len(of_site) for of_site in by_site}) > 1 or len(sizes) > 1:
+            self.problems.append(
+                f"{name}: every site has as many layers, and all as many quantiles"
+            )
+            return ()
+        return tuple(zip(*by_site, strict=True))
 
     def _image_floors(self, value: object) -> tuple[ImageFloor, ...]:
         floors: list[ImageFloor] = []
@@ -131,9 +153,9 @@ class _Reader:
                 layers[int(layer)] = self._quantiles(values, f"{name}.{layer}")
         return found
 
-    def _quantiles(self, value: object, name: str) -> tuple[float, ...]:
+    def _quantiles(self, value: object, name: str, least: float = -math.inf) -> tuple[float, ...]:
         values = tuple(
-            self._number(item, f"{name}[{index}]", -math.inf, math.inf)
+            self._number(item, f"{name}[{index}]", least, math.inf)
             for index, item in enumerate(self._list(value, name))
         )
         if len(values) < 2:
@@ -191,6 +213,8 @@ class _Reader:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and math.isfinite(value) and least <= value <= most:  # type: ignore[arg-type, operator]
             return float(value)  # type: ignore[arg-type]
-        bound = "a finite number" if math.isinf(most) else f"a number in [{least:g}, {most:g}]"
+        bound = f"a number in [{least:g}, {most:g}]"
+        if math.isinf(most):
+            bound = "a finite number" + ("" if math.isinf(least) else f", at least {least:g}")
         self.problems.append(f"{name}: {bound}; got {value!r}")
         return 1.0

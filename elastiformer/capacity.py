@@ -84,6 +84,13 @@ def is_dense(plan: Plan) -> bool:
     return all(layer == WHOLE_LAYER for layer in plan)
 
 
+def leaves_only_channels_out(plan: Plan) -> bool:
+    return all(
+        layer.attention_tokens == layer.mlp_tokens == layer.heads == layer.experts == 1
+        for layer in plan
+    )
+
+
 def rooted(plan: Plan) -> Plan:
     """The plan as position 0 runs it: every token attends to it, so it skips no sub-layer."""
     return tuple(replace(layer, attention_tokens=1.0, mlp_tokens=1.0) for layer in plan)

@@ -25,11 +25,13 @@ from elastiformer.packed import Packed
 from elastiformer.placing import Placing
 from elastiformer.pointwise import CompiledGate, CompiledNorm, Rotation
 from elastiformer.products import one_after_another
-from elastiformer.sub_layers import Heads, Layers, Turns
+from elastiformer.sub_layers import Granted, Heads, Layers, Turns
 from elastiformer.taken import Taken
 from elastiformer.workshop import SITES, Workshop
 
 _MOST_ROWS = 128  # that are worth a trial
+_NO_LADDER = np.empty((0, 0, 0), dtype=np.float32)
+_NO_DEBTS, _NO_COUNTS = np.empty((0, 0, 0), dtype=np.int64), np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +78,12 @@ class Decoding:
         assert self._runs is not None, "a step that does not fit"
         h = h_ND.numpy()
         nothing_NR = np.empty((packed.count, 0), dtype=np.float32)
-        start_LTS, cached = packed.start_LTS, placing.cached
+        granted, cached = _granted(packed), placing.cached
         for run in self._runs:
             rotation = rotations.get(run.layer_type, rotations.get(None))
             turns = Turns(nothing_NR, nothing_NR) if rotation is None else Turns(*rotation.on_host)
             of_run = slice(run.first, run.stop)
-            sub_layers.run(h, run.layers, turns, cached.of(of_run), start_LTS[of_run])
+            sub_layers.run(h, run.layers, turns, cached.of(of_run), granted.of(of_run))
             for layer in range(run.first, run.stop):
                 taken.keys(placing.keys(layer))
 
@@ -187,3 +189,17 @@ class Decoding:
     @staticmethod
     def _heads(layer: Layer) -> Heads:
         return Heads(layer.shape.heads, layer.shape.kv_heads, np.float32(layer.scale))
+
+
+def _granted(packed: Packed) -> Granted:
+    """The channels granted to the rows of a step, a row a request."""
+    allowances = packed.allowances
+    if allowances is None:
+        return Granted(packed.start_LTS, _NO_LADDER, _NO_COUNTS, _NO_DEBTS, _NO_COUNTS, _NO_COUNTS)
+    return Granted(
+        packed.start_LTS,
+        allowances.ladder_LTG,
+        allowances.owner_N,
+        allowances.debts_LTC,
+        *allowances.beyond,
+    )

@@ -1,7 +1,8 @@
 """The search for a row's channels of the largest size x norm, on a CPU.
 
 Numbers that are not negative are larger where their bits are, so what is found is exact, whatever
-the search begins with. A row gets the same whatever other rows there are.
+the search begins with. A row whose channels are those that reach a known threshold (thresholds.py)
+is not searched. A row gets the same whatever other rows there are.
 
 Shape letters: R rows   I inputs   S rows + 1   P picks of all rows   K picks of one row
 """
@@ -33,23 +34,27 @@ def search(
     index_P: np.ndarray,
     value_P: np.ndarray,
     start_S: np.ndarray,
+    least_R: np.ndarray,
 ) -> None:
     """Fill in each row's channels of the largest size x norm, ascending; of equal ones the first.
 
     Args:
         start_S: where the picks of each row begin, and the last ones end.
+        least_R: what just these reach, or SEARCHED.
     """
     if len(x_RI) <= _ROWS_ALONE:
-        _search_in_turn(x_RI, norms_I, index_P, value_P, start_S)
+        _search_in_turn(x_RI, norms_I, index_P, value_P, start_S, least_R)
         return
     with TURN:
-        _search_side_by_side(x_RI, norms_I, index_P, value_P, start_S)
+        _search_side_by_side(x_RI, norms_I, index_P, value_P, start_S, least_R)
 
 
-def keep_largest(x_RI: np.ndarray, norms_I: np.ndarray, start_S: np.ndarray) -> None:
+def keep_largest(
+    x_RI: np.ndarray, norms_I: np.ndarray, start_S: np.ndarray, least_R: np.ndarray
+) -> None:
     """Make `x` zero but for what `search` would find, in place."""
     with TURN:
-        _keep_largest(x_RI, norms_I, start_S)
+        _keep_largest(x_RI, norms_I, start_S, least_R)
 
 
 @compiled(**_ANY_ORDER)
@@ -120,6 +125,14 @@ def _least_kept(weighed_I, total, wanted):  # type: ignore[no-untyped-def]
 
 
 @compiled()
+def _least_of(weighed_I, total, wanted, least):  # type: ignore[no-untyped-def]
+    """What `_least_kept` gives, without a search where that is known."""
+    if least >= 0:
+        return np.float32(least), True
+    return _least_kept(weighed_I, total, wanted)
+
+
+@compiled()
 def _missing(weighed_I, least, wanted):  # type: ignore[no-untyped-def]
     """How many of those that equal the least are among the `wanted` largest."""
     return np.int32(wanted - _count_from(weighed_I, _as_float(np.int32(_as_bits(least) + 1))))
@@ -165,7 +178,7 @@ def _put_kept(
 
 
 @compiled()
-def _search_row(x_RI, norms_I, index_P, value_P, start_S, row):  # type: ignore[no-untyped-def]
+def _search_row(x_RI, norms_I, index_P, value_P, start_S, least_R, row):  # type: ignore[no-untyped-def]
     x_I = x_RI[row]
     inputs = len(x_I)
     begin = start_S[row]
@@ -177,7 +190,7 @@ def _search_row(x_RI, norms_I, index_P, value_P, start_S, row):  # type: ignore[
         return
     weighed_I = np.empty(inputs, dtype=np.float32)
     total = _weigh(x_I, norms_I, weighed_I)
-    least, has_all = _least_kept(weighed_I, total, wanted)
+    least, has_all = _least_of(weighed_I, total, wanted, least_R[row])
     index_K = np.empty(inputs + LANES, dtype=np.int32)
     value_K = np.empty(inputs + LANES, dtype=np.float32)
     first, kept, missing = 0, np.int32(0), np.int32(0)
@@ -202,12 +215,12 @@ def _search_row(x_RI, norms_I, index_P, value_P, start_S, row):  # type: ignore[
 
 
 @compiled()
-def _copy_largest(x_I, norms_I, wanted, only_I):  # type: ignore[no-untyped-def]
+def _copy_largest(x_I, norms_I, wanted, least, only_I):  # type: ignore[no-untyped-def]
     """`only` = `x`, zero but for its `wanted` largest."""
     inputs = len(x_I)
     weighed_I = np.empty(inputs, dtype=np.float32)
     total = _weigh(x_I, norms_I, weighed_I)
-    least, has_all = _least_kept(weighed_I, total, wanted)
+    least, has_all = _least_of(weighed_I, total, wanted, least)
     if has_all:
         for i in range(inputs):
             only_I[i] = x_I[i] if weighed_I[i] >= least else np.float32(0)
@@ -221,29 +234,29 @@ def _copy_largest(x_I, norms_I, wanted, only_I):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _keep_largest_of_row(x_I, norms_I, wanted):  # type: ignore[no-untyped-def]
+def _keep_largest_of_row(x_I, norms_I, wanted, least):  # type: ignore[no-untyped-def]
     # Neither in place nor within a parallel loop would it be vector code.
     only_I = np.empty(len(x_I), dtype=np.float32)
-    _copy_largest(x_I, norms_I, wanted, only_I)
+    _copy_largest(x_I, norms_I, wanted, least, only_I)
     for i in range(len(x_I)):
         x_I[i] = only_I[i]
 
 
 @compiled(parallel=True)
-def _keep_largest(x_RI, norms_I, start_S):  # type: ignore[no-untyped-def]
+def _keep_largest(x_RI, norms_I, start_S, least_R):  # type: ignore[no-untyped-def]
     for row in prange(len(x_RI)):
         wanted = start_S[row + 1] - start_S[row]
         if wanted < x_RI.shape[1]:
-            _keep_largest_of_row(x_RI[row], norms_I, wanted)
+            _keep_largest_of_row(x_RI[row], norms_I, wanted, least_R[row])
 
 
 @compiled()
-def _search_in_turn(x_RI, norms_I, index_P, value_P, start_S):  # type: ignore[no-untyped-def]
+def _search_in_turn(x_RI, norms_I, index_P, value_P, start_S, least_R):  # type: ignore[no-untyped-def]
     for row in range(len(x_RI)):
-        _search_row(x_RI, norms_I, index_P, value_P, start_S, row)
+        _search_row(x_RI, norms_I, index_P, value_P, start_S, least_R, row)
 
 
 @compiled(parallel=True)
-def _search_side_by_side(x_RI, norms_I, index_P, value_P, start_S):  # type: ignore[no-untyped-def]
+def _search_side_by_side(x_RI, norms_I, index_P, value_P, start_S, least_R):  # type: ignore[no-untyped-def]
     for row in prange(len(x_RI)):
-        _search_row(x_RI, norms_I, index_P, value_P, start_S, row)
+        _search_row(x_RI, norms_I, index_P, value_P, start_S, least_R, row)

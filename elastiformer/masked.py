@@ -16,13 +16,22 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from elastiformer.accounting import ModelShape, layer_counts, repaired_from
 from elastiformer.adapter import Adapter
-from elastiformer.capacity import Phase, Plan, Site, Unit, is_dense, rooted
+from elastiformer.capacity import (
+    Phase,
+    Plan,
+    Site,
+    Unit,
+    is_dense,
+    leaves_only_channels_out,
+    rooted,
+)
 from elastiformer.families import Layer, Layout
 from elastiformer.routers import (
     TOKEN_UNITS,
@@ -33,6 +42,7 @@ from elastiformer.routers import (
     part_gate,
     token_gate,
 )
+from elastiformer.thresholds import ladders, take
 
 _COUNTS = ("heads", "experts", *(site.value for site in Site))
 
@@ -147,6 +157,11 @@ class MaskedPass:
         starts = [[repaired_from(each) for each in (plan, rooted(plan))] for plan in grid.plans]
         starts_P2 = torch.tensor(starts, device=device)
         self._repaired_from_BT = starts_P2[grid.plan_BT, first_BT.long()]
+        calibration = adapter.calibration if layout.causal else None
+        self._ladder_LTG = None if calibration is None else ladders(calibration.channel_quantiles)
+        takes_P = torch.tensor([leaves_only_channels_out(plan) for plan in grid.plans])
+        takes_BT = takes_P[grid.plan_BT.cpu()] & output_BT.cpu() & ~first_BT.cpu()
+        self._takes_BT = takes_BT  # on the host, where thresholds are
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -333,12 +348,33 @@ class MaskedPass:
         if key not in self._picked:  # query, key and value read the same channels: pick once
             count_BT = torch.where(self.dense_BT, whole, self._count(layer, site.value))
             if bool((count_BT < whole).any()):
-                weighed_BTI = x_BTI.detach().abs().float() * self.layout.column_norms(layer, site)
-                self._picked[key] = best(weighed_BTI, count_BT)
+                self._picked[key] = self._picked_of(layer, site, x_BTI.detach().float(), count_BT)
             else:
                 self._picked[key] = None
         kept_BTI = self._picked[key]
         return x_BTI if kept_BTI is None else x_BTI * kept_BTI
+
+    def _picked_of(self, layer: Layer, site: Site, x_BTI: Tensor, count_BT: Tensor) -> Tensor:
+        """True for the channels that are picked: as many as granted, or those above a threshold."""
+        norms_I = self.layout.column_norms(layer, site)
+        weighed_BTI = x_BTI.abs() * norms_I
+        if self._ladder_LTG is None or not bool(self._takes_BT.any()):
+            return best(weighed_BTI, count_BT)
+        ladder_G = self._ladder_LTG[layer.index, tuple(Site).index(site)]
+        # Row after row, so that those of one request follow each other.
+        owner_BT = torch.where(self._takes_BT, torch.arange(len(x_BTI))[:, None], -1)
+        _, least_N = take(
+            x_BTI.flatten(0, 1).cpu().numpy(),
+            norms_I.cpu().numpy(),
+            ladder_G,
+            count_BT.flatten().cpu().numpy(),
+            owner_BT.flatten().numpy(),
+            np.zeros(len(x_BTI), dtype=np.int64),
+        )
+        least_BT = torch.from_numpy(least_N).to(x_BTI.device).view(count_BT.shape)
+        searched_BT = least_BT < 0
+        kept_BTI = best(weighed_BTI, torch.where(searched_BT, count_BT, weighed_BTI.shape[-1]))
+        return kept_BTI & (searched_BT[..., None] | ~(weighed_BTI < least_BT[..., None]))
 
     def _count(self, layer: Layer, name: str) -> Tensor:
         return self._counts_PLC[:, layer.index, _COUNTS.index(name)][self.grid.plan_BT]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from elastiformer.capacity import Phase
 from elastiformer.pointwise import Rotation
 from elastiformer.sequence import Chunk, Kind, Numbering
 from elastiformer.sequence import Sequence as Owner
+
+if TYPE_CHECKING:
+    from elastiformer.allowances import Allowances
 
 S = TypeVar("S", bound=Hashable)
 
@@ -122,7 +125,9 @@ class Packed:
         self.kind_N = np.array(numbers)
         self._number = {kind: at for at, kind in enumerate(self.distinct_kinds)}
         self._rows: dict[frozenset[Kind], Rows] = {}
-        self.repaired: dict[int, list[tuple[str, Rows]]] = {}  # by layer; filled in by who knows
+        # Filled in by who knows:
+        self.repaired: dict[int, list[tuple[str, Rows]]] = {}  # by layer
+        self.allowances: Allowances | None = None  # where rows take channels by thresholds
         # By way of NumPy, which reads lists several times faster than PyTorch.
         self.ids_N, self.position_N = (
             torch.from_numpy(np.array(each, dtype=np.int64)).to(device)

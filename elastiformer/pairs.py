@@ -73,15 +73,17 @@ def multiply(
     x_RI: np.ndarray,
     norms_I: np.ndarray,
     start_S: np.ndarray,
+    least_R: np.ndarray,
     out_RO: np.ndarray,
 ) -> None:
     """out = the picked of x, rounded to bfloat16, times the stored weight: of a grid, or bfloat16.
 
     Args:
         start_S: where each row's picks would begin, and the last ones end (largest.py).
+        least_R: what they reach, or SEARCHED.
     """
     with TURN:
-        _multiply_pairs(weight_SICW, steps, lows, x_RI, norms_I, start_S, out_RO)
+        _multiply_pairs(weight_SICW, steps, lows, x_RI, norms_I, start_S, least_R, out_RO)
 
 
 def takes(inputs: int, form: np.dtype[Any]) -> bool:
@@ -291,15 +293,15 @@ def _pair_row(x_I, h, pairs_PH, total_GH):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _pair_largest(x_I, norms_I, wanted, h, pairs_PH, total_GH):  # type: ignore[no-untyped-def]
+def _pair_largest(x_I, norms_I, wanted, least, h, pairs_PH, total_GH):  # type: ignore[no-untyped-def]
     """The same of a row that is zero but for its `wanted` largest."""
     only_I = np.empty(len(x_I), dtype=np.float32)
-    _copy_largest(x_I, norms_I, wanted, only_I)
+    _copy_largest(x_I, norms_I, wanted, least, only_I)
     _pair_row(only_I, h, pairs_PH, total_GH)
 
 
 @compiled(parallel=True)
-def _multiply_pairs(weight_SICW, steps, lows, x_RI, norms_I, start_S, out_RO):  # type: ignore[no-untyped-def]
+def _multiply_pairs(weight_SICW, steps, lows, x_RI, norms_I, start_S, least_R, out_RO):  # type: ignore[no-untyped-def]
     slabs, inputs, chunks, _ = weight_SICW.shape
     rows, outputs = out_RO.shape
     tiles = (rows + TILE - 1) // TILE
@@ -314,7 +316,9 @@ def _multiply_pairs(weight_SICW, steps, lows, x_RI, norms_I, start_S, out_RO):  
             continue
         wanted = start_S[row + 1] - start_S[row]
         if wanted < inputs:
-            _pair_largest(x_RI[row], norms_I, wanted, h, pairs_TPH[tile], total_TGH[tile])
+            _pair_largest(
+                x_RI[row], norms_I, wanted, least_R[row], h, pairs_TPH[tile], total_TGH[tile]
+            )
         else:
             _pair_row(x_RI[row], h, pairs_TPH[tile], total_TGH[tile])
     pairs_, total_ = pairs_TPH.reshape(-1), total_TGH.reshape(-1)

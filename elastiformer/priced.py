@@ -22,7 +22,14 @@ from elastiformer.accounting import (
     layer_counts,
     repaired_from,
 )
-from elastiformer.capacity import Plan, Site, dense_plan, is_dense, rooted
+from elastiformer.capacity import (
+    Plan,
+    Site,
+    dense_plan,
+    is_dense,
+    leaves_only_channels_out,
+    rooted,
+)
 
 _REMEMBERED = 4096  # plans; a caller may invent new shares for ever
 
@@ -64,6 +71,7 @@ class PricedPlan:
     skipped_mlp: Mapping[int, Price]
     channels: tuple[tuple[int, ...], ...]  # how many each site keeps, by layer, in order of Site
     picks: bool  # whether any site keeps less than all
+    only_picks: bool  # whether channels are left out, and nothing else
     keeps_sub_layers: bool
     leaves_heads_out: bool
     leaves_experts_out: bool
@@ -133,6 +141,7 @@ class Pricing:
             skipped_mlp=no_mlp,
             channels=tuple(channels),
             picks=any(getattr(layer, site.value) < 1 for layer in plan for site in Site),
+            only_picks=not is_dense(plan) and leaves_only_channels_out(plan),
             keeps_sub_layers=all(layer.attention_tokens == 1 == layer.mlp_tokens for layer in plan),
             leaves_heads_out=any(kept.heads < shape.heads for shape, kept in both),
             leaves_experts_out=any(kept.neurons < shape.mlp_width for shape, kept in both),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from elastiformer.largest import keep_largest
-from elastiformer.tiles import Picks, Wanted, even_starts, everything, search
+from elastiformer.tiles import Picks, Wanted, all_searched, even_starts, everything, search
 
 
 class Reading:
@@ -73,7 +73,7 @@ class Reading:
         if self.count is None:
             return everything(self.on_host_RI)
         assert self._wanted is not None, "picks of a device"
-        return search(self.on_host_RI, *self._wanted)
+        return search(self.on_host_RI, self._wanted)
 
     def index_RK(self) -> Tensor:
         """The picked channels, of rows that all pick as many."""
@@ -90,15 +90,22 @@ class Reading:
         return on_host_RI
 
 
-def pick(x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray, own: bool = False) -> Reading:
+def pick(
+    x_RI: Tensor,
+    norms_I: Tensor,
+    counts: int | np.ndarray,
+    own: bool = False,
+    least_R: np.ndarray | None = None,
+) -> Reading:
     """Each row's channels of the largest size x column norm.
 
     Args:
         counts: how many, the same for every row or one for each [R].
         own: whether `x` may be changed.
+        least_R: what just so many reach, where that is known; else SEARCHED.
     """
     rows, inputs = x_RI.shape
-    is_even = isinstance(counts, int)
+    is_even = isinstance(counts, int) or rows == 1
     if isinstance(counts, int):
         if counts >= inputs:
             return Reading(x_RI)
@@ -110,7 +117,8 @@ def pick(x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray, own: bool = Fa
             return Reading(x_RI)
     count = int(start_S[-1])
     if x_RI.device.type == "cpu" and x_RI.dtype == torch.float32:
-        return Reading(x_RI, count, Wanted(norms_I.numpy(), start_S), own=own)
+        known_R = all_searched(rows) if least_R is None else least_R
+        return Reading(x_RI, count, Wanted(norms_I.numpy(), start_S, known_R), own=own)
     order_RI = (x_RI.abs().float() * norms_I).argsort(dim=1, descending=True)
     count_R1 = torch.from_numpy(np.diff(start_S)).to(x_RI.device)[:, None]
     best_RI = torch.arange(inputs, device=x_RI.device) < count_R1

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from elastiformer.cache import SequenceCache
@@ -85,6 +86,8 @@ class Sequence:
         self.stored = 0  # prompt tokens that the store of prefixes has seen
         self.usage = Usage()
         self._debts: dict[DebtKey, Debt] = {}
+        # Channels its outputs took beyond what was granted, [layers, sites]; None: none yet.
+        self.channel_debts: np.ndarray | None = None
         self.on_release: Callable[[], None] | None = None  # for whoever keeps account of it
 
     @property

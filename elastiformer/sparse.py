@@ -62,12 +62,15 @@ class SparseForm:
         """Run the chunks; float32 logits [output rows, vocabulary] of each."""
         kernels.use_threads()
         packed = Packed(chunks, self.workshop.device)
+        packed.allowances = self.workshop.allowances(packed)
         placing, taken = self._placing(packed), Taken(packed, self.shape)
         h_ND = self._embed(packed)
         rotations = self._rotary.of(packed, h_ND)
         self._run_layers(h_ND, packed, placing, taken, rotations)
         logits = self._logits(h_ND, packed)
         taken.settle(self.adapter.units if self.adapter is not None else ())
+        if packed.allowances is not None:
+            packed.allowances.settle()
         for chunk in chunks:
             chunk.sequence.length += len(chunk.ids)
         return logits

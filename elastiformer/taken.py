@@ -1,6 +1,7 @@
 """The routes of one step, noted layer by layer, and settled into usages at its end.
 
-A row's price is its plan's, less what its token routers left out; only the latter is noted here.
+A row's price is its plan's, less what its token routers left out, which is noted here, and with
+what it took beyond the channels it was granted, which is noted where it took them.
 
 Shape letters: L layers   N rows   R some of them   C chunks   K kinds   S times that rows were left
     out   P fields of a price
@@ -57,6 +58,7 @@ class Taken:
         pair_N = chunk_N * kinds + packed.kind_N
         rows_CK = np.bincount(pair_N, minlength=len(packed.chunks) * kinds).reshape(-1, kinds)
         changes_CK, unattended_CK = self._changes(pair_N, keys_LC)
+        products_C, channels_C = self._beyond()
         known: dict[tuple[object, ...], Usage] = {}  # what was run alike is counted once
         for place, (chunk, outputs) in enumerate(
             zip(packed.chunks, packed.output_counts, strict=True)
@@ -72,6 +74,8 @@ class Taken:
             if alike not in known:
                 known[alike] = self._sum(spent, keys_L, units)
             usage = replace(known[alike])
+            usage.block_flops += 2 * products_C[place]
+            usage.parameters_used += 2 * products_C[place]
             heads = outputs * shape.head_flops
             usage.parameters_used = (usage.parameters_used + heads) // 2
             usage.flops = usage.block_flops + heads
@@ -80,6 +84,18 @@ class Taken:
             usage.dense_flops = usage.dense_block_flops + heads
             usage.dense_parameters = (dense_tokens * dense_linear + heads) // 2
             chunk.sequence.usage += usage
+            if channels_C[place]:
+                chunk.sequence.usage.decide(Unit.CHANNELS, Phase.OUTPUT, 0, -channels_C[place])
+
+    def _beyond(self) -> tuple[list[int], list[int]]:
+        """What each chunk's rows took beyond the channels granted: products, channels."""
+        packed = self._packed
+        if packed.allowances is None:
+            return [0] * len(packed.chunks), [0] * len(packed.chunks)
+        products_C, channels_C = (
+            np.add.reduceat(each_N, packed.starts[:-1]) for each_N in packed.allowances.beyond
+        )
+        return products_C.tolist(), channels_C.tolist()
 
     def _changes(
         self, pair_N: np.ndarray, keys_LC: np.ndarray

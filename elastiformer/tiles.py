@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from elastiformer import kernels, lanes, largest, pairs
 from elastiformer.lanes import GROUP, LANES, WIDTH
+from elastiformer.thresholds import SEARCHED
 
 # A slab holds long lines of memory for each input, or else a single row that leaves inputs out
 # waits for memory as long as one that leaves none. All inputs take longer for it.
@@ -49,6 +50,7 @@ class Wanted(NamedTuple):
 
     norms_I: np.ndarray
     start_S: np.ndarray  # where each row's picks begin, and the last ones end
+    least_R: np.ndarray  # what just these reach, or SEARCHED
 
 
 _NO_NORMS = np.empty(0, dtype=np.float32)  # of rows that pick all
@@ -130,8 +132,8 @@ class Tiles:
         """
         rows, inputs = x_RI.shape
         out_RO = np.empty((rows, self.outputs), dtype=np.float32)
-        norms_I, start_S = wanted or Wanted(_NO_NORMS, even_starts(rows, inputs))
-        pairs.multiply(*self.arrays, x_RI, norms_I, start_S, out_RO)
+        everything_ = Wanted(_NO_NORMS, even_starts(rows, inputs), all_searched(rows))
+        pairs.multiply(*self.arrays, x_RI, *(wanted or everything_), out_RO)
         return out_RO
 
     def multiply(self, picks: Picks, summed: int = 1024) -> np.ndarray:
@@ -145,15 +147,12 @@ class Tiles:
         return out_RO
 
 
-def search(x_RI: np.ndarray, norms_I: np.ndarray, start_S: np.ndarray) -> Picks:
-    """Each row's channels of the largest size x norm; of equal ones the first.
-
-    Args:
-        start_S: where each row's picks are to begin, and the last ones to end.
-    """
+def search(x_RI: np.ndarray, wanted: Wanted) -> Picks:
+    """Each row's channels of the largest size x norm; of equal ones the first."""
+    norms_I, start_S, least_R = wanted
     count = int(start_S[-1])
     index_P, value_P = np.empty(count, dtype=np.int32), np.empty(count, dtype=np.float32)
-    largest.search(x_RI, norms_I, index_P, value_P, start_S)
+    largest.search(x_RI, norms_I, index_P, value_P, start_S, least_R)
     return Picks(index_P, value_P, start_S)
 
 
@@ -168,6 +167,12 @@ def everything(x_RI: np.ndarray) -> Picks:
 def even_starts(rows: int, count: int) -> np.ndarray:
     """Where each row's picks begin if all rows have as many; and where the last ones end."""
     return count * np.arange(rows + 1, dtype=np.int64)
+
+
+@lru_cache(maxsize=512)
+def all_searched(rows: int) -> np.ndarray:
+    """No row's threshold is known."""
+    return np.full(rows, SEARCHED, dtype=np.float32)
 
 
 @lru_cache(maxsize=64)  # few: asked for powers of two alone

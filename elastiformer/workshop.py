@@ -7,16 +7,18 @@ weights stay as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from itertools import cycle
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from elastiformer import kernels
 from elastiformer.accounting import KVPolicy
 from elastiformer.adapter import Adapter
+from elastiformer.allowances import Allowances
 from elastiformer.attention import Backend, BothWays, Portable, backend
 from elastiformer.capacity import Site, Unit
 from elastiformer.costs import ROWS, CostTable, compare
@@ -31,6 +33,7 @@ from elastiformer.readings import Reading, pick
 from elastiformer.repair import Joined, Repair
 from elastiformer.routers import PartGate, Router
 from elastiformer.sequence import Kind
+from elastiformer.thresholds import ladders
 
 SITES = tuple(Site)
 _PLACE = {site: place for place, site in enumerate(SITES)}
@@ -102,8 +105,36 @@ class Workshop:
         """
         if not packed.picks:
             return Reading(x_RI)
-        counts = packed.channels(layer.index, _PLACE[site], rows)
-        return pick(x_RI, self.layout.column_norms(layer, site), counts, own)
+        place, norms_I = _PLACE[site], self.layout.column_norms(layer, site)
+        granted = packed.channels(layer.index, place, rows)
+        is_whole = isinstance(granted, int) and granted >= len(norms_I)
+        if packed.allowances is None or is_whole:
+            return pick(x_RI, norms_I, granted, own)
+        on_host = (x_RI.float().cpu().numpy(), norms_I.cpu().numpy())
+        taken_R, least_R = packed.allowances.take(layer.index, place, rows, *on_host, granted)
+        return pick(x_RI, norms_I, taken_R, own, least_R)
+
+    def allowances(self, packed: Packed) -> Allowances | None:
+        """What the rows of a step take of their channels, where thresholds say."""
+        return Allowances.of(packed, self.ladder_LTG, self._outputs_LT)
+
+    @cached_property
+    def ladder_LTG(self) -> np.ndarray | None:
+        """The thresholds of every layer and site; None: every token takes what it is granted."""
+        calibration = self.adapter.calibration if self.adapter is not None else None
+        # An encoder's tokens have no order in which debts could be paid.
+        if calibration is None or not self.layout.causal:
+            return None
+        return ladders(calibration.channel_quantiles)
+
+    @cached_property
+    def _outputs_LT(self) -> np.ndarray:
+        return np.array(
+            [
+                [sum(len(each.weight_OI) for each in layer.at_site(site)) for site in SITES]
+                for layer in self.layout.layers
+            ]
+        )
 
     def experts(self, layer: Layer) -> ExpertTable:
         assert self.adapter is not None, "experts without an adapter"

@@ -3,10 +3,10 @@
     python -m training calibrate --base BASE --adapter DIR --data DATA [--capacities 1.0,0.8,0.6]
 
 Measures how much each layer and unit matters in each phase, finds the order in which to give them
-up, sets the routers' thresholds, then checks on other data, through the form that is served, that
-a capacity is kept and what it loses. Every answer is remembered in DIR/sensitivity.jsonl: a run
-that was stopped continues where it was. Writes calibration.json, calibration.png and the model
-card into DIR.
+up, sets the thresholds of routers and of channels, then checks on other data, through the form that
+is served, that a capacity is kept and what it loses. Every answer is remembered in
+DIR/sensitivity.jsonl: a run that was stopped continues where it was. Writes calibration.json,
+calibration.png and the model card into DIR.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 from elastiformer import AdapterError, Calibration, ElasticModel
 from elastiformer.calibration import DataRecord, Measured
 from elastiformer.vlm_weights import is_vlm
+from training.channel_sizes import channel_quantiles
 from training.data import Corpus, Windows, pack, read_corpus
 from training.encoder_calibrate import FOR_ITEMS, add_item_arguments, calibrate_items, task_asked
 from training.files import DataError
@@ -44,6 +45,7 @@ CAPACITIES = "1.0,0.9,0.8,0.7,0.65,0.6,0.5"
 
 
 _FOR_TEXTS = ("windows", "check_windows", "window", "prompt_tokens")
+_FOR_PROBES = ("prompt_units", "output_units", "sweeps", "max_minutes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out an encoder's sub-layers one after the other, each without its router where "
         "that loses little: then also small savings are saved time",
     )
+    parser.add_argument(
+        "--keep-paths",
+        action="store_true",
+        help="probe nothing: give up a language model's units in the order that the adapter has, "
+        "and set thresholds and the table anew",
+    )
     parser.add_argument("--max-minutes", type=float, default=math.inf)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto")
@@ -98,13 +106,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         refuse_unused(
             args,
             add_arguments,
-            ("task", "seen", "one_by_one", *_FOR_TEXTS),
+            ("task", "seen", "one_by_one", "keep_paths", *_FOR_TEXTS),
             "a vision-language model",
         )
         return calibrate_pictures(args)
     refuse_unused(args, add_arguments, ("image_spread",), "what routes no image tokens")
     if (task := task_asked(args)) is not None:
-        refuse_unused(args, add_arguments, _FOR_TEXTS, "an encoder")
+        refuse_unused(args, add_arguments, ("keep_paths", *_FOR_TEXTS), "an encoder")
         return calibrate_items(args, task)
     refuse_unused(args, add_arguments, (*FOR_ITEMS, "one_by_one"), "a language model")
     started = time.monotonic()
@@ -117,6 +125,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 2 <= prompt_tokens < args.window:
         raise DataError(f"--prompt-tokens: from 2 to below --window; got {prompt_tokens}")
     probe_WT, check_WT = two_sets(corpus, model, args)
+    known = model.calibration
+    if args.keep_paths:
+        if known is None:
+            raise AdapterError(f"{args.adapter}: --keep-paths: this adapter is not calibrated")
+        refuse_unused(args, add_arguments, _FOR_PROBES, "an adapter that keeps its paths")
     recalibrate(model, None)  # what an earlier one said must not count
     meter = Meter(model, probe_WT, prompt_tokens)
     adapter = model.adapter
@@ -130,7 +143,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         until=started + 60 * args.max_minutes,
         sweeps=args.sweeps,
     )
-    paths = job.find_paths()
+    kept = known if args.keep_paths else None
+    paths = job.find_paths() if kept is None else dict(kept.paths)
     least = lowest(paths, model.shape, args.window, args.capacities)
     draft = Calibration(
         lowest=least,
@@ -149,13 +163,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             seed=args.seed,
         ),
     )
+    draft = replace(draft, channel_quantiles=channel_quantiles(model, draft, probe_WT))
     recalibrate(model, draft)
     served = [each for each in args.capacities if each >= draft.lowest - 1e-9]
     checked = windows_of(model, check_WT, prompt_tokens)
     rows, worst = check(model, checked, served)
     recalibrate(model, replace(draft, measured=tuple(rows)))
     adapter.save(args.adapter)
-    job.draw(args.adapter / "calibration.png", draft, served)
+    if kept is None:
+        job.draw(args.adapter / "calibration.png", draft, served)
     if worst > TOLERANCE:
         print(
             f"warning: a request missed its capacity by {worst:.3f}, more than {TOLERANCE}",

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as Many
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from elastiformer import Adapter, Chunk, ElasticModel, LayerPlan, Phase, Plan, Sequence, Site, Unit
+from elastiformer import (
+    Adapter,
+    Calibration,
+    Chunk,
+    ElasticModel,
+    LayerPlan,
+    Phase,
+    Plan,
+    Sequence,
+    Site,
+    Step,
+    Unit,
+)
 from elastiformer.capacity import DENSE
-from tests.tiny import VOCAB, tiny
+from tests.tiny import LAYERS, VOCAB, tiny
+from training.channel_sizes import channel_quantiles
 
 TOKENS, PROMPT = 23, 9
 EXPERTS = 7
@@ -33,6 +47,25 @@ def elastic(
     for parameter in adapter.parameters().values():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=shaken)
     model.attach(adapter)
+    return model
+
+
+def by_thresholds(model: ElasticModel) -> ElasticModel:
+    """The same model, whose outputs take channels by thresholds; not quite the right ones."""
+    assert model.adapter is not None
+    calibration = model.adapter.calibration
+    if calibration is None:
+        path = tuple(Step(layer, site.value, 0.5) for layer in range(LAYERS) for site in Site)
+        calibration = Calibration(
+            0.7, TOKENS, dict.fromkeys(Phase, path), {phase: {} for phase in Phase}, ()
+        )
+    quantiles = channel_quantiles(model, calibration, text(60, seed=8))
+    off = tuple(
+        tuple(tuple(1.1 * size for size in of_site) for of_site in of_layer)
+        for of_layer in quantiles
+    )
+    model.adapter.calibration = replace(calibration, channel_quantiles=off)
+    model.attach(model.adapter)
     return model
 
 

@@ -35,7 +35,7 @@ from elastiformer import (
 )
 from elastiformer.calibration import output_context
 from elastiformer.planning import prompt_context, prompt_ending
-from tests.elastiformer.elastic import elastic
+from tests.elastiformer.elastic import by_thresholds, elastic
 from tests.elastiformer.mixes import (
     LOWEST,
     NEW,
@@ -68,8 +68,9 @@ PATHS = {
         *(Step(layer, "attention_tokens", 0.25) for layer in (0,)),
     ),
     Phase.OUTPUT: (
-        *(Step(layer, "heads", 0.75) for layer in range(LAYERS)),
         *(Step(layer, "mlp_in", 0.7) for layer in range(LAYERS)),
+        *(Step(layer, "attention_out", 0.6) for layer in range(LAYERS)),
+        *(Step(layer, "heads", 0.75) for layer in range(LAYERS)),
         *(Step(layer, "experts", 4 / 7) for layer in range(LAYERS)),
         *(Step(layer, "mlp_tokens", 0.7) for layer in range(LAYERS)),
         *(Step(layer, "attention_tokens", 0.6) for layer in range(LAYERS)),
@@ -105,8 +106,7 @@ def calibrated(family: str, kv: str, rightly: bool = False) -> ElasticModel:
         },
         measured=(Measured(1.0, 1.0, kl=0.0), Measured(LOWEST, LOWEST, kl=0.7)),
     )
-    model.attach(model.adapter)
-    return model
+    return by_thresholds(model)
 
 
 @lru_cache

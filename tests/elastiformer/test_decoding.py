@@ -11,7 +11,15 @@ import torch
 from elastiformer import DENSE, Chunk, ElasticModel, Unit, dense_plan
 from elastiformer.costs import TRIAL_TURNS
 from elastiformer.decoding import Decoding
-from tests.elastiformer.elastic import PROMPT, TOKENS, any_plan, elastic, planned, text
+from tests.elastiformer.elastic import (
+    PROMPT,
+    TOKENS,
+    any_plan,
+    by_thresholds,
+    elastic,
+    planned,
+    text,
+)
 from tests.tiny import LAYERS, WINDOW, tiny
 
 ROWS = 3
@@ -58,8 +66,11 @@ def channel_plans() -> list:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 @pytest.mark.parametrize("rows", [1, ROWS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_bits_are_those_of_the_parts(family, rows, dtype, monkeypatch):
+@pytest.mark.parametrize("thresholds", [False, True])
+def test_the_bits_are_those_of_the_parts(family, rows, dtype, thresholds, monkeypatch):
     model = elastic(family, (Unit.CHANNELS,), lora_rank=0)
+    if thresholds:
+        by_thresholds(model)
     model.base.to(dtype)
     model.attach(model.adapter)
     with counting(monkeypatch, may=False) as none:

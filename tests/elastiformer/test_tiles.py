@@ -15,7 +15,15 @@ from elastiformer import kernels, largest
 from elastiformer.families import Projection
 from elastiformer.products import Product
 from elastiformer.readings import Reading, pick
-from elastiformer.tiles import Picks, Tiles, even_starts, everything, search
+from elastiformer.tiles import (
+    Picks,
+    Tiles,
+    Wanted,
+    all_searched,
+    even_starts,
+    everything,
+    search,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,7 +105,8 @@ def test_the_search_finds_what_a_stable_sort_finds(rows, values):
     norms_I = np.ones(150, dtype=np.float32) if values != "any" else np.abs(x_RI[0]) + 1
     counts_R = generator.integers(0, 151, rows)
     start_S = np.concatenate([[0], np.cumsum(counts_R)]).astype(np.int64)
-    picks = search(x_RI, norms_I, start_S)
+    unknown_R = all_searched(rows)
+    picks = search(x_RI, Wanted(norms_I, start_S, unknown_R))
     for row, count in enumerate(counts_R):
         order = np.argsort(-np.abs(x_RI[row]) * norms_I, kind="stable")
         own = slice(start_S[row], start_S[row + 1])
@@ -105,7 +114,7 @@ def test_the_search_finds_what_a_stable_sort_finds(rows, values):
         assert (picks.value_P[own] == x_RI[row, picks.index_P[own]]).all()
     only_RI = np.zeros_like(x_RI)
     only_RI[np.repeat(np.arange(rows), counts_R), picks.index_P] = picks.value_P
-    largest.keep_largest(x_RI, norms_I, start_S)
+    largest.keep_largest(x_RI, norms_I, start_S, unknown_R)
     assert (x_RI == only_RI).all()
 
 
@@ -172,7 +181,9 @@ def test_where_there_are_no_tiles_both_ways_agree():
 def test_few_threads_or_many_the_bits_are_the_same():
     tiles = Tiles.of(torch.randn(500, 128))
     x_RI = np.random.default_rng(0).standard_normal((9, 128), dtype=np.float32)
-    picks = search(x_RI, np.ones(128, dtype=np.float32), even_starts(9, 50))
+    picks = search(
+        x_RI, Wanted(np.ones(128, dtype=np.float32), even_starts(9, 50), all_searched(9))
+    )
     many, threads = tiles.multiply(picks), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
