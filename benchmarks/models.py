@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from elastiformer import (
 from elastiformer.accounting import KVPolicy
 from elastiformer.errors import CapacityError, InputError
 from elastiformer.weights import DTYPES, comes_along
+from training.channel_sizes import channel_quantiles
 from training.options import whole
 
 ROOT = Path(elastiformer.__file__).parent.parent
@@ -153,6 +154,11 @@ def shaped(name: str, layers: int | None, dtype: str, device: str) -> ElasticMod
         thresholds={},
         measured=(),
     )
+    model.attach(adapter)
+    # As in an adapter that a command calibrated, outputs take channels by thresholds.
+    ids_WT = torch.tensor(text_ids(model, 256))[None]
+    quantiles = channel_quantiles(model, adapter.calibration, ids_WT)
+    adapter.calibration = replace(adapter.calibration, channel_quantiles=quantiles)
     model.attach(adapter)
     return model
 

@@ -2,10 +2,11 @@
 
     python -m training ablate --base BASE --adapter DIR --data TRAIN --held-out TEST --out DIR
 
-Outputs keep channels at the adapter's own plans, chosen by another rule or under other shares;
-prompts leave layers with and without the repair, keep some of them, or run other last tokens
-whole. Each row runs through the masked form, on the windows that `evaluate` takes, and must spend
-what the adapter spends. Prompts are measured where the continuation repeats them, too.
+Outputs keep channels at the adapter's own plans: by its thresholds, or each token as many, chosen
+by one rule or another or under other shares. Prompts leave layers with and without the repair, keep
+some of them, or run other last tokens whole. Each row runs through the masked form, on the windows
+that `evaluate` takes, and must spend what the adapter spends. Prompts are measured where the
+continuation repeats them, too.
 
 DIR holds report.json, report.md and ablation.png; beside it, DIR.run a file for each row that is
 done. A run that was stopped goes on with the same command.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from training.picking import (
     laid_out,
     run_picked,
 )
-from training.quality import Setting, Window, asked_of, copied, windows_of
+from training.quality import Setting, Window, asked_of, copied, measure, windows_of
 
 PROSE, COPIED = "prose", "copied"
 EQUAL = 0.002  # of the block FLOPs: a schedule meets its share as nearly as positions let it
@@ -94,7 +95,7 @@ class Study:
             self.rows = {
                 name: row
                 for name, row in self.rows.items()
-                if not (isinstance(row, OutputRow) and row.choice.up_share < 1)
+                if not (isinstance(row, OutputRow) and row.choice and row.choice.up_share < 1)
             }
 
     def measured(self, row: Row) -> list[Point]:
@@ -157,6 +158,8 @@ class Study:
 
     def _output(self, row: OutputRow, capacity: float) -> Point:
         model, choice = self.model, row.choice
+        if choice is None:
+            return self._as_shipped(capacity)
         learnt = Learnt(
             self._gradients if choice.weight is Weight.GRADIENT else {},
             self._up_sizes if choice.up_share < 1 else {},
@@ -177,6 +180,16 @@ class Study:
                 spent += picking.more_flops(under) / dense_flops(model, window)
                 _check_cost(row, spent, wanted)
         return Point(PROSE, capacity, spent, tuple(losses))
+
+    def _as_shipped(self, capacity: float) -> Point:
+        losses, spent = [], []
+        for window in self._prose:
+            losses.append(
+                self._loss(window, self._scored(window, capacity)[0], Setting.SCORED, AsPlanned())
+            )
+            # What thresholds take is known where it is served.
+            spent.append(measure(self.model, [window], capacity, Setting.SCORED).spent)
+        return Point(PROSE, capacity, fmean(spent), tuple(losses))
 
     def _scored(self, window: Window, capacity: float) -> tuple[Under, float]:
         return laid_out(self.model, window, capacity, Setting.SCORED, AsPlanned())

@@ -1,4 +1,4 @@
-"""An ablation on paper: what each row loses beside the adapter as it ships, window by window.
+"""An ablation on paper: what each row loses beside the one it differs from, window by window.
 
 The same windows stand under every row, so a difference is judged by its own standard error over
 windows, which is far smaller than that of either loss.
@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from training.ablation_rows import (
+    AS_MANY_FOR_EACH,
     AS_SHIPPED,
     ENDING_AS_SHIPPED,
     EndingRow,
@@ -26,7 +27,8 @@ from training.pictures import draw_rows
 from training.reports import digits, table
 
 FAR = 2.0  # times the loss
-CLEAR = 2.0  # standard errors between a row and the adapter as it ships, to be called different
+CLEAR = 2.0  # standard errors between two rows, to be called different
+REFERENCES: dict[type[Row], str] = {OutputRow: AS_MANY_FOR_EACH, EndingRow: ENDING_AS_SHIPPED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,8 @@ class Ablation:
         ]
 
     def reference(self, row: Row) -> dict[tuple[str, float | None], Point]:
-        """The points of the adapter as it ships that a row stands beside; none of a plan."""
-        name = {OutputRow: AS_SHIPPED, EndingRow: ENDING_AS_SHIPPED}.get(type(row))
+        """The points of the row that a row differs from in one decision; none of a plan."""
+        name = REFERENCES.get(type(row))
         return {
             point.place: point
             for other, points in self.rows
@@ -90,7 +92,7 @@ def beyond(point: Point, reference: Point) -> tuple[float, float | None]:
 
 
 def sentences(found: Ablation) -> Iterator[str]:
-    """Which rows clearly lose less, or more, than the adapter as it ships."""
+    """Which rows clearly lose less, or more, than the one they differ from."""
     for kind, title in ((OutputRow, "Every token scored"), (EndingRow, "Prompt routed")):
         rows = found.kind(kind)
         for place in dict.fromkeys(place for _, points in rows for place in points):
@@ -99,11 +101,7 @@ def sentences(found: Ablation) -> Iterator[str]:
             alike: list[Row] = []
             for row, points in rows:
                 there = found.reference(row).get(place)
-                if (
-                    place not in points
-                    or there is None
-                    or row.name in (AS_SHIPPED, ENDING_AS_SHIPPED)
-                ):
+                if place not in points or there is None or row.name == REFERENCES[kind]:
                     continue
                 by, of = beyond(points[place], there)
                 clear = of is not None and abs(by) > CLEAR * of
@@ -111,8 +109,8 @@ def sentences(found: Ablation) -> Iterator[str]:
             if less or more or alike:
                 said = ", ".join(f"`{row.name}`" for row in less) or "none"
                 yield (
-                    f"{title}, {place[0]}, {place[1]:g}: clearly less than as shipped lose {said}; "
-                    f"rows that lose clearly more: {len(more)}, neither: {len(alike)}."
+                    f"{title}, {place[0]}, {place[1]:g}: clearly less than `{REFERENCES[kind]}` "
+                    f"lose {said}; rows that lose clearly more: {len(more)}, neither: {len(alike)}."
                 )
 
 
@@ -121,7 +119,7 @@ def write_ablation(folder: Path, found: Ablation) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     files = ["report.md", "report.json"]
     if panels := _panels(found):
-        draw_rows(folder / "ablation.png", panels, "KL over that of the adapter as it ships")
+        draw_rows(folder / "ablation.png", panels, "KL over that of the row they differ from")
         files.insert(0, "ablation.png")
     write_atomically(folder / "report.md", _markdown(found, files[0] == "ablation.png").encode())
     write_json(
@@ -147,12 +145,12 @@ def _as_json(point: Point, reference: Mapping[Any, Point]) -> dict[str, Any]:
     said = asdict(point) | {"kl": point.kl, "kl_error": point.kl_error}
     if point.place in reference:
         by, of = beyond(point, reference[point.place])
-        said |= {"beyond_as_shipped": by, "beyond_as_shipped_error": of}
+        said |= {"beyond_reference": by, "beyond_reference_error": of}
     return said
 
 
 def _panels(found: Ablation) -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
-    """KL over as shipped's, with the error of the difference, by panel, row and place.
+    """KL over the reference's, with the error of the difference, by panel, row and place.
 
     Rows that lose far more have a panel of their own: near 1 small differences are to be seen.
     """
@@ -177,7 +175,7 @@ def _markdown(found: Ablation, drawn: bool) -> str:
     lines = [f"# What each choice is worth: {about['base']['id']}", "", *_prose(about), ""]
     lines += [*(f"- {sentence}" for sentence in sentences(found)), ""]
     if drawn:
-        lines += ["![KL over that of the adapter as it ships](ablation.png)", ""]
+        lines += ["![KL over that of the row they differ from](ablation.png)", ""]
     lines += tables(found)
     return "\n".join([*lines, ""])
 
@@ -223,9 +221,11 @@ def _prose(about: Mapping[str, Any]) -> list[str]:
         f"{learnt['windows']} windows of {learnt['window_tokens']} tokens of {learnt['name']} "
         f"(sha256 {learnt['sha256'][:12]}), seed {about['seed']}. KL to the full model in nats per "
         "token; in brackets the standard error over windows; behind the slash what a row loses "
-        "beyond the adapter as it ships, on the same windows, with the error of that. *Clearly*: "
-        f"by more than {CLEAR:g} of those. A row differs from `{AS_SHIPPED}` in one decision and "
-        f"spends the same block FLOPs, to {about['equal']:g}: counted from what each token kept.",
+        "beyond the one it differs from in one decision, on the same windows, with the error of "
+        f"that. *Clearly*: by more than {CLEAR:g} of those. Of outputs that is "
+        f"`{AS_MANY_FOR_EACH}`, of prompts' last tokens `{ENDING_AS_SHIPPED}`. Rows that are "
+        f"compared spend the same block FLOPs, to {about['equal']:g}: counted from what each token "
+        f"kept. Only `{AS_SHIPPED}` spends as nearly the same as debts are paid back.",
         "",
         "```bash",
         str(about["command"]),

@@ -1,7 +1,9 @@
 """The rows of `ablate`: each what the adapter does, but for one decision. Nothing runs here.
 
-Outputs choose channels: rows differ in a `Choice`, or in the shares. Prompts leave layers: rows
-differ in what is left out, whether that is repaired, or how many last tokens run whole.
+Outputs choose channels: rows differ in a `Choice`, or in the shares, from one that gives each token
+as many as the adapter grants; so does the adapter itself, which has thresholds. Prompts leave
+layers: rows differ in what is left out, whether that is repaired, or how many last tokens run
+whole.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from training.channel_choices import (
     token_before,
 )
 
-AS_SHIPPED, ENDING_AS_SHIPPED = "as-shipped", "ending-as-shipped"
-AS_IT_IS = Choice()
+AS_SHIPPED, AS_MANY_FOR_EACH = "as-shipped", "as-many-for-each"
+ENDING_AS_SHIPPED = "ending-as-shipped"
+AS_MANY = Choice()
 ENDINGS = (0, 2, 4, 8, 16)
 
 
@@ -39,7 +42,7 @@ class OutputRow:
     name: str
     decision: str
     says: str
-    choice: Choice = AS_IT_IS
+    choice: Choice | None = AS_MANY  # None: by what thresholds the adapter has
     uniform: bool = False  # the same share in every layer and place
 
 
@@ -74,7 +77,12 @@ class EndingRow:
 Row = OutputRow | LeavingRow | EndingRow
 
 OUTPUTS = (
-    OutputRow(AS_SHIPPED, "as shipped", "own size x column norm, at the adapter's shares"),
+    OutputRow(
+        AS_MANY_FOR_EACH, "", "each token its largest by size x column norm, as many as granted"
+    ),
+    OutputRow(
+        AS_SHIPPED, "as shipped", "those above the adapter's thresholds, as many on average", None
+    ),
     OutputRow("uniform-shares", "shares", "the same share in every layer and place", uniform=True),
     *(
         OutputRow(name, "a size is weighed by", says, Choice(weight=weight))
@@ -115,7 +123,7 @@ OUTPUTS = (
             f"threshold-{where}", "one threshold for all tokens", says, Choice(threshold_at=at)
         )
         for where, says, at in (
-            ("everywhere", "everywhere", EVERYWHERE),
+            ("everywhere", "everywhere, of the very text", EVERYWHERE),
             ("inputs", "inputs of query, key and value, of gate and up", INPUTS),
             ("neurons", "the neurons that down reads", NEURONS),
         )
