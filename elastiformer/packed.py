@@ -11,19 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from elastiformer.allowances import Allowances
 from elastiformer.capacity import Phase
 from elastiformer.pointwise import Rotation
 from elastiformer.sequence import Chunk, Kind, Numbering
 from elastiformer.sequence import Sequence as Owner
-
-if TYPE_CHECKING:
-    from elastiformer.allowances import Allowances
 
 S = TypeVar("S", bound=Hashable)
 
@@ -214,6 +212,20 @@ class Packed:
     @cached_property
     def leaves_experts_out(self) -> bool:
         return any(kind.plan.leaves_experts_out for kind in self.distinct_kinds)
+
+    @cached_property
+    def takes_N(self) -> np.ndarray:
+        """The rows that may take channels by thresholds, where there are some (allowances.py)."""
+        takes_K = np.array(
+            [kind.phase is Phase.OUTPUT and kind.plan.only_picks for kind in self.distinct_kinds]
+        )
+        takes_N: np.ndarray = takes_K[self.kind_N] & (np.array(self.positions) > 0)
+        return takes_N
+
+    @cached_property
+    def chunk_N(self) -> np.ndarray:
+        """Of each row."""
+        return np.repeat(np.arange(len(self.chunks)), np.diff(self.starts))
 
     @cached_property
     def nothing(self) -> Rows:

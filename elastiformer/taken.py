@@ -54,8 +54,7 @@ class Taken:
         dense_per_key = shape.dense_token_flops(context=1) - dense_linear
         keys_LC = np.array(self._keys_LC)
         kinds = len(packed.distinct_kinds)
-        chunk_N = np.repeat(np.arange(len(packed.chunks)), np.diff(packed.starts))
-        pair_N = chunk_N * kinds + packed.kind_N
+        pair_N = packed.chunk_N * kinds + packed.kind_N
         rows_CK = np.bincount(pair_N, minlength=len(packed.chunks) * kinds).reshape(-1, kinds)
         changes_CK, unattended_CK = self._changes(pair_N, keys_LC)
         products_C, channels_C = self._beyond()

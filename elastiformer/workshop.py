@@ -111,12 +111,18 @@ class Workshop:
         if packed.allowances is None or is_whole:
             return pick(x_RI, norms_I, granted, own)
         on_host = (x_RI.float().cpu().numpy(), norms_I.cpu().numpy())
-        taken_R, least_R = packed.allowances.take(layer.index, place, rows, *on_host, granted)
+        taken_R, least_R = packed.allowances.take(
+            layer.index, place, rows.rows_R, *on_host, granted
+        )
         return pick(x_RI, norms_I, taken_R, own, least_R)
 
     def allowances(self, packed: Packed) -> Allowances | None:
-        """What the rows of a step take of their channels, where thresholds say."""
-        return Allowances.of(packed, self.ladder_LTG, self._outputs_LT)
+        """What the rows of a step take of their channels; None: what they are granted."""
+        if self.ladder_LTG is None or not packed.picks or not packed.takes_N.any():
+            return None
+        owners = [chunk.sequence for chunk in packed.chunks]
+        owner_N = np.where(packed.takes_N, packed.chunk_N, -1)
+        return Allowances(owners, owner_N, self.ladder_LTG, self._outputs_LT)
 
     @cached_property
     def ladder_LTG(self) -> np.ndarray | None:

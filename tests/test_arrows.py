@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LOW_TO_HIGH = """
     elastiformer: errors tasks capacity usage accounting calibration calibration_reading card
         priced families encoders experts routers lora lora_files unpacking shipped originals
-        weights encoder_weights vlms vlm_weights misfits adapter_files adapter masked pool cache
-        sequence imaged prefixes memory kernels row_kernels pointwise packed rotary taken costs
-        lanes largest pairs single_queries sub_layers tiles readings products flop_formulas
-        expert_table repair attention placing workshop keeping sparse_heads sparse_attention
+        weights encoder_weights vlms vlm_weights misfits adapter_files adapter kernels thresholds
+        masked pool cache sequence imaged prefixes memory row_kernels pointwise allowances packed
+        rotary taken costs lanes largest pairs single_queries sub_layers tiles readings products
+        flop_formulas expert_table repair attention placing workshop keeping sparse_heads sparse_attention
         sparse_experts sparse_mlp decoding sparse encoding imaging sight planning drawing sampling
         inputs images encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
 
@@ -32,8 +32,8 @@ LOW_TO_HIGH = """
         checkpoint mixed fitting fashion_mnist convolutions vision masked_images reviews canvases
         corpora sentiment canvas_tower canvas_sets canvas_answers canvas_model build quality
         encoder_quality picture_quality allotment tuning sensitivity regression picking
-        channel_choices learnt ablation_rows baselines repaired pictures stopwatch reports
-        encoder_reports loop encoder_calibrate encoder_evaluate picture_reports picture_evaluate
+        channel_choices channel_sizes learnt ablation_rows baselines repaired pictures stopwatch
+        reports encoder_reports loop encoder_calibrate encoder_evaluate picture_reports picture_evaluate
         path_search picture_meter picture_calibrate overlap subjects domain_data domain_report
         recipe_report ablation_report distill repair ranks ablation calibrate evaluate ablate
         domains recipe reconstruct summarize goals seeds synthesize __main__
@@ -49,6 +49,7 @@ _COMPILED = {
         "row_kernels",
         "single_queries",
         "sub_layers",
+        "thresholds",
     )
 }
 
