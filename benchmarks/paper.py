@@ -66,8 +66,13 @@ def report(args: argparse.Namespace, model: ElasticModel, planned: Sequence[Plan
             f"Each request: {args.prompt} prompt tokens, {args.tokens} new ones. The promise: for "
             f"{args.share:.0%} of the requests the first token within {args.first_token_ms:g} ms, "
             f"the others {args.between_tokens_ms:g} ms apart or less on average. Steps are medians "
-            "in this process; HTTP and threads make each longer by the factor of its mix. Arrivals "
-            "are random and wait for nobody."
+            "in this process; HTTP and threads make each longer by the factor of its mix"
+            + (
+                f", {args.overhead:g}."
+                if args.overhead
+                else ", fitted to requests over HTTP at half the rate of the last column."
+            )
+            + " Arrivals are random and wait for nobody."
         ),
         draw=lambda figure: _draw(figure, planned, args.share),
         goals=[

@@ -4,13 +4,14 @@ First steps are measured: so many rows that decode, beside so many prompt tokens
 capacities. Then the server's own scheduler runs over these step times with random arrivals
 (`benchmarks/simulation.py`), and the highest rate is searched at which `--share` of the requests
 get their first token and the following ones in time. What HTTP and threads add is one factor for
-each mix: half as many streams over HTTP as may run, over the time that the simulation gives them.
+each mix: requests come over HTTP at half the greatest rate, and it is the factor under which they
+take as long on paper.
 
 With --check, requests are then sent at rates around the planned one, at the very moments that are
 simulated beside them, and the rates at which the promise breaks are compared.
 
-Takes `--seconds` for each of three mixes and a minute more: some four minutes on two cores with the
-default model. With --check also, for each of three mixes and five rates, `--check-seconds` and
+Takes `--seconds` and `--overhead-seconds` for each of three mixes and a minute more: some five minutes
+on two cores with the default model. With --check also, for each of three mixes and five rates, `--check-seconds` and
 until the last one is answered: some ten minutes more.
 """
 
@@ -29,12 +30,16 @@ from benchmarks.check import Planned, check, simulate_at, times_of
 from benchmarks.paper import report
 from benchmarks.results import write
 from benchmarks.sender import Sender
+from benchmarks.server import ServerError
 from benchmarks.serving import MODES
 from benchmarks.simulation import (
     Arrival,
     Host,
     Promise,
+    factor_for,
     held_rate,
+    moments,
+    poisson,
     simulate,
 )
 from benchmarks.steps import step_times
@@ -48,6 +53,9 @@ from service.scheduler import Job
 from service.served import serve
 from service.settings import ModelSpec, Settings
 from training.options import real, whole
+
+_OVERHEAD_SEED = 99  # of the moments at which they come; none of those that are checked
+_PATIENCE = 4  # times as long until the last one is answered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--overhead", type=real(above=0), help="factor on each step; unset: measured over HTTP"
+    )
+    parser.add_argument(
+        "--overhead-seconds", type=real(above=0), default=20.0, help="that requests come for it"
     )
     parser.add_argument(
         "--requests", type=whole(1), default=1500, help="simulated at each rate that is tried"
@@ -121,7 +132,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             sender = Sender(place.address, ids, starts, args.prompt, args.tokens)
         hosts = {
             mode: replace(
-                host, overhead=args.overhead or _overhead(sender, host, jobs[mode], mixes[mode])
+                host,
+                overhead=args.overhead
+                or _overhead(sender, host, jobs[mode], mixes[mode], args.overhead_seconds),
             )
             for mode, host in hosts.items()
         }
@@ -158,12 +171,30 @@ def _job(args: argparse.Namespace, engine: Engine, capacity: Capacity) -> Job:
 # Over HTTP.
 
 
-def _overhead(sender: Sender, host: Host, jobs: Sequence[Job], mix: Sequence[float]) -> float:
-    """The same streams over HTTP, over what the simulation says; the median of three tries."""
-    streams = max(host.limits.max_running // 2, 1)  # about as many as near the promised rate
-    on_paper = _last([Arrival(0.0, jobs[at % len(jobs)]) for at in range(streams)], host)
-    taken = [sender.at_once(streams, mix) for _ in range(4)]
-    return statistics.median(taken[1:]) / on_paper  # the first one warms up
+def _overhead(
+    sender: Sender, host: Host, jobs: Sequence[Job], mix: Sequence[float], seconds: float
+) -> float:
+    """The factor on steps under which requests take on paper what they take over HTTP, on average.
+
+    Steps of few rows and cut prompts, which is what requests that come one by one make, have more
+    between them than those of many streams that begin together.
+    """
+    sender.at_once(max(host.limits.max_running // 2, 1), mix)  # warms up
+    rate = max(_saturated(host, jobs) / 2, 2 / seconds)
+    seen = sender.at(moments(rate, seconds, _OVERHEAD_SEED), mix, _PATIENCE * seconds)
+    taken = [each.ended - each.started for each in seen.finished if each.ended is not None]
+    if not taken:
+        raise ServerError(
+            f"of {len(seen.requests)} requests in {seconds:g} s none was answered within "
+            f"{_PATIENCE * seconds:g}; give --overhead-seconds more, or --overhead"
+        )
+    return factor_for(host, poisson(jobs, rate, seconds, _OVERHEAD_SEED), statistics.fmean(taken))
+
+
+def _saturated(host: Host, jobs: Sequence[Job]) -> float:
+    """Requests finished per second when there is always one more waiting."""
+    some = 8 * host.limits.max_running
+    return some / _last([Arrival(0.0, jobs[at % len(jobs)]) for at in range(some)], host)
 
 
 def _last(arrivals: Sequence[Arrival], host: Host) -> float:
@@ -176,8 +207,7 @@ def _last(arrivals: Sequence[Arrival], host: Host) -> float:
 
 def _plan(mode: str, host: Host, jobs: Sequence[Job], promise: Promise, requests: int) -> Planned:
     """The rate that a mix holds for good."""
-    some = 8 * host.limits.max_running
-    saturated = some / _last([Arrival(0.0, jobs[at % len(jobs)]) for at in range(some)], host)
+    saturated = _saturated(host, jobs)
 
     def share_at(rate: float) -> float:
         return promise.share_kept(times_of(simulate_at(host, jobs, rate, requests / rate, seed=0)))

@@ -3,7 +3,7 @@
 The model has two parts. A step of so many decoding rows and so many prompt tokens takes what a
 table of measured steps says, linear in between. Which rows and tokens a step holds is decided by
 the server's own `Scheduler` and `Pace`, run step by step on a clock that only the table moves. No
-thread, no model, no HTTP: what those cost is one factor on every step.
+thread, no model, no HTTP: what those cost is one factor on every step, fitted to a light load.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import fmean
 
 from service.pace import Pace
 from service.scheduler import Entry, Job, Limits, Scheduler
+
+_FACTORS, _HALVINGS = (0.25, 4.0), 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,20 @@ def simulate(host: Host, arrivals: Iterable[Arrival], until: float = float("inf"
             if entry.ready == 0:
                 _draw(scheduler, entry, fate_of[entry], now)
     return fates
+
+
+def factor_for(host: Host, arrivals: Sequence[Arrival], seconds: float) -> float:
+    """The overhead under which these arrivals take so many seconds each, on average; 1/4 to 4."""
+
+    def on_average(factor: float) -> float:
+        fates = simulate(replace(host, overhead=factor), arrivals)
+        return fmean(fate.ended - fate.arrived for fate in fates if fate.ended is not None)
+
+    low, high = _FACTORS
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if on_average(middle) < seconds else (low, middle)
+    return (low + high) / 2
 
 
 def _draw(scheduler: Scheduler, entry: Entry, fate: Fate, now: float) -> None:

@@ -19,9 +19,10 @@ LOW_TO_HIGH = """
         weights encoder_weights vlms vlm_weights misfits adapter_files adapter kernels thresholds
         masked pool cache sequence imaged prefixes memory row_kernels pointwise allowances packed
         rotary taken costs lanes largest pairs single_queries sub_layers tiles readings products
-        flop_formulas expert_table repair attention placing workshop keeping sparse_heads sparse_attention
-        sparse_experts sparse_mlp decoding sparse encoding imaging sight planning drawing sampling
-        inputs images encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
+        flop_formulas expert_table repair attention placing workshop keeping sparse_heads
+        sparse_attention sparse_experts sparse_mlp decoding sparse encoding imaging sight planning
+        drawing sampling inputs images encoder_inputs picture_inputs elastic model sharded led vlm
+        encoder __init__
 
     service: __init__ errors build settings schemas scheduler pace metrics knob orders energy rows
         bench ledger middleware engine encoder_engine led served zero_shot items desk tracing logs
@@ -33,8 +34,9 @@ LOW_TO_HIGH = """
         corpora sentiment canvas_tower canvas_sets canvas_answers canvas_model build quality
         encoder_quality picture_quality allotment tuning sensitivity regression picking
         channel_choices channel_sizes learnt ablation_rows baselines repaired pictures stopwatch
-        reports encoder_reports loop encoder_calibrate encoder_evaluate picture_reports picture_evaluate
-        path_search picture_meter picture_calibrate overlap subjects domain_data domain_report
+        reports encoder_reports loop encoder_calibrate encoder_evaluate picture_reports
+        picture_evaluate path_search picture_meter picture_calibrate overlap subjects domain_data
+        domain_report
         recipe_report ablation_report distill repair ranks ablation calibrate evaluate ablate
         domains recipe reconstruct summarize goals seeds synthesize __main__
 """

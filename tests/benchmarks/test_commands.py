@@ -203,7 +203,7 @@ def test_a_plan_of_a_mix_is_checked_at_the_very_moments_that_are_simulated(run):
         "planning",
         *QUICK,
         *("--prompt", "40", "--tokens", "6", "--requests", "50", "--mix", "1.0,0.6"),
-        *("--check", "--check-seconds", "0.5"),
+        *("--check", "--check-seconds", "0.5", "--overhead-seconds", "0.5"),
     )
     (planned,) = written["results"]["planned"]
     assert planned["overhead"] > 0  # measured over HTTP

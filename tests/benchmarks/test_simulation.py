@@ -12,6 +12,7 @@ from benchmarks.simulation import (
     Promise,
     StepTimes,
     crossing,
+    factor_for,
     held_rate,
     poisson,
     simulate,
@@ -60,6 +61,14 @@ def test_one_place_waits_as_queueing_theory_says():
         waits = [fate.admitted - fate.arrived for fate in simulate(host(places=1), arrivals)]
         assert len(waits) == pytest.approx(500 * load / STEP, rel=0.05)
         assert statistics.mean(waits) == pytest.approx(STEP * load / (1 - load) / 2, rel=0.08)
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.0, 1.6])
+def test_the_factor_is_found_again_in_what_requests_took(factor):
+    arrivals = poisson([job(new=4)], 1.2, 60, seed=2)
+    fates = simulate(host(overhead=factor), arrivals)
+    taken = statistics.fmean(fate.ended - fate.arrived for fate in fates)
+    assert factor_for(host(), arrivals, taken) == pytest.approx(factor, abs=0.01)
 
 
 def test_places_are_shared_and_nobody_is_lost():

@@ -106,6 +106,31 @@ def test_a_calibration_that_was_stopped_continues_and_ends_the_same(folders, cap
     assert json.loads((folders[1] / "calibration.json").read_text()) == whole
 
 
+def test_paths_that_are_kept_are_probed_no_more_and_get_thresholds(folders, capsys):
+    _, adapter, _ = folders
+    keep = ("--keep-paths", "--prompt-units", "none", "--output-units", "channels")
+    assert main(calibrate(folders, "--keep-paths")) == 1
+    assert "--keep-paths: this adapter is not calibrated" in capsys.readouterr().err
+    assert main(calibrate(folders, *keep[1:])) == 0
+    found = SavedAdapter.load(adapter).calibration
+    quantiles = [each for of_layer in found.channel_quantiles for each in of_layer]
+    assert len(quantiles) == 4 * LAYERS and {len(each) for each in quantiles} == {33}
+    assert all(list(each) == sorted(each) and each[-1] > 0 for each in quantiles)
+
+    assert main(calibrate(folders, *keep)) == 1
+    assert "--prompt-units: an adapter that keeps its paths" in capsys.readouterr().err
+    stored = json.loads((adapter / "calibration.json").read_text())
+    del stored["channel_quantiles"]
+    stored["measured"] = []
+    (adapter / "calibration.json").write_text(json.dumps(stored))
+    (adapter / "sensitivity.jsonl").unlink()
+    without_sweeps = [each for each in calibrate(folders, "--keep-paths") if each != "--sweeps"]
+    without_sweeps.remove("0")
+    assert main(without_sweeps) == 0
+    assert not (adapter / "sensitivity.jsonl").exists()
+    assert SavedAdapter.load(adapter).calibration == found
+
+
 def test_when_time_runs_out_the_rest_is_interpolated(folders, capsys):
     assert main(calibrate(folders, "--max-minutes", "0.002")) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
