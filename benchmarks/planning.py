@@ -10,9 +10,9 @@ take as long on paper.
 With --check, requests are then sent at rates around the planned one, at the very moments that are
 simulated beside them, and the rates at which the promise breaks are compared.
 
-Takes `--seconds` and `--overhead-seconds` for each of three mixes and a minute more: some five minutes
-on two cores with the default model. With --check also, for each of three mixes and five rates, `--check-seconds` and
-until the last one is answered: some ten minutes more.
+Takes `--seconds` and `--overhead-seconds` for each of three mixes and a minute more: some five
+minutes on two cores with the default model. With --check also, for each of three mixes and five
+rates, `--check-seconds` and until the last one is answered: some ten minutes more.
 """
 
 from __future__ import annotations
