@@ -83,6 +83,23 @@ def test_a_capacity_is_kept_and_counted_as_pytorch_counts_it(model, ids, share):
     assert sequence.usage.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+@pytest.mark.parametrize("share", [0.8, 0.5])
+def test_however_short_an_answer_is_it_spends_what_was_asked_but_for_part_of_a_token(model, share):
+    ids = model.tokenizer(FRESH_TEXT)["input_ids"]
+    prompt = 12
+    sequence = model.sequence(Capacity(1.0, share), prompt, len(ids))
+    model.step([Chunk(sequence, ids[:prompt])])
+    off = 0.0
+    for place, token in enumerate(ids[prompt:], prompt):
+        was = sequence.usage.block_flops
+        model.step([Chunk(sequence, [token])])
+        dense = model.shape.dense_token_flops(place + 1)
+        spent = sequence.usage.block_flops - was
+        assert 0.05 < spent / dense < 1.2  # tokens differ,
+        off += spent / dense - share
+        assert abs(off) < 1  # but together they are what was asked
+
+
 @pytest.mark.parametrize(("share", "whole"), [(0.9, 8), (0.8, 7), (0.65, 4), (0.52, 3)])
 def test_a_prompt_ends_whole_and_the_tokens_before_make_up_for_it(model, share, whole):
     sequence = model.sequence(Capacity(share, share), 129, 140)
