@@ -25,13 +25,13 @@ from elastiformer.packed import Packed
 from elastiformer.placing import Placing
 from elastiformer.pointwise import CompiledGate, CompiledNorm, Rotation
 from elastiformer.products import one_after_another
-from elastiformer.sub_layers import Granted, Heads, Layers, Turns
+from elastiformer.sub_layers import Heads, Layers, Turns
 from elastiformer.taken import Taken
+from elastiformer.thresholds import Grants
 from elastiformer.workshop import SITES, Workshop
 
 _MOST_ROWS = 128  # that are worth a trial
-_NO_LADDER = np.empty((0, 0, 0), dtype=np.float32)
-_NO_DEBTS, _NO_COUNTS = np.empty((0, 0, 0), dtype=np.int64), np.empty(0, dtype=np.int64)
+_NO_COUNTS = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +78,12 @@ class Decoding:
         assert self._runs is not None, "a step that does not fit"
         h = h_ND.numpy()
         nothing_NR = np.empty((packed.count, 0), dtype=np.float32)
-        granted, cached = _granted(packed), placing.cached
+        grants, cached = _grants(packed), placing.cached
         for run in self._runs:
             rotation = rotations.get(run.layer_type, rotations.get(None))
             turns = Turns(nothing_NR, nothing_NR) if rotation is None else Turns(*rotation.on_host)
             of_run = slice(run.first, run.stop)
-            sub_layers.run(h, run.layers, turns, cached.of(of_run), granted.of(of_run))
+            sub_layers.run(h, run.layers, turns, cached.of(of_run), grants.of(of_run))
             for layer in range(run.first, run.stop):
                 taken.keys(placing.keys(layer))
 
@@ -191,15 +191,13 @@ class Decoding:
         return Heads(layer.shape.heads, layer.shape.kv_heads, np.float32(layer.scale))
 
 
-def _granted(packed: Packed) -> Granted:
+def _grants(packed: Packed) -> Grants:
     """The channels granted to the rows of a step, a row a request."""
-    allowances = packed.allowances
-    if allowances is None:
-        return Granted(packed.start_LTS, _NO_LADDER, _NO_COUNTS, _NO_DEBTS, _NO_COUNTS, _NO_COUNTS)
-    return Granted(
-        packed.start_LTS,
-        allowances.ladder_LTG,
-        allowances.owner_N,
-        allowances.debts_LTC,
-        *allowances.beyond,
+    if packed.allowances is not None:
+        return packed.allowances.grants
+    channels_LTK, kind_N = packed.channels_LTK, packed.kind_N
+    no_ladder_LTG = np.empty((*channels_LTK.shape[:2], 0), dtype=np.float32)
+    no_debts_LTO = np.empty(no_ladder_LTG.shape, dtype=np.int64)
+    return Grants(
+        no_ladder_LTG, channels_LTK, kind_N, _NO_COUNTS, no_debts_LTO, _NO_COUNTS, _NO_COUNTS
     )

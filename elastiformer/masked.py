@@ -42,7 +42,7 @@ from elastiformer.routers import (
     part_gate,
     token_gate,
 )
-from elastiformer.thresholds import ladders, take
+from elastiformer.thresholds import Grants, ladders, take
 
 _COUNTS = ("heads", "experts", *(site.value for site in Site))
 
@@ -360,17 +360,20 @@ class MaskedPass:
         weighed_BTI = x_BTI.abs() * norms_I
         if self._ladder_LTG is None or not bool(self._takes_BT.any()):
             return best(weighed_BTI, count_BT)
-        ladder_G = self._ladder_LTG[layer.index, tuple(Site).index(site)]
         # Row after row, so that those of one request follow each other.
         owner_BT = torch.where(self._takes_BT, torch.arange(len(x_BTI))[:, None], -1)
-        _, least_N = take(
-            x_BTI.flatten(0, 1).cpu().numpy(),
-            norms_I.cpu().numpy(),
-            ladder_G,
-            count_BT.flatten().cpu().numpy(),
+        at_N, nothing_N = np.arange(owner_BT.numel()), np.zeros(owner_BT.numel(), dtype=np.int64)
+        place = (layer.index, tuple(Site).index(site))
+        grants = Grants(
+            self._ladder_LTG[place][None, None],
+            count_BT.cpu().view(1, 1, -1).numpy(),
+            at_N,
             owner_BT.flatten().numpy(),
-            np.zeros(len(x_BTI), dtype=np.int64),
+            np.zeros((1, 1, len(x_BTI)), dtype=np.int64),
+            *(nothing_N, nothing_N),
         )
+        x_NI = x_BTI.flatten(0, 1).cpu().numpy()
+        _, least_N = take(x_NI, norms_I.cpu().numpy(), grants, 0, 0, at_N, 0)
         least_BT = torch.from_numpy(least_N).to(x_BTI.device).view(count_BT.shape)
         searched_BT = least_BT < 0
         kept_BTI = best(weighed_BTI, torch.where(searched_BT, count_BT, weighed_BTI.shape[-1]))

@@ -232,13 +232,10 @@ class Packed:
         return Rows(np.arange(0), self.count, self.device)
 
     @cached_property
-    def start_LTS(self) -> np.ndarray:
-        """Where each row's channels begin at each site (T), and the last ones end."""
+    def channels_LTK(self) -> np.ndarray:
+        """How many channels each kind keeps at each site (T)."""
         counts_KLT = np.array([kind.plan.channels for kind in self.distinct_kinds])
-        counts_LTN = counts_KLT[self.kind_N].transpose(1, 2, 0)
-        start_LTS = np.zeros((*counts_LTN.shape[:2], self.count + 1), dtype=np.int64)
-        np.cumsum(counts_LTN, axis=2, out=start_LTS[:, :, 1:])
-        return start_LTS
+        return np.ascontiguousarray(counts_KLT.transpose(1, 2, 0))
 
     def channels(self, layer: int, site: int, rows: Rows) -> int | np.ndarray:
         """How many channels the rows keep at a site; one number where they agree."""

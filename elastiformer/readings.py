@@ -90,22 +90,14 @@ class Reading:
         return on_host_RI
 
 
-def pick(
-    x_RI: Tensor,
-    norms_I: Tensor,
-    counts: int | np.ndarray,
-    own: bool = False,
-    least_R: np.ndarray | None = None,
-) -> Reading:
+def pick(x_RI: Tensor, norms_I: Tensor, counts: int | np.ndarray, own: bool = False) -> Reading:
     """Each row's channels of the largest size x column norm.
 
     Args:
         counts: how many, the same for every row or one for each [R].
         own: whether `x` may be changed.
-        least_R: what just so many reach, where that is known; else SEARCHED.
     """
     rows, inputs = x_RI.shape
-    is_even = isinstance(counts, int) or rows == 1
     if isinstance(counts, int):
         if counts >= inputs:
             return Reading(x_RI)
@@ -113,14 +105,27 @@ def pick(
     else:
         start_S = np.zeros(rows + 1, dtype=np.int64)
         np.cumsum(np.minimum(counts, inputs), out=start_S[1:])
-        if start_S[-1] == rows * inputs:
-            return Reading(x_RI)
+    return reading_of(x_RI, norms_I, start_S, all_searched(rows), own)
+
+
+def reading_of(
+    x_RI: Tensor, norms_I: Tensor, start_S: np.ndarray, least_R: np.ndarray, own: bool
+) -> Reading:
+    """The same, by where the channels of each row begin.
+
+    Args:
+        least_R: what these channels and no others reach; SEARCHED where that is not known.
+    """
+    rows, inputs = x_RI.shape
     count = int(start_S[-1])
+    if count == rows * inputs:
+        return Reading(x_RI)
     if x_RI.device.type == "cpu" and x_RI.dtype == torch.float32:
-        known_R = all_searched(rows) if least_R is None else least_R
-        return Reading(x_RI, count, Wanted(norms_I.numpy(), start_S, known_R), own=own)
+        return Reading(x_RI, count, Wanted(norms_I.numpy(), start_S, least_R), own=own)
+    counts_R = np.diff(start_S)
     order_RI = (x_RI.abs().float() * norms_I).argsort(dim=1, descending=True)
-    count_R1 = torch.from_numpy(np.diff(start_S)).to(x_RI.device)[:, None]
+    count_R1 = torch.from_numpy(counts_R).to(x_RI.device)[:, None]
     best_RI = torch.arange(inputs, device=x_RI.device) < count_R1
     kept_RI = torch.zeros_like(order_RI, dtype=torch.bool).scatter_(1, order_RI, best_RI)
+    is_even = bool((counts_R == counts_R[0]).all())
     return Reading(x_RI, count, kept_RI=kept_RI, is_even=is_even)

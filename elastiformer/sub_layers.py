@@ -6,7 +6,7 @@ parts are the very same, so a row gets the same bits here as where they are call
 Shape letters: L layers   N rows   D width   O outputs of a product   M heads, all of them
     A query heads   G key/value heads   H head size   I neurons or inputs   R rotated part of a head
     P rows of the pool   T sites   Q single queries (a row each)   C chunks of a slab
-    W outputs of a chunk   S slabs of a weight (in start_S and start_LTS: rows + 1)   U rungs
+    W outputs of a chunk   S slabs of a weight (in start_S: rows + 1)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from elastiformer.row_kernels import (
     _turn_side_by_side,
 )
 from elastiformer.single_queries import _attend
-from elastiformer.thresholds import SEARCHED, _take
+from elastiformer.thresholds import Grants, _take
 
 
 class Weight(NamedTuple):
@@ -87,33 +87,6 @@ class Cached(NamedTuple):
         return Cached(self.rows_PH, self.index_LNG[layers], self.query_Q, *of_layers, self.length_Q)
 
 
-class Granted(NamedTuple):
-    """How many channels the rows pick before each product, and what they take of that.
-
-    Args:
-        start_LTS: where each row's picks begin, and the last ones end, as they were granted.
-        ladder_LTU: the thresholds by which rows take (thresholds.py); of no layers where none does.
-        owner_N: 0 or above: of a row that takes by them.
-        debts_LTN: of each row's request; brought up to date.
-        products_N, channels_N: what rows took beyond what was granted; added to.
-    """
-
-    start_LTS: np.ndarray
-    ladder_LTU: np.ndarray
-    owner_N: np.ndarray
-    debts_LTN: np.ndarray
-    products_N: np.ndarray
-    channels_N: np.ndarray
-
-    def of(self, layers: slice) -> Granted:
-        """What some of the layers need of it."""
-        return self._replace(
-            start_LTS=self.start_LTS[layers],
-            ladder_LTU=self.ladder_LTU[layers],
-            debts_LTN=self.debts_LTN[layers],
-        )
-
-
 class Turns(NamedTuple):
     """Cosines and sines of the rows; of no columns where nothing is rotated."""
 
@@ -121,12 +94,12 @@ class Turns(NamedTuple):
     sin_NR: np.ndarray
 
 
-def run(h_ND: np.ndarray, layers: Layers, turns: Turns, cached: Cached, granted: Granted) -> None:
+def run(h_ND: np.ndarray, layers: Layers, turns: Turns, cached: Cached, grants: Grants) -> None:
     """Run layers over the residual, in place, of rows that are each a request's latest token."""
     # None: rows in turn; else side by side. By its type Numba compiles the one or the other.
     side = None if len(h_ND) <= _ALONE else 1
     with TURN:
-        _run(h_ND, layers, turns, cached, granted, side)
+        _run(h_ND, layers, turns, cached, grants, side)
 
 
 @compiled()
@@ -149,39 +122,16 @@ def _product_of_pairs(x_NI, weight, layer, start_S, least_N):  # type: ignore[no
 
 
 @compiled()
-def _taken(x_NI, norms_I, granted, layer, site, outputs):  # type: ignore[no-untyped-def]
-    """Where each row's picks begin, and the last ones end; and what they reach, where known."""
-    rows, inputs = x_NI.shape
-    granted_S = granted.start_LTS[layer, site]
-    least_N = np.empty(rows, dtype=np.float32)
-    least_N[:] = SEARCHED
-    if not len(granted.ladder_LTU) or granted_S[rows] == rows * inputs:
-        return granted_S, least_N
-    granted_N = granted_S[1:] - granted_S[:-1]
-    taken_N = np.empty(rows, dtype=np.int64)
-    _take(
-        x_NI, norms_I, granted.ladder_LTU[layer, site], granted_N, granted.owner_N,
-        granted.debts_LTN[layer, site], taken_N, least_N,
-    )  # fmt: skip
-    start_S = np.empty(rows + 1, dtype=np.int64)
-    start_S[0] = 0
-    for row in range(rows):
-        beyond = taken_N[row] - granted_N[row]
-        granted.channels_N[row] += beyond
-        granted.products_N[row] += beyond * outputs
-        start_S[row + 1] = start_S[row] + taken_N[row]
-    return start_S, least_N
-
-
-@compiled()
-def _product(x_NI, weight, layer, granted, site, side):  # type: ignore[no-untyped-def]
+def _product(x_NI, weight, layer, grants, site, side):  # type: ignore[no-untyped-def]
     rows = len(x_NI)
-    start_S, least_N = _taken(x_NI, weight.norms_I[layer], granted, layer, site, weight.outputs)
+    norms_I = weight.norms_I[layer]
+    start_S = np.empty(rows + 1, dtype=np.int64)
+    least_N = np.empty(rows, dtype=np.float32)
+    _take(x_NI, norms_I, grants, layer, site, np.arange(rows), weight.outputs, start_S, least_N)
     if weight.pairs and rows > 1:
         return _product_of_pairs(x_NI, weight, layer, start_S, least_N)
     index_P = np.empty(start_S[rows], dtype=np.int32)
     value_P = np.empty(start_S[rows], dtype=np.float32)
-    norms_I = weight.norms_I[layer]
     if side is None:
         for row in range(rows):
             _search_row(x_NI, norms_I, index_P, value_P, start_S, least_N, row)
@@ -218,8 +168,8 @@ def _add(h_ND, branch_ND):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _attention(x_ND, front, heads, turns, cached, layer, out, granted, side):  # type: ignore[no-untyped-def]
-    out_NO = _product(x_ND, front, layer, granted, 0, side)
+def _attention(x_ND, front, heads, turns, cached, layer, out, grants, side):  # type: ignore[no-untyped-def]
+    out_NO = _product(x_ND, front, layer, grants, 0, side)
     rows, size = len(x_ND), cached.rows_PH.shape[1]
     out_NMH = out_NO.reshape(rows, out_NO.shape[1] // size, size)
     turned = heads.queries + heads.kv
@@ -241,29 +191,29 @@ def _attention(x_ND, front, heads, turns, cached, layer, out, granted, side):  #
         cached.rows_PH, out_NMH, cached.query_Q, cached.key_LQ[layer], cached.value_LQ[layer],
         cached.room_LQ[layer], cached.length_Q, heads.queries, heads.kv, heads.scale, out_NAH,
     )  # fmt: skip
-    return _product(out_NAH.reshape(rows, heads.queries * size), out, layer, granted, 1, side)
+    return _product(out_NAH.reshape(rows, heads.queries * size), out, layer, grants, 1, side)
 
 
 @compiled()
-def _mlp(x_ND, gated, form, down, layer, granted, side):  # type: ignore[no-untyped-def]
-    out_N2I = _product(x_ND, gated, layer, granted, 2, side)
+def _mlp(x_ND, gated, form, down, layer, grants, side):  # type: ignore[no-untyped-def]
+    out_N2I = _product(x_ND, gated, layer, grants, 2, side)
     a_NI = np.empty((len(x_ND), out_N2I.shape[1] // 2), dtype=np.float32)
     if side is None:
         for row in range(len(x_ND)):
             _gate_row(form, out_N2I[row], a_NI[row])
     else:
         _gate_side_by_side(form, out_N2I, a_NI)
-    return _product(a_NI, down, layer, granted, 3, side)
+    return _product(a_NI, down, layer, grants, 3, side)
 
 
 @compiled()
-def _run(h_ND, layers, turns, cached, granted, side):  # type: ignore[no-untyped-def]
-    for layer in range(len(granted.start_LTS)):
+def _run(h_ND, layers, turns, cached, grants, side):  # type: ignore[no-untyped-def]
+    for layer in range(len(grants.channels_LTK)):
         scale_D = layers.attention_scale_LD[layer]
         x_ND = _normalised(h_ND, scale_D, layers.attention_epsilon, side)
         branch_ND = _attention(
-            x_ND, layers.front, layers.heads, turns, cached, layer, layers.out, granted, side
+            x_ND, layers.front, layers.heads, turns, cached, layer, layers.out, grants, side
         )
         _add(h_ND, branch_ND)
         x_ND = _normalised(h_ND, layers.mlp_scale_LD[layer], layers.mlp_epsilon, side)
-        _add(h_ND, _mlp(x_ND, layers.gated, layers.form, layers.down, layer, granted, side))
+        _add(h_ND, _mlp(x_ND, layers.gated, layers.form, layers.down, layer, grants, side))

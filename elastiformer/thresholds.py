@@ -7,14 +7,15 @@ that site, a sixteenth of which moves the rung of the next token: so the mean of
 was granted, whatever its text, and no later token has a say. Debts are whole numbers of channels,
 so that all forms of the computation take the same.
 
-Shape letters: R rows   I inputs   O owners: requests   L layers   T sites   G rungs of a ladder,
-    of which rung g is what a share of g / (G - 1) reaches
+Shape letters: N rows of a step   R some of them   S R + 1   K kinds of rows   I inputs
+    O owners: requests   L layers   T sites   G rungs of a ladder, of which rung g is what a share
+    of g / (G - 1) reaches
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,26 +38,57 @@ def ladders(quantiles: Quantiles) -> np.ndarray | None:
     return ladder_LTG
 
 
+class Grants(NamedTuple):
+    """How many channels the rows of a step may take, and what their requests owe.
+
+    Args:
+        ladder_LTG: of no rungs, where every row takes what it is granted.
+        channels_LTK: granted, by kind.
+        owner_N: each row's request; below 0: it takes what it is granted.
+        debts_LTO: channels taken beyond what was granted; brought up to date.
+        products_N, channels_N: multiply-adds and channels beyond what was granted; added to.
+    """
+
+    ladder_LTG: np.ndarray
+    channels_LTK: np.ndarray
+    kind_N: np.ndarray
+    owner_N: np.ndarray
+    debts_LTO: np.ndarray
+    products_N: np.ndarray
+    channels_N: np.ndarray
+
+    def of(self, layers: slice) -> Grants:
+        """What some of the layers need of it."""
+        return self._replace(
+            ladder_LTG=self.ladder_LTG[layers],
+            channels_LTK=self.channels_LTK[layers],
+            debts_LTO=self.debts_LTO[layers],
+        )
+
+
 def take(
     x_RI: np.ndarray,
     norms_I: np.ndarray,
-    ladder_G: np.ndarray,
-    granted_R: np.ndarray,
-    owner_R: np.ndarray,
-    debts_O: np.ndarray,
+    grants: Grants,
+    layer: int,
+    site: int,
+    rows_R: np.ndarray,
+    outputs: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How many channels each row takes, and the size x norm that all of them reach: int64, float32.
+    """Where each row's channels begin, and the last ones end; and the size x norm they all reach.
 
     Args:
         x_RI: rows of one owner in the order of their positions.
-        granted_R: all inputs: the row is whole, and owes nothing.
-        owner_R: below 0: the row takes what it is granted, and its channels are searched for.
-        debts_O: channels taken beyond what was granted; brought up to date, in place.
+        rows_R: which of the step's rows these are.
+        outputs: of the products that read these channels.
+
+    Returns:
+        int64 [S], and float32 [R], SEARCHED for a row that takes what it is granted.
     """
-    taken_R = np.empty(len(x_RI), dtype=np.int64)
+    start_S = np.empty(len(x_RI) + 1, dtype=np.int64)
     least_R = np.empty(len(x_RI), dtype=np.float32)
-    _take(x_RI, norms_I, ladder_G, granted_R, owner_R, debts_O, taken_R, least_R)
-    return taken_R, least_R
+    _take(x_RI, norms_I, grants, layer, site, rows_R, outputs, start_S, least_R)
+    return start_S, least_R
 
 
 @compiled(**_ANY_ORDER)
@@ -78,13 +110,21 @@ def _threshold(ladder_G, inputs, granted, debt):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _take(x_RI, norms_I, ladder_G, granted_R, owner_R, debts_O, taken_R, least_R):  # type: ignore[no-untyped-def]
+def _take(x_RI, norms_I, grants, layer, site, rows_R, outputs, start_S, least_R):  # type: ignore[no-untyped-def]
     inputs = x_RI.shape[1]
-    for row in range(len(x_RI)):
-        owner, granted = owner_R[row], granted_R[row]
-        taken_R[row], least_R[row] = granted, SEARCHED
-        if owner >= 0 and granted < inputs:
+    ladder_G, debts_O = grants.ladder_LTG[layer, site], grants.debts_LTO[layer, site]
+    channels_K = grants.channels_LTK[layer, site]
+    start_S[0] = 0
+    for place in range(len(x_RI)):
+        row = rows_R[place]
+        taken = min(channels_K[grants.kind_N[row]], inputs)
+        least = SEARCHED
+        if len(ladder_G) and taken < inputs and grants.owner_N[row] >= 0:
+            granted, owner = taken, grants.owner_N[row]
             least = _threshold(ladder_G, inputs, granted, debts_O[owner])
-            taken = _count_reaching(x_RI[row], norms_I, least)
+            taken = _count_reaching(x_RI[place], norms_I, least)
             debts_O[owner] += taken - granted
-            taken_R[row], least_R[row] = taken, least
+            grants.channels_N[row] += taken - granted
+            grants.products_N[row] += (taken - granted) * outputs
+        start_S[place + 1] = start_S[place] + taken
+        least_R[place] = least

@@ -29,7 +29,7 @@ from elastiformer.originals import Originals
 from elastiformer.packed import Packed, Rows
 from elastiformer.pointwise import Gate, Norm, lean_gate, lean_norm, working_dtype
 from elastiformer.products import Product
-from elastiformer.readings import Reading, pick
+from elastiformer.readings import Reading, pick, reading_of
 from elastiformer.repair import Joined, Repair
 from elastiformer.routers import PartGate, Router
 from elastiformer.sequence import Kind
@@ -111,10 +111,8 @@ class Workshop:
         if packed.allowances is None or is_whole:
             return pick(x_RI, norms_I, granted, own)
         on_host = (x_RI.float().cpu().numpy(), norms_I.cpu().numpy())
-        taken_R, least_R = packed.allowances.take(
-            layer.index, place, rows.rows_R, *on_host, granted
-        )
-        return pick(x_RI, norms_I, taken_R, own, least_R)
+        start_S, least_R = packed.allowances.take(layer.index, place, rows.rows_R, *on_host)
+        return reading_of(x_RI, norms_I, start_S, least_R, own)
 
     def allowances(self, packed: Packed) -> Allowances | None:
         """What the rows of a step take of their channels; None: what they are granted."""
@@ -122,7 +120,14 @@ class Workshop:
             return None
         owners = [chunk.sequence for chunk in packed.chunks]
         owner_N = np.where(packed.takes_N, packed.chunk_N, -1)
-        return Allowances(owners, owner_N, self.ladder_LTG, self._outputs_LT)
+        return Allowances(
+            owners,
+            owner_N,
+            packed.channels_LTK,
+            packed.kind_N,
+            self.ladder_LTG,
+            self._outputs_LT,
+        )
 
     @cached_property
     def ladder_LTG(self) -> np.ndarray | None:

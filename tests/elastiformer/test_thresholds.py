@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from elastiformer import DENSE, AdapterError, Capacity, Chunk, LayerPlan, Phase, Site, Unit
 from elastiformer.calibration_reading import read_calibration
 from elastiformer.capacity import dense_plan
-from elastiformer.thresholds import SEARCHED, ladders, take
+from elastiformer.thresholds import SEARCHED, Grants, ladders, take
 from tests.elastiformer.elastic import (
     PROMPT,
     TOKENS,
@@ -47,10 +47,18 @@ LADDER[-1] = 0
 
 
 def taken(x_RI: np.ndarray, granted: int, owner_R: np.ndarray | None = None, owners: int = 1):
-    granted_R = np.full(len(x_RI), granted)
+    """How many each row takes, what these reach, and what the owners then owe."""
+    rows_R = np.arange(len(x_RI))
     owner_R = np.zeros(len(x_RI), dtype=np.int64) if owner_R is None else owner_R
-    debts_O = np.zeros(owners, dtype=np.int64)
-    return *take(x_RI, NORMS, LADDER, granted_R, owner_R, debts_O), debts_O
+    beyond = [np.zeros(len(x_RI), dtype=np.int64) for _ in range(2)]
+    debts_11O = np.zeros((1, 1, owners), dtype=np.int64)
+    channels_111, kind_R = np.full((1, 1, 1), granted), np.zeros(len(x_RI), dtype=np.int64)
+    grants = Grants(LADDER[None, None], channels_111, kind_R, owner_R, debts_11O, *beyond)
+    start_S, least_R = take(x_RI, NORMS, grants, 0, 0, rows_R, 7)
+    counts_R = np.diff(start_S)
+    assert (beyond[0] == 7 * beyond[1]).all()
+    assert (beyond[1] == counts_R - min(granted, INPUTS)).all()
+    return counts_R, least_R, debts_11O[0, 0]
 
 
 def test_a_token_takes_what_reaches_the_rung_that_its_grant_and_its_debt_say():
