@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,16 +110,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             pictures = before | pictures
     args.out.mkdir(parents=True, exist_ok=True)
     draw_images(args.out / "reconstructions.png", pictures)
-    write_atomically(args.out / "report.md", _markdown(rows).encode())
-    report = {
+    spec = model.adapter.spec
+    report: dict[str, Any] = {
         "base": Path(args.base).name,
         "adapter": model.adapter.identity,
-        "units": [unit.value for unit in model.adapter.units],
+        "units": [unit.value for unit in spec.units],
+        "lora_rank": spec.lora_rank,
+        "training_steps": model.adapter.training.get("steps"),
+        "data": Path(args.data).name,
         "images": len(examples.each),
         "data_sha256": examples.sha256,
         "rows": [asdict(row) for row in rows],
         "refused": [each for each in args.capacities if each not in served],
     }
+    write_atomically(args.out / "report.md", _markdown(report, rows).encode())
     write_json(args.out / "report.json", report)
     return {
         "report": str(args.out),
@@ -221,7 +225,8 @@ def painted(
         return list(painter.pasted(painter.patches(last_BTD, batch), batch).cpu())
 
 
-def _markdown(rows: Sequence[Drawn]) -> str:
+def _markdown(report: Mapping[str, Any], rows: Sequence[Drawn]) -> str:
+    steps = report["training_steps"]
     heads = ["patches shown", "capacity", "spent", "cosine", "worst image", "pixels missed by"]
     cells = [
         [
@@ -237,6 +242,10 @@ def _markdown(rows: Sequence[Drawn]) -> str:
     return "\n".join(
         [
             "# What an elastic encoder still knows of an image",
+            "",
+            f"Adapter `{report['adapter']}` ({', '.join(report['units'])}; low-rank repair of rank "
+            f"{report['lora_rank']}; {'untrained' if steps is None else f'{steps} steps'}); "
+            f"{report['images']} images of {report['data']}.",
             "",
             *table(heads, cells),
             "",

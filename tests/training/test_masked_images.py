@@ -87,7 +87,9 @@ def test_an_elastic_autoencoder_is_drawn_at_every_capacity(tmp_path, capsys, bas
     given = ["--base", base, "--data", data, "--adapter", adapter, "--out", out, "--items", 8]
     drawn = ran(capsys, "reconstruct", *given, "--capacities", "1.0,0.8,0.6", "--shown", 3)
 
-    rows = json.loads((out / "report.json").read_text())["rows"]
+    report = json.loads((out / "report.json").read_text())
+    assert (report["units"], report["lora_rank"]) == (["mlp_tokens", "heads"], 1)
+    rows = report["rows"]
     assert [(row["seen"], row["capacity"]) for row in rows] == [
         (seen, capacity) for seen in (pytest.approx(0.4), 1.0) for capacity in (1.0, 0.8, 0.6)
     ]
@@ -96,7 +98,10 @@ def test_an_elastic_autoencoder_is_drawn_at_every_capacity(tmp_path, capsys, bas
     assert all(row["spent"] <= row["capacity"] + 0.05 for row in rows)
     assert all((row["squares"] is None) == (row["seen"] == 1.0) for row in rows)
     assert (out / "reconstructions.png").stat().st_size > 5_000
-    assert "| 100% | 0.6 |" in (out / "report.md").read_text()
+    text = (out / "report.md").read_text()
+    assert "| 100% | 0.6 |" in text
+    assert f"`{report['adapter']}` (mlp_tokens, heads; low-rank repair of rank 1; " in text
+    assert f"{report['training_steps']} steps); 8 images of {data.name}." in text
 
 
 def test_only_masked_autoencoders_are_drawn(tmp_path, capsys):
