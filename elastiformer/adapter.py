@@ -196,7 +196,10 @@ class Adapter:
         return self
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the adapter, each file beside its place and then renamed; adapter.json last."""
+        """Write the adapter, each file beside its place and then renamed; adapter.json last.
+
+        What is not calibrated leaves no calibration of a former adapter in the folder.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files = {"routers.safetensors": save_tensors(self._tensors())}
@@ -208,6 +211,8 @@ class Adapter:
         if self.calibration is not None:
             # A path has hundreds of steps: one line holds them better than a thousand.
             files["calibration.json"] = json.dumps(self.calibration.as_json()).encode() + b"\n"
+        else:
+            (folder / "calibration.json").unlink(missing_ok=True)
         files["README.md"] = model_card(header, self.calibration).encode()
         files["adapter.json"] = (json.dumps(header, indent=1) + "\n").encode()
         for name, content in files.items():

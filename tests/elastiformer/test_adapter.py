@@ -22,7 +22,15 @@ from elastiformer import (
 )
 from elastiformer.adapter import blank
 from elastiformer.weights import BaseIdentity
-from tests.elastiformer.elastic import PROMPT, TOKENS, any_plan, elastic, masked_logits, text
+from tests.elastiformer.elastic import (
+    PROMPT,
+    TOKENS,
+    any_plan,
+    by_thresholds,
+    elastic,
+    masked_logits,
+    text,
+)
 from tests.tiny import LAYERS, tiny
 
 PLANS = (any_plan(1, LAYERS), any_plan(2, LAYERS))
@@ -190,6 +198,14 @@ def test_a_calibration_travels_with_its_adapter(tmp_path):
 
     assert again.calibration.paths == path_of().paths
     assert "## Training record" not in (folder / "README.md").read_text()
+
+
+def test_a_calibration_of_a_former_adapter_does_not_stay_in_its_folder(tmp_path):
+    model = by_thresholds(elastic(units=(Unit.CHANNELS,)))
+    folder = model.adapter.save(tmp_path)
+    assert SavedAdapter.load(folder).calibration == model.adapter.calibration
+    elastic(units=(Unit.CHANNELS,)).adapter.save(tmp_path)
+    assert SavedAdapter.load(folder).calibration is None
 
 
 def test_a_calibration_of_other_units_or_layers_is_a_misfit(tmp_path):
