@@ -66,6 +66,12 @@ class Decoding:
             and all(self._workshop.repair_name(self._last, kind) is None for kind in kinds)
         )
 
+    @property
+    def may_run_apart(self) -> bool:
+        """Whether rows of prompts may run before or after these, if that is faster."""
+        counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
+        return not counted and self._runs is not None and self._may_run_many
+
     def run(
         self,
         h_ND: Tensor,

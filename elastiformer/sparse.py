@@ -12,7 +12,8 @@ Shape letters: N packed tokens   R output rows   D width   V vocabulary
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from math import log2
 
 import torch
 from torch import Tensor
@@ -61,6 +62,27 @@ class SparseForm:
     def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Run the chunks; float32 logits [output rows, vocabulary] of each."""
         kernels.use_threads()
+        parts = _parts(chunks)
+        if not all(parts) or not self._decoding.may_run_apart:
+            return self._run(chunks)
+        # Decode rows beside prompts go layer by layer; by themselves they are one call.
+        work = tuple(map(_work, parts))
+        together = self._trial.goes_first_way(work)
+        begun = time.perf_counter()
+        logits = self._run(chunks) if together else self._run_apart(chunks, parts)
+        self._trial.took(work, together, time.perf_counter() - begun)
+        return logits
+
+    def _run_apart(self, chunks: Sequence[Chunk], parts: Iterable[list[Chunk]]) -> list[Tensor]:
+        """One part after the other; the logits in the order of the chunks."""
+        found = {
+            id(chunk): logits_RV
+            for part in parts
+            for chunk, logits_RV in zip(part, self._run(part), strict=True)
+        }
+        return [found[id(chunk)] for chunk in chunks]
+
+    def _run(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         packed = Packed(chunks, self.workshop.device)
         packed.allowances = self.workshop.allowances(packed)
         placing, taken = self._placing(packed), Taken(packed, self.shape)
@@ -130,6 +152,21 @@ class SparseForm:
             logits_RV = logits_RV / self.layout.logit_softcap
             logits_RV = torch.tanh(logits_RV) * self.layout.logit_softcap
         return list(torch.split(logits_RV.float(), packed.output_counts))
+
+
+def _parts(chunks: Sequence[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
+    """Those of one token, and the longer ones."""
+    parts: tuple[list[Chunk], list[Chunk]] = ([], [])
+    for chunk in chunks:
+        parts[len(chunk.ids) > 1].append(chunk)
+    return parts
+
+
+def _work(chunks: Sequence[Chunk]) -> Hashable:
+    """What so many tokens under such plans are like in time."""
+    plans = [chunk.sequence.run_at(chunk.sequence.length) for chunk in chunks]
+    linear = sum(plan.total.linear for plan in plans) / len(plans)
+    return round(2 * log2(sum(len(chunk.ids) for chunk in chunks))), round(4 * log2(linear))
 
 
 def _close(h_ND: Tensor, norm: Norm | None) -> None:

@@ -11,6 +11,7 @@ import torch
 from elastiformer import DENSE, Chunk, ElasticModel, Unit, dense_plan
 from elastiformer.costs import TRIAL_TURNS
 from elastiformer.decoding import Decoding
+from elastiformer.sparse import SparseForm
 from tests.elastiformer.elastic import (
     PROMPT,
     TOKENS,
@@ -146,3 +147,37 @@ def test_a_chunk_of_a_prompt_goes_by_the_parts(monkeypatch):
         model.step([Chunk(sequence, text(1)[0].tolist())])
         model.step([Chunk(sequence, text(2)[0].tolist())])
     assert steps == []
+
+
+@pytest.mark.parametrize("thresholds", [False, True])
+def test_beside_prompts_both_ways_are_tried_and_give_the_same_bits(thresholds, monkeypatch):
+    model = elastic("llama", (Unit.CHANNELS,), lora_rank=0)
+    if thresholds:
+        by_thresholds(model)
+    (_, plans, others), steps = channel_plans(), 2 * TRIAL_TURNS + 2
+
+    def logits() -> tuple[torch.Tensor, list]:
+        running = [planned(model, each, PROMPT, TOKENS) for each in (plans, others)]
+        for row, sequence in enumerate(running):
+            model.step([Chunk(sequence, text(PROMPT, seed=row)[0].tolist())])
+        found = []
+        for step in range(steps):
+            prompt = planned(model, plans, PROMPT, TOKENS)
+            chunks = [Chunk(each, [step + row]) for row, each in enumerate(running)]
+            chunks.insert(1, Chunk(prompt, text(PROMPT, seed=9)[0].tolist()))
+            found += model.step(chunks)
+        return torch.cat(found), [each.usage for each in running]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Decoding, "may_run_apart", False)
+        expected, usages = logits()
+    ran, run_apart = [], SparseForm._run_apart
+
+    def noted(self, chunks, parts):
+        ran.append([len(part) for part in parts])
+        return run_apart(self, chunks, parts)
+
+    monkeypatch.setattr(SparseForm, "_run_apart", noted)
+    found, counted = logits()
+    assert torch.equal(found, expected) and counted == usages
+    assert TRIAL_TURNS <= len(ran) <= steps - TRIAL_TURNS and ran[0] == [2, 1]
