@@ -28,7 +28,7 @@ LOW_TO_HIGH = """
         bench ledger middleware engine encoder_engine led served zero_shot items desk tracing logs
         answers readings streams routes app server __main__
 
-    training: __init__ files options signals progress processes packages data stream examples
+    training: __init__ files options signals progress processes packages data start stream examples
         exchanges choosers image_draws losses lessons student encoder_student picture_student
         checkpoint mixed fitting fashion_mnist convolutions vision masked_images reviews canvases
         corpora sentiment canvas_tower canvas_sets canvas_answers canvas_model build quality

@@ -27,7 +27,13 @@ from elastiformer.calibration import DataRecord, Measured
 from elastiformer.vlm_weights import is_vlm
 from training.channel_sizes import channel_quantiles
 from training.data import Corpus, Windows, pack, read_corpus
-from training.encoder_calibrate import FOR_ITEMS, add_item_arguments, calibrate_items, task_asked
+from training.encoder_calibrate import (
+    FOR_ITEMS,
+    add_item_arguments,
+    calibrate_items,
+    kept_paths,
+    task_asked,
+)
 from training.files import DataError
 from training.options import SPREAD, real, refuse_unused, units
 from training.path_search import PathSearch, lowest, thresholds, trimmed, units_asked
@@ -45,7 +51,7 @@ CAPACITIES = "1.0,0.9,0.8,0.7,0.65,0.6,0.5"
 
 
 _FOR_TEXTS = ("windows", "check_windows", "window", "prompt_tokens")
-_FOR_PROBES = ("prompt_units", "output_units", "sweeps", "max_minutes")
+_FOR_PROBES = ("prompt_units", "output_units", "sweeps", "one_by_one", "max_minutes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,9 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--keep-paths",
-        action="store_true",
-        help="probe nothing: give up a language model's units in the order that the adapter has, "
-        "and set thresholds and the table anew",
+        nargs="?",
+        const="",
+        metavar="ADAPTER",
+        help="probe nothing: give up units in the order that the adapter has, or that this other "
+        "one has, along which it was trained; set thresholds and the table anew",
     )
     parser.add_argument("--max-minutes", type=float, default=math.inf)
     parser.add_argument("--seed", type=int, default=0)
@@ -110,9 +118,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "a vision-language model",
         )
         return calibrate_pictures(args)
+    if args.keep_paths is not None:
+        refuse_unused(args, add_arguments, _FOR_PROBES, "an adapter that keeps its paths")
     refuse_unused(args, add_arguments, ("image_spread",), "what routes no image tokens")
     if (task := task_asked(args)) is not None:
-        refuse_unused(args, add_arguments, ("keep_paths", *_FOR_TEXTS), "an encoder")
+        refuse_unused(args, add_arguments, _FOR_TEXTS, "an encoder")
         return calibrate_items(args, task)
     refuse_unused(args, add_arguments, (*FOR_ITEMS, "one_by_one"), "a language model")
     started = time.monotonic()
@@ -125,11 +135,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 2 <= prompt_tokens < args.window:
         raise DataError(f"--prompt-tokens: from 2 to below --window; got {prompt_tokens}")
     probe_WT, check_WT = two_sets(corpus, model, args)
-    known = model.calibration
-    if args.keep_paths:
-        if known is None:
-            raise AdapterError(f"{args.adapter}: --keep-paths: this adapter is not calibrated")
-        refuse_unused(args, add_arguments, _FOR_PROBES, "an adapter that keeps its paths")
+    kept = kept_paths(args, model)
     recalibrate(model, None)  # what an earlier one said must not count
     meter = Meter(model, probe_WT, prompt_tokens)
     adapter = model.adapter
@@ -143,8 +149,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         until=started + 60 * args.max_minutes,
         sweeps=args.sweeps,
     )
-    kept = known if args.keep_paths else None
-    paths = job.find_paths() if kept is None else dict(kept.paths)
+    paths = job.find_paths() if kept is None else dict(kept)
     least = lowest(paths, model.shape, args.window, args.capacities)
     draft = Calibration(
         lowest=least,

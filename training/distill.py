@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from elastiformer import Adapter, ElasticModel, Phase, SavedAdapter, Selection, Unit
-from elastiformer.elastic import Elastic
+from elastiformer import ElasticModel, Phase, SavedAdapter, Selection, Unit
 from elastiformer.encoder import ElasticEncoder
 from elastiformer.lora import PARTS
 from elastiformer.routers import IMAGE_SCORERS, PART_GATES, TOKEN_GATES
@@ -42,8 +41,10 @@ from training.options import LAYER_UNITS, SPREAD, real, refuse_unused, units, wh
 from training.picture_student import LEAST_IMAGE_SHARE, PictureStudent
 from training.processes import World, joined, shard_base
 from training.progress import track
+from training.quality import recalibrate
 from training.sensitivity import Meter, Probe
 from training.signals import Stop
+from training.start import begun_with, blank_adapter, path_followed, settle_start
 from training.stream import StreamedWindows
 from training.student import Student, TextStudent
 
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=Path, required=True, help="folder of the adapter to write")
     add("--resume", action="store_true", help="go on from the last checkpoint")
+    add("--start", help="adapter that training begins with; also decides what is trained")
     add(
         "--units",
         type=units,
@@ -130,8 +132,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--lessons",
         default="mixed",
-        choices=["mixed", "uniform"],
-        help="plans of all kinds; or the paper's: one share in all layers, every token scored",
+        choices=["mixed", "uniform", "calibrated"],
+        help="plans of all kinds; the paper's: one share in all layers, every token scored; or "
+        "those that the adapter of --start was calibrated to",
     )
     add("--kl", default="forward", choices=list(Direction), help="teacher to student, or back")
     add("--top-k", type=whole(0), default=0, help="teacher's likeliest tokens compared; 0: all")
@@ -206,6 +209,7 @@ def read_text(args: argparse.Namespace, tokenizer: Any) -> Text:
 
 def settle(args: argparse.Namespace, world: World) -> None:
     """Give every option the value that it has for this base, or refuse it."""
+    settle_start(args, add_arguments)
     reads_images = is_vlm(args.base)
     if reads_images or task_asked(args) is not None:
         # Rows are items or exchanges, whatever their lengths.
@@ -251,6 +255,8 @@ def prepared(
     """
     model = student.model
     options = {name: _plain(value) for name, value in vars(args).items() if name not in FREE}
+    start = begun_with(args, model)
+    options |= {"start": None if start is None else start.identity}
     options |= {"data_sha256": text.sha256, "base_revision": model.identity.revision}
 
     folder = args.out.with_name(args.out.name + ".run")
@@ -259,20 +265,24 @@ def prepared(
     world.wait()  # nobody writes before everybody has looked
     if found is None and world.leads:
         shutil.rmtree(folder, ignore_errors=True)
-        blank_adapter(args, model, sample).save(folder / BLANK)
+        (start or blank_adapter(args, model, sample)).save(folder / BLANK)
     world.wait()
     model.attach(SavedAdapter.load(folder / BLANK).fit(model.layout, model.identity))
+    followed = path_followed(args, model.calibration, model.shape)
+    recalibrate(model, None)  # it is not of the weights to come
     tolerance = folder / TOLERANCE
     if world.leads and not tolerance.exists():
         probed = {}
-        if isinstance(student, TextStudent):
+        if isinstance(student, TextStudent) and followed is None:
             probed = probed_losses(student.model, text, args.probe_windows)
         write_json(tolerance, _named(probed))
     world.wait()
     losses = {_place(name): loss for name, loss in json.loads(tolerance.read_text()).items()}
     if args.shard_base and world.size > 1:
         shard_base(world, model.base, model.layout.layers_path)
-    distillation = Distillation(args, world, folder, student, text, options, tolerances(losses))
+    distillation = Distillation(
+        args, world, folder, student, text, options, tolerances(losses), followed
+    )
     if found is not None:
         distillation.restore(found)
     return distillation
@@ -355,25 +365,6 @@ def _refuse_mixing(
         ]
         if changed:
             raise RunError("\n".join(["this is not the run that was stopped:", *changed]))
-
-
-def blank_adapter(args: argparse.Namespace, model: Elastic, sample: Any) -> Adapter:
-    """The untrained adapter that the options ask for."""
-    torch.manual_seed(seed_of("weights", args.seed))
-    return model.blank_adapter(
-        units=args.units,
-        experts=args.experts if Unit.EXPERTS in args.units else 0,
-        expert_split=args.expert_split,
-        token_gate=args.token_gate,
-        part_gate=args.part_gate,
-        kv=args.kv,
-        lora_rank=args.lora_rank,
-        lora_parts=tuple(args.lora_modules.split(",")) if args.lora_rank else (),
-        lora_phases=args.lora_phases,
-        image_scorer=args.image_scorer,
-        image_spread=args.image_spread,
-        calibration_ids=sample,
-    )
 
 
 def probed_losses(model: ElasticModel, text: Text, windows: int) -> dict[tuple[int, str], float]:

@@ -17,9 +17,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from elastiformer import AdapterError, Calibration, CapacityError, Phase
+from elastiformer import AdapterError, Calibration, CapacityError, Phase, SavedAdapter
 from elastiformer.calibration import DataRecord, Step
 from elastiformer.capacity import dense_plan
+from elastiformer.elastic import Elastic
 from elastiformer.encoder import ElasticEncoder
 from elastiformer.encoder_weights import task_of
 from elastiformer.tasks import Task
@@ -94,9 +95,13 @@ def calibrate_items(args: argparse.Namespace, task: Task) -> dict[str, Any]:
         some(part, wanted)
         for part, wanted in zip(examples.split(0.5), (args.items, args.check_items), strict=True)
     )
+    kept = kept_paths(args, model)
     recalibrate(model, None)  # what an earlier one said must not count
     job = ItemJob(model, args, probe, until=started + 60 * args.max_minutes)
-    path = job.find_path()
+    if kept is None:
+        path = job.find_path()
+    else:
+        path, job.chosen = kept[job.phase], "kept"
     least = job.lowest(path)
     draft = Calibration(
         lowest=least,
@@ -156,6 +161,24 @@ def labels_of(examples: Examples) -> list[int | None]:
 def routed_phase(model: ElasticEncoder) -> Phase:
     """The phase of the tokens that give something up: all, or those that are not class tokens."""
     return Phase.PROMPT if model.reads_class else Phase.OUTPUT
+
+
+def kept_paths(args: argparse.Namespace, model: Elastic) -> Mapping[Phase, Path_] | None:
+    """The paths that `--keep-paths` asks for, of this adapter or another; None: look for some.
+
+    Raises:
+        AdapterError: there are none, or they are of another kind of model.
+    """
+    if args.keep_paths is None:
+        return None
+    asked = args.keep_paths or args.adapter
+    calibration = SavedAdapter.load(asked).calibration
+    if calibration is None:
+        raise AdapterError(f"{asked}: --keep-paths: this adapter is not calibrated")
+    assert model.adapter is not None
+    if misfits := calibration.misfits(len(model.shape.layers), model.adapter.units):
+        raise AdapterError("\n  ".join([f"{asked}: --keep-paths:", *misfits]))
+    return calibration.paths
 
 
 def uniform_calibration(model: ElasticEncoder, context: int) -> Calibration:

@@ -72,7 +72,7 @@ class ItemStudent(NumberedStudent):
         if self.model.reads_class:
             dense = dense_plan(len(teacher.shape.layers))
             return Lesson(teacher.window, teacher.prompt_plan(rng, lowest), dense)
-        plan = teacher.plan(rng, teacher.capacity(rng, lowest), teacher.output_units)
+        plan = teacher.output_plan(rng, lowest)
         return Lesson(1, plan, plan)
 
     def learn(

@@ -4,7 +4,8 @@ One adapter serves every capacity, so every row draws its own: how much to spend
 among units and layers, and where the prompt ends. Drawn is what calibration may later choose from:
 uniform shares, shares that differ by layer, and for prompts whole late layers left out, which is
 where a prompt's savings are. Every fourth row spends the least. Uniform lessons are the paper's:
-every token is scored, and every layer keeps the same share of each unit.
+every token is scored, and every layer keeps the same share of each unit. Calibrated lessons follow
+the path of a calibration, so that what is trained is what will be served.
 
 A lesson is a function of the seed, the step and the row: nothing here has a state.
 """
@@ -16,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from elastiformer.accounting import ModelShape
-from elastiformer.capacity import LayerPlan, Plan, Site, Unit, UnitShares, dense_plan
+from elastiformer.calibration import Calibration
+from elastiformer.capacity import LayerPlan, Phase, Plan, Site, Unit, UnitShares, dense_plan
 from training.data import seed_of
 
 GRID = 16  # shares are sixteenths: as fine as calibration's, and few enough to remember costs of
@@ -61,6 +63,7 @@ class Teacher:
     seed: int
     tolerance: Mapping[tuple[int, str], float] = field(default_factory=dict)
     uniform: bool = False  # the paper's lessons: what is drawn is the keep share of every layer
+    calibration: Calibration | None = None  # whose path is followed; None: nothing is settled yet
 
     def lesson(self, step: int, row: int, rows: int) -> Lesson:
         """The lesson of one row of the whole batch of `rows`."""
@@ -68,7 +71,7 @@ class Teacher:
         lowest = (step * rows + row) % LEAST_EVERY == 0
         dense = dense_plan(len(self.shape.layers))
         if self.uniform:
-            return Lesson(0, dense, self.plan(rng, self.capacity(rng, lowest), self.output_units))
+            return Lesson(0, dense, self.output_plan(rng, lowest))
         prompt_tokens = rng.randint(0, self.window * 7 // 8)
         one_phase = rng.random() < DENSE_PHASE
         routed_prompt = not one_phase or (prompt_tokens > 1 and rng.random() < 0.5)
@@ -76,14 +79,17 @@ class Teacher:
         return Lesson(
             prompt_tokens,
             prompt=self.prompt_plan(rng, lowest) if routed_prompt else dense,
-            output=(
-                self.plan(rng, self.capacity(rng, lowest), self.output_units)
-                if routed_output
-                else dense
-            ),
+            output=self.output_plan(rng, lowest) if routed_output else dense,
         )
 
+    def output_plan(self, rng: random.Random, lowest: bool) -> Plan:
+        if self.calibration is not None:
+            return self._level(self.calibration, rng, lowest, Phase.OUTPUT)
+        return self.plan(rng, self.capacity(rng, lowest), self.output_units)
+
     def prompt_plan(self, rng: random.Random, lowest: bool) -> Plan:
+        if self.calibration is not None:
+            return self._level(self.calibration, rng, lowest, Phase.PROMPT)
         capacity = self.capacity(rng, lowest)
         if self.uniform:
             return self.plan(rng, capacity, self.prompt_units)
@@ -120,6 +126,18 @@ class Teacher:
             else:
                 high = strength
         return _plan(weights, high)
+
+    def _level(
+        self, calibration: Calibration, rng: random.Random, lowest: bool, phase: Phase
+    ) -> Plan:
+        """One of the two levels next to a capacity, with the odds of its part of the positions."""
+        whole = dense_plan(len(self.shape.layers))
+        if not calibration.paths[phase]:
+            return whole
+        most = self.shape.of_phase(phase).planned_share(whole, self.window)
+        capacity = self.least if lowest else rng.uniform(self.least, most)
+        schedule = calibration.schedule(capacity, phase, self.shape, self.window)
+        return schedule.fuller if rng.random() < schedule.fraction else schedule.leaner
 
     def _share(self, weights: Sequence[dict[str, float]], strength: float) -> float:
         return self.shape.planned_share(_plan(weights, strength), self.window)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastiformer import Selection
+from elastiformer import Calibration, Selection
 from training.checkpoint import (
     Checkpoint,
     copy_weights,
@@ -75,6 +75,7 @@ class Distillation:
         text: Text,
         options: Mapping[str, object],
         tolerance: Mapping[tuple[int, str], float],
+        calibration: Calibration | None = None,
     ) -> None:
         model = student.model
         self._args, self._world, self._folder, self._model = args, world, folder, model
@@ -94,6 +95,7 @@ class Distillation:
             args.seed,
             tolerance,
             args.lessons == "uniform",
+            calibration,
         )
         self._objective = Objective(
             Divergence(Direction(args.kl), args.top_k, args.temperature),
@@ -205,11 +207,15 @@ class Distillation:
         measured = (
             {"before": self._held_out[0], "after": self._held_out[-1]} if (self._held_out) else None
         )
+        start = self._options["start"]
+        if start is not None:
+            start = {"identity": start, "training": adapter.training}
         adapter.training = {
             "data": Path(args.data).name,
             "tokens": args.steps * args.batch_tokens,
             self._student.measure: measured,
             **self._options,
+            "start": start,
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         }
         adapter.save(args.out)

@@ -75,7 +75,7 @@ class PictureStudent(NumberedStudent):
         in_layers = [unit for unit in adapter.units if unit is not Unit.IMAGE_TOKENS]
         if in_layers and (share == 1 or rng.random() >= WHOLE_LAYERS):
             prompt = teacher.prompt_plan(rng, lowest)
-            output = teacher.plan(rng, teacher.capacity(rng, lowest), teacher.output_units)
+            output = teacher.output_plan(rng, lowest)
         return ImageLesson(1, prompt, output, share, rng.getrandbits(63))
 
     def losses(

@@ -42,6 +42,7 @@ from training.quality import Setting, Window, compare, recalibrate, routed, wind
 from training.recipe_report import Choice, Point, Recipe, Row, Training, write_recipe
 from training.sensitivity import Meter
 from training.signals import Stop
+from training.start import blank_adapter
 from training.student import TextStudent
 
 ROUTED = (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS, Unit.HEADS, Unit.EXPERTS)
@@ -313,7 +314,7 @@ class Study:
         )
 
     def _untrained(self, row: Row) -> Adapter:
-        return distill.blank_adapter(self._options(row), self._model, self._sample)
+        return blank_adapter(self._options(row), self._model, self._sample)
 
     def _measure(self, row: Row) -> list[Point]:
         """What is lost and spent at each keep share, by the adapter that is attached."""

@@ -109,7 +109,9 @@ def test_a_calibration_that_was_stopped_continues_and_ends_the_same(folders, cap
 def test_paths_that_are_kept_are_probed_no_more_and_get_thresholds(folders, capsys):
     _, adapter, _ = folders
     keep = ("--keep-paths", "--prompt-units", "none", "--output-units", "channels")
-    assert main(calibrate(folders, "--keep-paths")) == 1
+    without_sweeps = [each for each in calibrate(folders, "--keep-paths") if each != "--sweeps"]
+    without_sweeps.remove("0")
+    assert main(without_sweeps) == 1
     assert "--keep-paths: this adapter is not calibrated" in capsys.readouterr().err
     assert main(calibrate(folders, *keep[1:])) == 0
     found = SavedAdapter.load(adapter).calibration
@@ -124,8 +126,6 @@ def test_paths_that_are_kept_are_probed_no_more_and_get_thresholds(folders, caps
     stored["measured"] = []
     (adapter / "calibration.json").write_text(json.dumps(stored))
     (adapter / "sensitivity.jsonl").unlink()
-    without_sweeps = [each for each in calibrate(folders, "--keep-paths") if each != "--sweeps"]
-    without_sweeps.remove("0")
     assert main(without_sweeps) == 0
     assert not (adapter / "sensitivity.jsonl").exists()
     assert SavedAdapter.load(adapter).calibration == found

@@ -5,7 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from elastiformer import LayerShape, ModelShape, Unit, dense_plan, is_dense
+from elastiformer import (
+    Calibration,
+    LayerShape,
+    ModelShape,
+    Phase,
+    Step,
+    Unit,
+    dense_plan,
+    is_dense,
+)
 from elastiformer.capacity import WHOLE_LAYER
 from training.lessons import Teacher, tolerances
 from training.options import LAYER_UNITS
@@ -124,3 +133,24 @@ def test_uniform_lessons_keep_one_share_in_every_layer_and_score_every_token(sha
         assert 0.3 <= layer.heads <= 1 and replace(layer, heads=1.0) == WHOLE_LAYER
     assert all(lesson.output[0].heads == 0.3 for lesson in drawn[::4])
     assert max(lesson.output[0].heads for lesson in drawn) > 0.95
+
+
+def test_calibrated_lessons_are_levels_of_the_path_and_spend_what_was_drawn(shape):
+    fields = ("mlp_tokens", "attention_tokens")
+    path = tuple(Step(layer, name, 0.0) for layer in range(LAYERS - 1, 1, -1) for name in fields)
+    paths = {Phase.PROMPT: path, Phase.OUTPUT: ()}
+    calibration = Calibration(LEAST, WINDOW, paths, thresholds={}, measured=())
+
+    drawn = lessons(shape, 400, calibration=calibration)
+
+    levels = calibration.levels(Phase.PROMPT, LAYERS)
+    assert all(each.prompt in levels for each in drawn)
+    assert all(is_dense(each.output) for each in drawn)  # of outputs nothing was calibrated
+    assert len({each.prompt for each in drawn}) > 6
+    prompts = shape.of_phase(Phase.PROMPT)
+    lowest = [
+        prompts.planned_share(each.prompt, WINDOW)
+        for each in drawn[::4]
+        if not is_dense(each.prompt)
+    ]
+    assert sum(lowest) / len(lowest) == pytest.approx(LEAST, abs=0.01)
