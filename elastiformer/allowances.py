@@ -43,6 +43,7 @@ class Allowances:
         debts_LTO = np.stack([nothing_LT if each is None else each for each in debts], axis=2)
         beyond_N = [np.zeros(len(owner_N), dtype=np.int64) for _ in range(2)]
         self.grants = Grants(ladder_LTG, channels_LTK, kind_N, owner_N, debts_LTO, *beyond_N)
+        self._apart = len(owners) == len(owner_N)
         self._at, self._rows_R = (-1, -1), np.empty(0, dtype=np.int64)
         self._start_S, self._least_R = np.zeros(1, np.int64), np.empty(0, np.float32)
 
@@ -57,7 +58,7 @@ class Allowances:
             outputs = int(self._outputs_LT[layer, site])
             self._at, self._rows_R = (layer, site), rows_R
             self._start_S, self._least_R = take(
-                x_RI, norms_I, self.grants, layer, site, rows_R, outputs
+                x_RI, norms_I, self.grants, layer, site, rows_R, outputs, self._apart
             )
             return self._start_S, self._least_R
         at_R = np.searchsorted(self._rows_R, rows_R)

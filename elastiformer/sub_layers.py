@@ -30,7 +30,7 @@ from elastiformer.row_kernels import (
     _turn_side_by_side,
 )
 from elastiformer.single_queries import _attend
-from elastiformer.thresholds import Grants, _take
+from elastiformer.thresholds import Grants, _take, _take_side_by_side
 
 
 class Weight(NamedTuple):
@@ -127,7 +127,11 @@ def _product(x_NI, weight, layer, grants, site, side):  # type: ignore[no-untype
     norms_I = weight.norms_I[layer]
     start_S = np.empty(rows + 1, dtype=np.int64)
     least_N = np.empty(rows, dtype=np.float32)
-    _take(x_NI, norms_I, grants, layer, site, np.arange(rows), weight.outputs, start_S, least_N)
+    rows_N, outputs = np.arange(rows), weight.outputs
+    if side is None:
+        _take(x_NI, norms_I, grants, layer, site, rows_N, outputs, start_S, least_N)
+    else:
+        _take_side_by_side(x_NI, norms_I, grants, layer, site, rows_N, outputs, start_S, least_N)
     if weight.pairs and rows > 1:
         return _product_of_pairs(x_NI, weight, layer, start_S, least_N)
     index_P = np.empty(start_S[rows], dtype=np.int32)

@@ -18,11 +18,13 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import prange
 
 from elastiformer.calibration import Quantiles
-from elastiformer.kernels import compiled
+from elastiformer.kernels import TURN, compiled
 
 SEARCHED = np.float32(-1)  # in place of a threshold: a row's channels are counted, not compared
+_ALONE = 4  # so few rows are faster in turn
 _PATIENCE = 16  # tokens over which a debt is paid back
 # Counts of ones are exact in any order.
 _ANY_ORDER: Any = {"fastmath": {"contract", "reassoc", "nsz"}}
@@ -74,6 +76,7 @@ def take(
     site: int,
     rows_R: np.ndarray,
     outputs: int,
+    apart: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where each row's channels begin, and the last ones end; and the size x norm they all reach.
 
@@ -81,13 +84,19 @@ def take(
         x_RI: rows of one owner in the order of their positions.
         rows_R: which of the step's rows these are.
         outputs: of the products that read these channels.
+        apart: whether no two of the rows are one request's.
 
     Returns:
         int64 [S], and float32 [R], SEARCHED for a row that takes what it is granted.
     """
     start_S = np.empty(len(x_RI) + 1, dtype=np.int64)
     least_R = np.empty(len(x_RI), dtype=np.float32)
-    _take(x_RI, norms_I, grants, layer, site, rows_R, outputs, start_S, least_R)
+    arguments = (x_RI, norms_I, grants, layer, site, rows_R, outputs, start_S, least_R)
+    if apart and len(x_RI) > _ALONE:
+        with TURN:
+            _take_side_by_side(*arguments)
+    else:
+        _take(*arguments)
     return start_S, least_R
 
 
@@ -110,21 +119,38 @@ def _threshold(ladder_G, inputs, granted, debt):  # type: ignore[no-untyped-def]
 
 
 @compiled()
+def _take_row(x_I, norms_I, grants, layer, site, row, outputs):  # type: ignore[no-untyped-def]
+    """How many channels one row takes, and what they reach."""
+    inputs, ladder_G = len(x_I), grants.ladder_LTG[layer, site]
+    granted = min(grants.channels_LTK[layer, site, grants.kind_N[row]], inputs)
+    if not len(ladder_G) or granted == inputs or grants.owner_N[row] < 0:
+        return granted, SEARCHED
+    debts_O, owner = grants.debts_LTO[layer, site], grants.owner_N[row]
+    least = _threshold(ladder_G, inputs, granted, debts_O[owner])
+    taken = _count_reaching(x_I, norms_I, least)
+    debts_O[owner] += taken - granted
+    grants.channels_N[row] += taken - granted
+    grants.products_N[row] += (taken - granted) * outputs
+    return taken, least
+
+
+@compiled()
 def _take(x_RI, norms_I, grants, layer, site, rows_R, outputs, start_S, least_R):  # type: ignore[no-untyped-def]
-    inputs = x_RI.shape[1]
-    ladder_G, debts_O = grants.ladder_LTG[layer, site], grants.debts_LTO[layer, site]
-    channels_K = grants.channels_LTK[layer, site]
     start_S[0] = 0
     for place in range(len(x_RI)):
-        row = rows_R[place]
-        taken = min(channels_K[grants.kind_N[row]], inputs)
-        least = SEARCHED
-        if len(ladder_G) and taken < inputs and grants.owner_N[row] >= 0:
-            granted, owner = taken, grants.owner_N[row]
-            least = _threshold(ladder_G, inputs, granted, debts_O[owner])
-            taken = _count_reaching(x_RI[place], norms_I, least)
-            debts_O[owner] += taken - granted
-            grants.channels_N[row] += taken - granted
-            grants.products_N[row] += (taken - granted) * outputs
+        taken, least_R[place] = _take_row(
+            x_RI[place], norms_I, grants, layer, site, rows_R[place], outputs
+        )
         start_S[place + 1] = start_S[place] + taken
-        least_R[place] = least
+
+
+@compiled(parallel=True)
+def _take_side_by_side(x_RI, norms_I, grants, layer, site, rows_R, outputs, start_S, least_R):  # type: ignore[no-untyped-def]
+    """The same of rows that are each a request's."""
+    for place in prange(len(x_RI)):
+        start_S[place + 1], least_R[place] = _take_row(
+            x_RI[place], norms_I, grants, layer, site, rows_R[place], outputs
+        )
+    start_S[0] = 0
+    for place in range(len(x_RI)):
+        start_S[place + 1] += start_S[place]
