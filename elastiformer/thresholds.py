@@ -25,6 +25,7 @@ from elastiformer.kernels import TURN, compiled
 
 SEARCHED = np.float32(-1)  # in place of a threshold: a row's channels are counted, not compared
 _ALONE = 4  # so few rows are faster in turn
+_COUNTED = 5  # rungs around the granted one, beyond which debts seldom lead
 _PATIENCE = 16  # tokens over which a debt is paid back
 # Counts of ones are exact in any order.
 _ANY_ORDER: Any = {"fastmath": {"contract", "reassoc", "nsz"}}
@@ -92,11 +93,11 @@ def take(
     start_S = np.empty(len(x_RI) + 1, dtype=np.int64)
     least_R = np.empty(len(x_RI), dtype=np.float32)
     arguments = (x_RI, norms_I, grants, layer, site, rows_R, outputs, start_S, least_R)
-    if apart and len(x_RI) > _ALONE:
-        with TURN:
-            _take_side_by_side(*arguments)
-    else:
+    if len(x_RI) <= _ALONE:
         _take(*arguments)
+    else:
+        with TURN:
+            (_take_side_by_side if apart else _take_in_order)(*arguments)
     return start_S, least_R
 
 
@@ -109,48 +110,111 @@ def _count_reaching(x_I, norms_I, least):  # type: ignore[no-untyped-def]
     return np.int64(count)
 
 
-@compiled()
-def _threshold(ladder_G, inputs, granted, debt):  # type: ignore[no-untyped-def]
-    """The rung nearest to what is granted less the part of the debt that is due."""
-    rungs = len(ladder_G) - 1
+@compiled(**_ANY_ORDER)
+def _count_five(x_I, norms_I, least_J, counts_J):  # type: ignore[no-untyped-def]
+    """The same for five at once, which reads the sizes once."""
+    a, b, c, d, e = least_J[0], least_J[1], least_J[2], least_J[3], least_J[4]
+    zero, one = np.float32(0), np.float32(1)
+    of_a, of_b, of_c, of_d, of_e = zero, zero, zero, zero, zero
+    for i in range(len(x_I)):
+        size = abs(x_I[i]) * norms_I[i]
+        of_a += zero if size < a else one
+        of_b += zero if size < b else one
+        of_c += zero if size < c else one
+        of_d += zero if size < d else one
+        of_e += zero if size < e else one
+    counts_J[0], counts_J[1], counts_J[2] = np.int64(of_a), np.int64(of_b), np.int64(of_c)
+    counts_J[3], counts_J[4] = np.int64(of_d), np.int64(of_e)
+
+
+@compiled(inline="always")
+def _rung(rungs, inputs, granted, debt):  # type: ignore[no-untyped-def]
+    """The one nearest to what is granted less the part of the debt that is due."""
     wanted = _PATIENCE * granted - debt
     rung = (2 * rungs * wanted + _PATIENCE * inputs) // (2 * _PATIENCE * inputs)
-    return ladder_G[min(max(rung, 1), rungs)]
+    return min(max(rung, 1), rungs)
 
 
-@compiled()
-def _take_row(x_I, norms_I, grants, layer, site, row, outputs):  # type: ignore[no-untyped-def]
-    """How many channels one row takes, and what they reach."""
-    inputs, ladder_G = len(x_I), grants.ladder_LTG[layer, site]
-    granted = min(grants.channels_LTK[layer, site, grants.kind_N[row]], inputs)
-    if not len(ladder_G) or granted == inputs or grants.owner_N[row] < 0:
+@compiled(inline="always")
+def _take_row(  # type: ignore[no-untyped-def]
+    x_RI, place, norms_I, ladder_G, channels_K, grants, debts_O, row, outputs, first_R, counts_RJ
+):
+    """How many channels one row takes, and what they reach.
+
+    Args:
+        first_R, counts_RJ: how many reach the rungs from the first on; of no rows: not counted.
+    """
+    inputs, owner = x_RI.shape[1], grants.owner_N[row] if len(grants.owner_N) else -1
+    granted = min(channels_K[grants.kind_N[row]], inputs)
+    if owner < 0 or granted == inputs:
         return granted, SEARCHED
-    debts_O, owner = grants.debts_LTO[layer, site], grants.owner_N[row]
-    least = _threshold(ladder_G, inputs, granted, debts_O[owner])
-    taken = _count_reaching(x_I, norms_I, least)
+    rung = _rung(len(ladder_G) - 1, inputs, granted, debts_O[owner])
+    known = rung - first_R[place] if len(first_R) else -1
+    if 0 <= known < _COUNTED:
+        taken = counts_RJ[place, known]
+    else:
+        taken = _count_reaching(x_RI[place], norms_I, ladder_G[rung])
     debts_O[owner] += taken - granted
     grants.channels_N[row] += taken - granted
     grants.products_N[row] += (taken - granted) * outputs
-    return taken, least
+    return taken, ladder_G[rung]
+
+
+@compiled()
+def _take_rows(  # type: ignore[no-untyped-def]
+    x_RI, norms_I, grants, layer, site, rows_R, outputs, first_R, counts_RJ, start_S, least_R
+):
+    ladder_G, channels_K = grants.ladder_LTG[layer, site], grants.channels_LTK[layer, site]
+    debts_O = grants.debts_LTO[layer, site]
+    start_S[0] = 0
+    for place in range(len(x_RI)):
+        taken, least_R[place] = _take_row(
+            x_RI, place, norms_I, ladder_G, channels_K, grants, debts_O, rows_R[place], outputs,
+            first_R, counts_RJ,
+        )  # fmt: skip
+        start_S[place + 1] = start_S[place] + taken
 
 
 @compiled()
 def _take(x_RI, norms_I, grants, layer, site, rows_R, outputs, start_S, least_R):  # type: ignore[no-untyped-def]
-    start_S[0] = 0
-    for place in range(len(x_RI)):
-        taken, least_R[place] = _take_row(
-            x_RI[place], norms_I, grants, layer, site, rows_R[place], outputs
-        )
-        start_S[place + 1] = start_S[place] + taken
+    first_0, counts_0J = np.empty(0, dtype=np.int64), np.empty((0, _COUNTED), dtype=np.int64)
+    _take_rows(
+        x_RI, norms_I, grants, layer, site, rows_R, outputs, first_0, counts_0J, start_S, least_R
+    )
+
+
+@compiled(parallel=True)
+def _take_in_order(x_RI, norms_I, grants, layer, site, rows_R, outputs, start_S, least_R):  # type: ignore[no-untyped-def]
+    """The same of many rows of a request: counted at the likely rungs before debts are known."""
+    rows, inputs = x_RI.shape
+    ladder_G, channels_K = grants.ladder_LTG[layer, site], grants.channels_LTK[layer, site]
+    last = len(ladder_G) - _COUNTED
+    first_R = np.empty(rows if last >= 0 else 0, dtype=np.int64)
+    counts_RJ = np.empty((rows, _COUNTED), dtype=np.int64)
+    for place in prange(len(first_R)):
+        row = rows_R[place]
+        granted = min(channels_K[grants.kind_N[row]], inputs)
+        if grants.owner_N[row] >= 0 and granted < inputs:
+            middle = _rung(len(ladder_G) - 1, inputs, granted, 0)
+            first = max(min(middle - _COUNTED // 2, last), 0)
+            first_R[place] = first
+            _count_five(x_RI[place], norms_I, ladder_G[first : first + _COUNTED], counts_RJ[place])
+    _take_rows(
+        x_RI, norms_I, grants, layer, site, rows_R, outputs, first_R, counts_RJ, start_S, least_R
+    )
 
 
 @compiled(parallel=True)
 def _take_side_by_side(x_RI, norms_I, grants, layer, site, rows_R, outputs, start_S, least_R):  # type: ignore[no-untyped-def]
     """The same of rows that are each a request's."""
+    ladder_G, channels_K = grants.ladder_LTG[layer, site], grants.channels_LTK[layer, site]
+    debts_O = grants.debts_LTO[layer, site]
+    first_0, counts_0J = np.empty(0, dtype=np.int64), np.empty((0, _COUNTED), dtype=np.int64)
     for place in prange(len(x_RI)):
         start_S[place + 1], least_R[place] = _take_row(
-            x_RI[place], norms_I, grants, layer, site, rows_R[place], outputs
-        )
+            x_RI, place, norms_I, ladder_G, channels_K, grants, debts_O, rows_R[place], outputs,
+            first_0, counts_0J,
+        )  # fmt: skip
     start_S[0] = 0
     for place in range(len(x_RI)):
         start_S[place + 1] += start_S[place]
