@@ -247,42 +247,36 @@ class Calibration:
         return list(problems)
 
     def as_json(self) -> dict[str, Any]:
-        image: dict[str, Any] = {}
+        optional: dict[str, Any] = {}
         if self.image_tokens is not None:
-            image["image_tokens"] = self.image_tokens
+            optional["image_tokens"] = self.image_tokens
         if self.image_floors:
-            image["image_floors"] = [asdict(floor) for floor in self.image_floors]
-        channels: dict[str, Any] = {}
+            optional["image_floors"] = [asdict(floor) for floor in self.image_floors]
         if self.channel_quantiles:
-            channels["channel_quantiles"] = {
+            optional["channel_quantiles"] = {
                 site.value: [list(of_layer[place]) for of_layer in self.channel_quantiles]
                 for place, site in enumerate(Site)
             }
-        return (
-            image
-            | channels
-            | {
-                "format": FORMAT,
-                "lowest": self.lowest,
-                "context": self.context,
-                "paths": {
-                    phase.value: [asdict(step) for step in path]
-                    for phase, path in self.paths.items()
-                },
-                "thresholds": {
-                    phase.value: {
-                        unit.value: {str(layer): list(values) for layer, values in by_layer.items()}
-                        for unit, by_layer in by_unit.items()
-                    }
-                    for phase, by_unit in self.thresholds.items()
-                },
-                "measured": [
-                    {name: value for name, value in asdict(row).items() if value is not None}
-                    for row in self.measured
-                ],
-                "data": asdict(self.data) if self.data else None,
-            }
-        )
+        return optional | {
+            "format": FORMAT,
+            "lowest": self.lowest,
+            "context": self.context,
+            "paths": {
+                phase.value: [asdict(step) for step in path] for phase, path in self.paths.items()
+            },
+            "thresholds": {
+                phase.value: {
+                    unit.value: {str(layer): list(values) for layer, values in by_layer.items()}
+                    for unit, by_layer in by_unit.items()
+                }
+                for phase, by_unit in self.thresholds.items()
+            },
+            "measured": [
+                {name: value for name, value in asdict(row).items() if value is not None}
+                for row in self.measured
+            ],
+            "data": asdict(self.data) if self.data else None,
+        }
 
 
 def walk(path: Sequence[Step], layers: int) -> Iterator[Plan]:

@@ -83,7 +83,7 @@ class Taken:
             usage.dense_flops = usage.dense_block_flops + heads
             usage.dense_parameters = (dense_tokens * dense_linear + heads) // 2
             chunk.sequence.usage += usage
-            if channels_C[place]:
+            if channels_C[place] and Unit.CHANNELS in units:
                 chunk.sequence.usage.decide(Unit.CHANNELS, Phase.OUTPUT, 0, -channels_C[place])
 
     def _beyond(self) -> tuple[list[int], list[int]]:
