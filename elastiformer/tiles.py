@@ -132,8 +132,9 @@ class Tiles:
         """
         rows, inputs = x_RI.shape
         out_RO = np.empty((rows, self.outputs), dtype=np.float32)
-        everything_ = Wanted(_NO_NORMS, even_starts(rows, inputs), all_searched(rows))
-        pairs.multiply(*self.arrays, x_RI, *(wanted or everything_), out_RO)
+        if wanted is None:
+            wanted = Wanted(_NO_NORMS, even_starts(rows, inputs), all_searched(rows))
+        pairs.multiply(*self.arrays, x_RI, *wanted, out_RO)
         return out_RO
 
     def multiply(self, picks: Picks, summed: int = 1024) -> np.ndarray:

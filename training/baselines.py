@@ -18,12 +18,12 @@ Shape letters: W windows   T tokens   I inputs of a projection
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastiformer import CapacityError, ElasticModel, Phase
 from elastiformer.calibration import Step
@@ -37,7 +37,7 @@ from training.allotment import (
     late_layers,
     uniform,
 )
-from training.picking import ChannelPicking, Sizes, measure_picked
+from training.picking import ChannelPicking, Sizes, measure_picked, watching_inputs
 from training.progress import track
 from training.quality import Quality, Setting, Window, measure, recalibrate
 from training.sensitivity import LATE, remembered
@@ -159,16 +159,9 @@ def mean_sizes(model: ElasticModel, ids_WT: Tensor) -> Sizes:
     """The mean size of every input of every projection over some text."""
     sums: dict[tuple[int, Site], Tensor] = {}
 
-    def watch(layer: Layer, site: Site) -> Callable[[nn.Module, tuple[Tensor]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor]) -> None:
-            sums[layer.index, site] = args[0].float().abs().mean((0, 1))
+    def watch(layer: Layer, site: Site, x_WTI: Tensor) -> None:
+        sums[layer.index, site] = x_WTI.float().abs().mean((0, 1))
 
-        return hook
-
-    with ExitStack() as hooks:
-        for layer in model.layout.layers:
-            for site in Site:
-                module = layer.at_site(site)[0].module
-                hooks.callback(module.register_forward_pre_hook(watch(layer, site)).remove)
+    with watching_inputs(model, watch):
         model.teacher(ids_WT.to(model.device))
     return sums

@@ -5,17 +5,15 @@ Shape letters: W windows   T tokens   I inputs
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
-
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastiformer import Calibration, ElasticModel, Phase
 from elastiformer.calibration import QUANTILES, Quantiles
 from elastiformer.capacity import Site
 from elastiformer.families import Layer
+from training.picking import watching_inputs
 
 _DIGITS = 5  # that are written down
 
@@ -34,19 +32,12 @@ def channel_quantiles(model: ElasticModel, draft: Calibration, ids_WT: Tensor) -
     plan = draft.schedule(middle, Phase.OUTPUT, model.shape, draft.context).nearest
     found: dict[tuple[int, Site], tuple[float, ...]] = {}
 
-    def watch(layer: Layer, site: Site) -> Callable[[nn.Module, tuple[Tensor]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor]) -> None:
-            sizes_WTI = args[0][:, 1:].abs().float() * model.layout.column_norms(layer, site)
-            values = np.quantile(sizes_WTI.cpu().numpy(), np.linspace(0, 1, QUANTILES))
-            found[layer.index, site] = tuple(float(f"{value:.{_DIGITS}g}") for value in values)
+    def watch(layer: Layer, site: Site, x_WTI: Tensor) -> None:
+        sizes_WTI = x_WTI[:, 1:].abs().float() * model.layout.column_norms(layer, site)
+        values = np.quantile(sizes_WTI.cpu().numpy(), np.linspace(0, 1, QUANTILES))
+        found[layer.index, site] = tuple(float(f"{value:.{_DIGITS}g}") for value in values)
 
-        return hook
-
-    with ExitStack() as hooks:
-        for layer in model.layout.layers:
-            for site in Site:
-                module = layer.at_site(site)[0].module
-                hooks.callback(module.register_forward_pre_hook(watch(layer, site)).remove)
+    with watching_inputs(model, watch):
         output_WT = torch.ones_like(ids_WT, dtype=torch.bool, device=model.device)
         model.masked(ids_WT.to(model.device), [(plan, plan)] * len(ids_WT), output_WT)
     layers = range(len(model.layout.layers))

@@ -48,6 +48,23 @@ class Under:
         return torch.tensor(values, device=self.kind_T.device)[self.kind_T]
 
 
+@contextmanager
+def watching_inputs(
+    model: ElasticModel, watch: Callable[[Layer, Site, Tensor], None]
+) -> Iterator[None]:
+    """For a while, `watch` is told what the projections of every layer and site read: [B, T, I]."""
+
+    def hook(layer: Layer, site: Site) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        return lambda _, args: watch(layer, site, args[0])
+
+    with ExitStack() as hooks:
+        for layer in model.layout.layers:
+            for site in Site:
+                module = layer.at_site(site)[0].module
+                hooks.callback(module.register_forward_pre_hook(hook(layer, site)).remove)
+        yield
+
+
 class Picking(ABC):
     """Another way to do what plans say. Holds for one run: what it draws, it draws once."""
 
