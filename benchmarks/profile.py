@@ -29,6 +29,7 @@ from benchmarks.timing import Spread
 from elastiformer import (
     Capacity,
     ElasticModel,
+    allowances,
     attention,
     lanes,
     largest,
@@ -49,7 +50,7 @@ FAMILIES = {
     "whole layers in one call": r"^kernel: run$",
     "attention": r"attention|softmax|varlen|kernel: attend",
     "products": r"multiply|mm|linear|matmul|embedding_bag|einsum|conv|dot|sparse",
-    "picking and gathering": r"kernel: (search|keep_largest)|topk|sort|index|gather|scatter"
+    "picking and gathering": r"kernel: (take|search|keep_largest)|topk|sort|index|gather|scatter"
     r"|select|nonzero|where|masked|take|embedding|unique|searchsorted|bucketize|cumsum|max|min",
     "compiled": r"compiled|inductor|triton|graph",
     "norms and elementwise": r"kernel: (gate|turn)|norm|add|mul|sub|div|neg|pow|sqrt|mean|sum|silu"
@@ -62,6 +63,7 @@ KERNELS: tuple[tuple[ModuleType, str], ...] = (
     (sub_layers, "run"),
     (lanes, "multiply"),
     (pairs, "multiply"),
+    (allowances, "take"),
     (largest, "search"),
     (readings, "keep_largest"),
     (row_kernels, "normalise"),
