@@ -18,6 +18,7 @@ import torch
 from numba import prange
 
 _FILES = (
+    "amx.py",
     "kernels.py",
     "lanes.py",
     "largest.py",

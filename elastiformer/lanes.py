@@ -176,9 +176,6 @@ class _Tile:
         )
         self.element, self._scale = kinds[0].dtype, kinds[1].dtype
         self._grid = self.element in (types.uint8, types.int8)
-        self._fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fmuladd.v{LANES}f32"
-        )
         self._group_at: Any = None
 
     @property
@@ -188,7 +185,7 @@ class _Tile:
         return [list(range(at, at + size)) for at in range(0, _VECTORS, size)]
 
     def multiply_add(self, factor: Any, weight: Any, total: Any) -> Any:
-        return self._builder.call(self._fma, [factor, weight, total])
+        return _multiply_add(self._builder, factor, weight, total)
 
     def enter_group(self, row: Any) -> None:
         """Be ready for the inputs of the group that this one is of."""
@@ -211,7 +208,7 @@ class _Tile:
                 builder.zext(self._stored(at, j, _BYTES), _INTS) for j in part
             ]  # fmt: skip
             return [
-                builder.call(self._fma, [step, builder.sitofp(code, _FLOATS), low])
+                self.multiply_add(step, builder.sitofp(code, _FLOATS), low)
                 for code, (step, low) in zip(codes, scales, strict=True)
             ]
         if self.element == types.float32:
@@ -247,15 +244,8 @@ class _Tile:
     def _fetch(self, array: Any, at: Any, size: int) -> None:
         builder = self._builder
         start = builder.bitcast(builder.gep(array.data, [at]), ir.IntType(8).as_pointer())
-        fetch = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [start.type, _I32, _I32, _I32]),
-            "llvm.prefetch.p0",
-        )
         for line in range(0, size, _LINE):
-            place = builder.gep(start, [ir.Constant(_I64, line)])
-            level = ir.Constant(_I32, _SECOND_CACHE)
-            builder.call(fetch, [place, ir.Constant(_I32, 0), level, ir.Constant(_I32, 1)])
+            _fetch(builder, builder.gep(start, [ir.Constant(_I64, line)]))
 
     def _nibbles(self, at: Any, part: list[int]) -> list[Any]:
         """Two vectors of codes lie in the halves of one vector of bytes."""
@@ -308,11 +298,26 @@ def _loop(builder: Any, first: Any, end: Any, started: list[Any], step: Any) -> 
     return running
 
 
+def _fetch(builder: Any, pointer: Any) -> None:
+    """Have a line of memory brought into the cache."""
+    place = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    level = ir.Constant(_I32, _SECOND_CACHE)
+    builder.call(fetch, [place, ir.Constant(_I32, 0), level, ir.Constant(_I32, 1)])
+
+
+def _multiply_add(builder: Any, factor: Any, weight: Any, total: Any) -> Any:
+    kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
+    return builder.call(function, [factor, weight, total])
+
+
 def _load(builder: Any, indices: Any, at: Any) -> Any:
     return builder.sext(builder.load(builder.gep(indices, [at])), _I64)
 
 
-def _vector(builder: Any, data: Any, at: Any, j: int, kind: Any = _FLOATS) -> Any:
+def _vector(builder: Any, data: Any, at: Any, j: int = 0, kind: Any = _FLOATS) -> Any:
     """A pointer to the j-th vector from the element `at` on."""
     place = builder.add(at, ir.Constant(_I64, j * LANES))
     return builder.bitcast(builder.gep(data, [place]), kind.as_pointer())

@@ -38,7 +38,6 @@ from elastiformer.lanes import (
     _vector,
 )
 from elastiformer.largest import _copy_largest
-from elastiformer.row_kernels import _as_stored
 
 _NEEDED = ("avx512bf16", "avx512bw")
 # Numba can be told to compile for less than the processor at hand.
@@ -266,38 +265,96 @@ def _scaled(
     return result
 
 
-@compiled(fastmath={"contract", "reassoc", "nsz"})
-def _total(numbers_I, first, end):  # type: ignore[no-untyped-def]
-    total = np.float32(0)
-    for i in range(first, end):
-        total += numbers_I[i]
-    return total
+@intrinsic
+def _round_groups(
+    typing: Any, x: Any, norms: Any, least: Any, small: Any, totals: Any, count: Any
+) -> Any:
+    """The values of so many whole groups as bfloat16, and what those of each add up to.
+
+    Args:
+        norms: of inputs; values of which size x norm is below the least become 0. None: none do.
+    """
+    signature = types.void(x, norms, least, small, totals, types.intp)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def data(place: int) -> Any:
+            return context.make_array(signature.args[place])(context, builder, args[place]).data
+
+        from_, to, sums = data(0), data(3), data(4)
+        picks = signature.args[1] != types.none
+        least = _everywhere(builder, args[2])
+        halves = ir.VectorType(ir.IntType(16), LANES)
+        one, most = (ir.Constant(_INTS, [number] * LANES) for number in (1, 0x7FFF))
+        sixteen, positive = (ir.Constant(_INTS, [bits] * LANES) for bits in (16, 0x7FFFFFFF))
+        add_up = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.FloatType(), [ir.FloatType(), _FLOATS]),
+            f"llvm.vector.reduce.fadd.v{LANES}f32",
+        )
+
+        def round_group(group: Any, _: list[Any]) -> list[Any]:
+            at, total = builder.mul(group, ir.Constant(_I64, GROUP)), None
+            for j in range(GROUP // LANES):
+                bits = builder.load(_vector(builder, from_, at, j, _INTS), align=4)
+                if picks:
+                    size = builder.bitcast(builder.and_(bits, positive), _FLOATS)
+                    norm = builder.load(_vector(builder, data(1), at, j), align=4)
+                    # What is no number stays, as it does where channels are counted.
+                    stays = builder.fcmp_unordered(">=", builder.fmul(size, norm), least)
+                    bits = builder.select(stays, bits, ir.Constant(_INTS, [0] * LANES))
+                odd = builder.and_(builder.lshr(bits, sixteen), one)
+                upper = builder.lshr(builder.add(builder.add(bits, most), odd), sixteen)
+                builder.store(
+                    builder.trunc(upper, halves), _vector(builder, to, at, j, halves), align=2
+                )
+                rounded = builder.bitcast(builder.shl(upper, sixteen), _FLOATS)
+                total = rounded if total is None else builder.fadd(total, rounded)
+            nothing = ir.Constant(ir.FloatType(), -0.0)
+            sum_ = builder.call(add_up, [nothing, total], fastmath=("reassoc",))
+            builder.store(sum_, builder.gep(sums, [group]))
+            return []
+
+        _loop(builder, ir.Constant(_I64, 0), args[5], [], round_group)
+        return context.get_dummy_value()
+
+    return signature, generate
 
 
 @compiled()
-def _pair_row(x_I, h, pairs_PH, total_GH):  # type: ignore[no-untyped-def]
-    """A row's values in pairs of bfloat16, and their sums over each group."""
-    inputs = len(x_I)
-    small_I = np.empty(inputs, dtype=np.uint16)
-    bits_I = np.empty(inputs, dtype=np.uint32)
-    for i in range(inputs):
-        small_I[i] = _as_stored(x_I[i], small_I)
-        bits_I[i] = np.uint32(small_I[i]) << np.uint32(16)
-    rounded_I = bits_I.view(np.float32)
-    for group in range(len(total_GH)):
-        first = group * GROUP
-        total_GH[group, h] = _total(rounded_I, first, min(first + GROUP, inputs))
-    both_P = small_I.view(np.uint32)
-    for pair in range(len(both_P)):
-        pairs_PH[pair, h] = both_P[pair]
+def _round_row(x_I, small_I, total_G):  # type: ignore[no-untyped-def]
+    """A row's values as bfloat16, zeros behind them, and their sums over each group."""
+    inputs, whole = len(x_I), len(x_I) // GROUP
+    _round_groups(x_I, None, np.float32(0), small_I, total_G, whole)
+    if whole < len(total_G):
+        last_I, small_last_I = np.zeros(GROUP, dtype=np.float32), np.empty(GROUP, dtype=np.uint16)
+        last_I[: inputs - whole * GROUP] = x_I[whole * GROUP :]
+        _round_groups(last_I, None, np.float32(0), small_last_I, total_G[whole:], 1)
+        small_I[whole * GROUP :] = small_last_I[: len(small_I) - whole * GROUP]
+
+
+@compiled()
+def _round_largest(x_I, norms_I, wanted, least, small_I, total_G):  # type: ignore[no-untyped-def]
+    """The same of a row that is zero but for its `wanted` largest."""
+    if wanted == len(x_I):
+        _round_row(x_I, small_I, total_G)
+    elif least >= 0 and len(x_I) % GROUP == 0:
+        _round_groups(x_I, norms_I, least, small_I, total_G, len(total_G))
+    else:
+        only_I = np.empty(len(x_I), dtype=np.float32)
+        _copy_largest(x_I, norms_I, wanted, least, only_I)
+        _round_row(only_I, small_I, total_G)
 
 
 @compiled()
 def _pair_largest(x_I, norms_I, wanted, least, h, pairs_PH, total_GH):  # type: ignore[no-untyped-def]
-    """The same of a row that is zero but for its `wanted` largest."""
-    only_I = np.empty(len(x_I), dtype=np.float32)
-    _copy_largest(x_I, norms_I, wanted, least, only_I)
-    _pair_row(only_I, h, pairs_PH, total_GH)
+    """The same, two values side by side, as one row of a tile's."""
+    small_I = np.empty(len(x_I), dtype=np.uint16)
+    total_G = np.empty(len(total_GH), dtype=np.float32)
+    _round_largest(x_I, norms_I, wanted, least, small_I, total_G)
+    total_GH[:, h] = total_G
+    both_P = small_I.view(np.uint32)
+    for pair in range(len(both_P)):
+        pairs_PH[pair, h] = both_P[pair]
 
 
 @compiled(parallel=True)
@@ -315,12 +372,7 @@ def _multiply_pairs(weight_SICW, steps, lows, x_RI, norms_I, start_S, least_R, o
             total_TGH[tile, :, h] = 0
             continue
         wanted = start_S[row + 1] - start_S[row]
-        if wanted < inputs:
-            _pair_largest(
-                x_RI[row], norms_I, wanted, least_R[row], h, pairs_TPH[tile], total_TGH[tile]
-            )
-        else:
-            _pair_row(x_RI[row], h, pairs_TPH[tile], total_TGH[tile])
+        _pair_largest(x_RI[row], norms_I, wanted, least_R[row], h, pairs_TPH[tile], total_TGH[tile])
     pairs_, total_ = pairs_TPH.reshape(-1), total_TGH.reshape(-1)
     for slab in prange(slabs):
         width = chunks * WIDTH

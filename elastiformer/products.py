@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
+from elastiformer import amx
 from elastiformer.costs import SINGLE_ROWS, FewRows
 from elastiformer.families import Projection
 from elastiformer.lanes import ahead_of
@@ -245,8 +246,9 @@ def one_after_another(products: Sequence[Product], norms_LI: np.ndarray) -> Weig
     ahead = ahead_of(first._tiles.weight_SICW)
     weights, steps, lows = of_all
     return Weight(
-        weights, steps, lows, bias_LO, norms_LI, first.outputs, first._summed, ahead, first.pairs
-    )
+        weights, steps, lows, bias_LO, norms_LI, first.outputs, first._summed, ahead, first.pairs,
+        amx.ABLE,
+    )  # fmt: skip
 
 
 def _packed_linear(

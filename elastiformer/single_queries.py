@@ -4,7 +4,7 @@ In decoding every request asks with one token. PyTorch's attention is one call a
 starting it costs more than computing it; here all requests and heads of a layer are one call.
 
 Shape letters: N rows of the pool   Q queries   A query heads   G key/value heads   H head size
-    S single queries   K keys
+    S single queries   K keys   V vectors of a head
 """
 
 from __future__ import annotations
@@ -16,11 +16,28 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
 from elastiformer.kernels import TURN, compiled
+from elastiformer.lanes import (
+    _FLOATS,
+    _I64,
+    _INTS,
+    _LINE,
+    LANES,
+    _aligned,
+    _everywhere,
+    _fetch,
+    _loop,
+    _multiply_add,
+    _vector,
+)
 from elastiformer.row_kernels import _exponential
+
+_WORDS = ir.VectorType(ir.IntType(16), LANES)
+_SHARED = 2  # tasks of which each has all queries of a key head: for a lone one they are divided
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,27 +108,196 @@ def _exponentials(score_K: Any) -> Any:
     return total
 
 
+@intrinsic
+def _dots(typing: Any, keys: Any, query: Any, at: Any, vectors: Any, scores: Any, to: Any) -> Any:
+    """scores[to : to + LANES] = a query, of so many vectors from `at` on, times each of LANES keys.
+
+    The products of a key are added up lane by lane, and then the lanes of all keys at once.
+    """
+    number = types.intp
+    signature = types.void(keys, query, number, number, scores, number)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        key_data, query_data, score_data = (
+            context.make_array(signature.args[at])(context, builder, args[at]).data
+            for at in (0, 1, 4)
+        )
+        width = builder.mul(args[3], ir.Constant(_I64, LANES))
+        rows = [builder.mul(width, ir.Constant(_I64, key)) for key in range(LANES)]
+
+        def add(vector: Any, running: list[Any]) -> list[Any]:
+            along = builder.mul(vector, ir.Constant(_I64, LANES))
+            asked = builder.load(_vector(builder, query_data, builder.add(args[2], along)), align=4)
+            found = []
+            for row, sum_ in zip(rows, running, strict=True):
+                pointer = _vector(builder, key_data, builder.add(row, along))
+                found.append(_multiply_add(builder, asked, builder.load(pointer, align=4), sum_))
+            return found
+
+        nothing = ir.Constant(_FLOATS, [0.0] * LANES)
+        sums = _loop(builder, ir.Constant(_I64, 0), args[3], [nothing] * LANES, add)
+        numbers = range(0, 2 * LANES, 2)
+        even, odd = (
+            ir.Constant(ir.VectorType(ir.IntType(32), LANES), [at + first for at in numbers])
+            for first in (0, 1)
+        )
+        while len(sums) > 1:
+            sums = [
+                builder.fadd(
+                    builder.shuffle_vector(one, other, even),
+                    builder.shuffle_vector(one, other, odd),
+                )
+                for one, other in zip(sums[::2], sums[1::2], strict=True)
+            ]
+        builder.store(sums[0], _vector(builder, score_data, args[5]), align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def _add_values(
+    typing: Any, values: Any, weights: Any, at: Any, vectors: Any, out: Any, to: Any
+) -> Any:
+    """out[to:] += weights[at : at + LANES] times LANES values of so many vectors each."""
+    number = types.intp
+    signature = types.void(values, weights, number, number, out, number)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value_data, weight_data, out_data = (
+            context.make_array(signature.args[at])(context, builder, args[at]).data
+            for at in (0, 1, 4)
+        )
+        width = builder.mul(args[3], ir.Constant(_I64, LANES))
+        lines = [ir.Constant(_I64, key) for key in range(LANES)]
+        weights = [
+            _everywhere(
+                builder, builder.load(builder.gep(weight_data, [builder.add(args[2], line)]))
+            )
+            for line in lines
+        ]
+
+        def add(vector: Any, _: list[Any]) -> list[Any]:
+            along = builder.mul(vector, ir.Constant(_I64, LANES))
+            pointer = _vector(builder, out_data, builder.add(args[5], along))
+            sum_ = builder.load(pointer, align=4)
+            for line, weight in zip(lines, weights, strict=True):
+                place = builder.add(builder.mul(width, line), along)
+                value = builder.load(_vector(builder, value_data, place), align=4)
+                sum_ = _multiply_add(builder, weight, value, sum_)
+            builder.store(sum_, pointer, align=4)
+            return []
+
+        _loop(builder, ir.Constant(_I64, 0), args[3], [], add)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def _widen_vectors(
+    typing: Any, rows: Any, first: Any, count: Any, vectors: Any, wide: Any, apart: Any
+) -> Any:
+    """wide[k * apart :] = so many vectors of the rows from `first` on, as float32."""
+    number = types.intp
+    signature = types.void(rows, number, number, number, wide, number)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        stored = signature.args[0].dtype
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        wide_data = context.make_array(signature.args[4])(context, builder, args[4]).data
+        _, size = cgutils.unpack_tuple(builder, array.shape, 2)
+        begin = builder.mul(args[1], size)
+        ahead = builder.mul(size, ir.Constant(_I64, LANES))
+        zero, lanes = ir.Constant(_I64, 0), ir.Constant(_I64, LANES)
+        line_bytes = ir.Constant(_I64, _LINE)
+        row_bytes = builder.mul(size, ir.Constant(_I64, stored.bitwidth // 8))
+        lines = builder.udiv(builder.add(row_bytes, ir.Constant(_I64, _LINE - 1)), line_bytes)
+
+        def widen_row(key: Any, _: list[Any]) -> list[Any]:
+            row = builder.add(begin, builder.mul(key, size))
+            out = builder.mul(key, args[5])
+
+            def widen(vector: Any, _: list[Any]) -> list[Any]:
+                along = builder.mul(vector, lanes)
+                place = builder.add(row, along)
+                if stored == types.float32:
+                    numbers = builder.load(_vector(builder, array.data, place), align=4)
+                else:
+                    pointer = _vector(builder, array.data, place, kind=_WORDS)
+                    bits = builder.zext(builder.load(pointer, align=2), _INTS)
+                    shifted = builder.shl(bits, ir.Constant(_INTS, [16] * LANES))
+                    numbers = builder.bitcast(shifted, _FLOATS)
+                to = _vector(builder, wide_data, builder.add(out, along))
+                builder.store(numbers, to, align=4)
+                return []
+
+            later = builder.gep(array.data, [builder.add(row, ahead)])
+            later = builder.bitcast(later, ir.IntType(8).as_pointer())
+
+            def fetch(line: Any, _: list[Any]) -> list[Any]:
+                _fetch(builder, builder.gep(later, [builder.mul(line, line_bytes)]))
+                return []
+
+            _loop(builder, zero, lines, [], fetch)
+            _loop(builder, zero, args[3], [], widen)
+            return []
+
+        _loop(builder, zero, args[2], [], widen_row)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@compiled()
+def _widen(rows_NH, first, count, wide_KP):  # type: ignore[no-untyped-def]
+    """Some rows of the pool as float32."""
+    size, padded = rows_NH.shape[1], wide_KP.shape[1]
+    _widen_vectors(rows_NH, first, count, size // LANES, wide_KP, padded)
+    if size < padded:
+        for k in range(count):
+            for h in range(size // LANES * LANES, size):
+                wide_KP[k, h] = _wide(rows_NH[first + k, h])
+
+
 @compiled(parallel=True, fastmath={"contract", "reassoc", "nsz"})
 def _attend(  # type: ignore[no-untyped-def]
     rows_NH, query_QAH, query_S, key_S, value_S, room_S, length_S, heads, kv_heads, scale, out_QAH
 ):
     size, group = query_QAH.shape[2], heads // kv_heads
-    for task in prange(len(query_S) * heads):
-        single, head = task // heads, task % heads
+    vectors = (size + LANES - 1) // LANES
+    padded = vectors * LANES
+    each = group if len(query_S) * kv_heads >= _SHARED else 1  # queries of a task
+    tasks = heads // each
+    for task in prange(len(query_S) * tasks):
+        single, first_head = task // tasks, task % tasks * each
         query, keys, room = query_S[single], length_S[single], room_S[single]
-        first_key = key_S[single] + head // group * room
-        first_value = value_S[single] + head // group * room
-        score_K = np.empty(keys, dtype=np.float32)
-        for k in range(keys):
-            score = np.float32(0)
+        first_key = key_S[single] + first_head // group * room
+        first_value = value_S[single] + first_head // group * room
+        wide_ = _aligned(LANES * padded)  # of LANES keys, then values
+        wide_[:] = 0
+        wide_KP = wide_.reshape((LANES, padded))
+        query_, out_ = np.zeros(each * padded, np.float32), np.zeros(each * padded, np.float32)
+        for head in range(each):
             for h in range(size):
-                score += query_QAH[query, head, h] * _wide(rows_NH[first_key + k, h])
-            score_K[k] = scale * score
-        total = _exponentials(score_K)
-        out_H = np.zeros(size, dtype=np.float32)
-        for k in range(keys):
-            weight = score_K[k]
+                query_[head * padded + h] = query_QAH[query, first_head + head, h]
+        most = (keys + LANES - 1) // LANES * LANES
+        score_ = np.empty(each * most, dtype=np.float32)
+        for k in range(0, keys, LANES):
+            _widen(rows_NH, first_key + k, min(LANES, keys - k), wide_KP)
+            for head in range(each):
+                _dots(wide_, query_, head * padded, vectors, score_, head * most + k)
+        total_ = np.empty(each, dtype=np.float32)
+        for head in range(each):
+            score_K = score_[head * most : head * most + keys]
+            for k in range(keys):
+                score_K[k] *= scale
+            total_[head] = _exponentials(score_K)
+            score_[head * most + keys : (head + 1) * most] = 0
+        for k in range(0, keys, LANES):
+            _widen(rows_NH, first_value + k, min(LANES, keys - k), wide_KP)
+            for head in range(each):
+                _add_values(wide_, score_, head * most + k, vectors, out_, head * padded)
+        for head in range(each):
             for h in range(size):
-                out_H[h] += weight * _wide(rows_NH[first_value + k, h])
-        for h in range(size):
-            out_QAH[query, head, h] = out_H[h] / total
+                out_QAH[query, first_head + head, h] = out_[head * padded + h] / total_[head]

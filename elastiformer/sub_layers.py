@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from elastiformer.amx import _multiply_in_tiles
 from elastiformer.kernels import TURN, compiled
 from elastiformer.lanes import _multiply_one, _multiply_some
 from elastiformer.largest import _search_row, _search_side_by_side
@@ -45,6 +46,7 @@ class Weight(NamedTuple):
     summed: int
     ahead: int
     pairs: bool  # whether several rows are multiplied as in pairs.py
+    in_tiles: bool  # and that as in amx.py
 
 
 class Heads(NamedTuple):
@@ -113,10 +115,12 @@ def _add_bias(out_NO, bias_O):  # type: ignore[no-untyped-def]
 @compiled()
 def _product_of_pairs(x_NI, weight, layer, start_S, least_N):  # type: ignore[no-untyped-def]
     out_NO = np.empty((len(x_NI), weight.outputs), dtype=np.float32)
-    _multiply_pairs(
-        weight.weight_SICW[layer], weight.steps[layer], weight.lows[layer],
-        x_NI, weight.norms_I[layer], start_S, least_N, out_NO,
-    )  # fmt: skip
+    weight_SICW, steps, lows = weight.weight_SICW[layer], weight.steps[layer], weight.lows[layer]
+    norms_I = weight.norms_I[layer]
+    if weight.in_tiles:
+        _multiply_in_tiles(weight_SICW, steps, lows, x_NI, norms_I, start_S, least_N, out_NO)
+    else:
+        _multiply_pairs(weight_SICW, steps, lows, x_NI, norms_I, start_S, least_N, out_NO)
     _add_bias(out_NO, weight.bias_O[layer])
     return out_NO
 

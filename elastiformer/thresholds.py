@@ -135,44 +135,37 @@ def _rung(rungs, inputs, granted, debt):  # type: ignore[no-untyped-def]
     return min(max(rung, 1), rungs)
 
 
-@compiled(inline="always")
-def _take_row(  # type: ignore[no-untyped-def]
-    x_RI, place, norms_I, ladder_G, channels_K, grants, debts_O, row, outputs, first_R, counts_RJ
-):
-    """How many channels one row takes, and what they reach.
-
-    Args:
-        first_R, counts_RJ: how many reach the rungs from the first on; of no rows: not counted.
-    """
-    inputs, owner = x_RI.shape[1], grants.owner_N[row] if len(grants.owner_N) else -1
-    granted = min(channels_K[grants.kind_N[row]], inputs)
-    if owner < 0 or granted == inputs:
-        return granted, SEARCHED
-    rung = _rung(len(ladder_G) - 1, inputs, granted, debts_O[owner])
-    known = rung - first_R[place] if len(first_R) else -1
-    if 0 <= known < _COUNTED:
-        taken = counts_RJ[place, known]
-    else:
-        taken = _count_reaching(x_RI[place], norms_I, ladder_G[rung])
-    debts_O[owner] += taken - granted
-    grants.channels_N[row] += taken - granted
-    grants.products_N[row] += (taken - granted) * outputs
-    return taken, ladder_G[rung]
-
-
 @compiled()
 def _take_rows(  # type: ignore[no-untyped-def]
     x_RI, norms_I, grants, layer, site, rows_R, outputs, first_R, counts_RJ, start_S, least_R
 ):
+    """Row by row, as each moves its request's debt.
+
+    Args:
+        first_R, counts_RJ: how many reach the rungs from the first on; of no rows: not counted.
+    """
     ladder_G, channels_K = grants.ladder_LTG[layer, site], grants.channels_LTK[layer, site]
-    debts_O = grants.debts_LTO[layer, site]
+    debts_O, inputs = grants.debts_LTO[layer, site], x_RI.shape[1]
+    # Within the loop each look into a tuple, or call, would cost as much as the rest.
+    owner_N, kind_N, over_N, products_N = (
+        grants.owner_N, grants.kind_N, grants.channels_N, grants.products_N
+    )  # fmt: skip
     start_S[0] = 0
     for place in range(len(x_RI)):
-        taken, least_R[place] = _take_row(
-            x_RI, place, norms_I, ladder_G, channels_K, grants, debts_O, rows_R[place], outputs,
-            first_R, counts_RJ,
-        )  # fmt: skip
-        start_S[place + 1] = start_S[place] + taken
+        row = rows_R[place]
+        owner, granted = owner_N[row] if len(owner_N) else -1, min(channels_K[kind_N[row]], inputs)
+        taken, least = granted, SEARCHED
+        if owner >= 0 and granted < inputs:
+            rung = _rung(len(ladder_G) - 1, inputs, granted, debts_O[owner])
+            known, least = rung - first_R[place] if len(first_R) else -1, ladder_G[rung]
+            if 0 <= known < counts_RJ.shape[1]:
+                taken = counts_RJ[place, known]
+            else:
+                taken = _count_reaching(x_RI[place], norms_I, least)
+            debts_O[owner] += taken - granted
+            over_N[row] += taken - granted
+            products_N[row] += (taken - granted) * outputs
+        start_S[place + 1], least_R[place] = start_S[place] + taken, least
 
 
 @compiled()
@@ -188,13 +181,13 @@ def _take_in_order(x_RI, norms_I, grants, layer, site, rows_R, outputs, start_S,
     """The same of many rows of a request: counted at the likely rungs before debts are known."""
     rows, inputs = x_RI.shape
     ladder_G, channels_K = grants.ladder_LTG[layer, site], grants.channels_LTK[layer, site]
-    last = len(ladder_G) - _COUNTED
+    owner_N, kind_N, last = grants.owner_N, grants.kind_N, len(ladder_G) - _COUNTED
     first_R = np.empty(rows if last >= 0 else 0, dtype=np.int64)
     counts_RJ = np.empty((rows, _COUNTED), dtype=np.int64)
     for place in prange(len(first_R)):
         row = rows_R[place]
-        granted = min(channels_K[grants.kind_N[row]], inputs)
-        if grants.owner_N[row] >= 0 and granted < inputs:
+        granted = min(channels_K[kind_N[row]], inputs)
+        if owner_N[row] >= 0 and granted < inputs:
             middle = _rung(len(ladder_G) - 1, inputs, granted, 0)
             first = max(min(middle - _COUNTED // 2, last), 0)
             first_R[place] = first
@@ -206,15 +199,19 @@ def _take_in_order(x_RI, norms_I, grants, layer, site, rows_R, outputs, start_S,
 
 @compiled(parallel=True)
 def _take_side_by_side(x_RI, norms_I, grants, layer, site, rows_R, outputs, start_S, least_R):  # type: ignore[no-untyped-def]
-    """The same of rows that are each a request's."""
+    """The same of rows that are each a request's, whose debts are known."""
+    rows, inputs = x_RI.shape
     ladder_G, channels_K = grants.ladder_LTG[layer, site], grants.channels_LTK[layer, site]
-    debts_O = grants.debts_LTO[layer, site]
-    first_0, counts_0J = np.empty(0, dtype=np.int64), np.empty((0, _COUNTED), dtype=np.int64)
-    for place in prange(len(x_RI)):
-        start_S[place + 1], least_R[place] = _take_row(
-            x_RI, place, norms_I, ladder_G, channels_K, grants, debts_O, rows_R[place], outputs,
-            first_0, counts_0J,
-        )  # fmt: skip
-    start_S[0] = 0
-    for place in range(len(x_RI)):
-        start_S[place + 1] += start_S[place]
+    owner_N, kind_N, debts_O = grants.owner_N, grants.kind_N, grants.debts_LTO[layer, site]
+    first_R = np.empty(rows if len(owner_N) else 0, dtype=np.int64)
+    counts_R1 = np.empty((rows, 1), dtype=np.int64)
+    for place in prange(len(first_R)):
+        row = rows_R[place]
+        owner, granted = owner_N[row], min(channels_K[kind_N[row]], inputs)
+        if owner >= 0 and granted < inputs:
+            rung = _rung(len(ladder_G) - 1, inputs, granted, debts_O[owner])
+            first_R[place] = rung
+            counts_R1[place, 0] = _count_reaching(x_RI[place], norms_I, ladder_G[rung])
+    _take_rows(
+        x_RI, norms_I, grants, layer, site, rows_R, outputs, first_R, counts_R1, start_S, least_R
+    )

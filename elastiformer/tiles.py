@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from elastiformer import kernels, lanes, largest, pairs
+from elastiformer import amx, kernels, lanes, largest, pairs
 from elastiformer.lanes import GROUP, LANES, WIDTH
 from elastiformer.thresholds import SEARCHED
 
@@ -134,7 +134,8 @@ class Tiles:
         out_RO = np.empty((rows, self.outputs), dtype=np.float32)
         if wanted is None:
             wanted = Wanted(_NO_NORMS, even_starts(rows, inputs), all_searched(rows))
-        pairs.multiply(*self.arrays, x_RI, *wanted, out_RO)
+        multiply = amx.multiply if amx.ABLE else pairs.multiply
+        multiply(*self.arrays, x_RI, *wanted, out_RO)
         return out_RO
 
     def multiply(self, picks: Picks, summed: int = 1024) -> np.ndarray:

@@ -6,25 +6,31 @@ import numpy as np
 import pytest
 import torch
 
-from elastiformer import kernels, pairs
+from elastiformer import amx, kernels, pairs
 from elastiformer.families import Projection
 from elastiformer.products import Product
 from elastiformer.readings import Reading, pick
-from elastiformer.tiles import Tiles
+from elastiformer.thresholds import SEARCHED
+from elastiformer.tiles import Tiles, Wanted
 from tests.elastiformer.test_tiles import WEIGHTS
 
 able = pytest.mark.skipif(not pairs.ABLE, reason="the processor has no products of bfloat16 pairs")
 KINDS = ("bfloat16", "Q4_1", "Q4_0", "Q8_0")
 
 
-@pytest.fixture(autouse=True)
-def _threads():
+@pytest.fixture(autouse=True, params=["vectors", "tile registers"])
+def _way(request, monkeypatch):
+    """On a processor with tile registers vectors are no longer used, but they must be right."""
     kernels.use_threads()
+    if request.param == "vectors":
+        monkeypatch.setattr(amx, "ABLE", False)
+    elif not amx.ABLE:
+        pytest.skip("the processor has no tile registers")
 
 
 @able
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows", [1, 4, 6])
+@pytest.mark.parametrize("rows", [1, 4, 6, 17, 40])
 @pytest.mark.parametrize(("outputs", "inputs"), [(200, 576), (96, 64), (5, 70)])
 def test_a_product_rounds_the_values_and_nothing_else(kind, rows, outputs, inputs):
     weight_OI = WEIGHTS[kind](outputs, inputs)
@@ -43,7 +49,7 @@ def test_a_row_gets_the_same_bits_whatever_other_rows_there_are(kind):
     tiles = Tiles.of(WEIGHTS[kind](300, 1536))
     x_RI = np.random.default_rng(0).standard_normal((9, 1536), dtype=np.float32)
     whole_RO = tiles.multiply_pairs(x_RI)
-    for rows in ([8], [3, 4], [8, 0, 5, 2, 1]):
+    for rows in ([8], [3, 4], [8, 0, 5, 2, 1], 9 * [7, 8]):
         assert np.array_equal(tiles.multiply_pairs(x_RI[rows]), whole_RO[rows])
 
 
@@ -59,6 +65,37 @@ def test_what_rows_leave_out_counts_as_zero():
     assert (only_RI == 0).sum() == 5 * 576 - 1769
     assert torch.equal(product.by_row(reading), product.by_row(Reading(only_RI)))
     assert torch.allclose(product.by_row(reading), product.at_once(reading), rtol=0.02, atol=0.02)
+
+
+@able
+def test_known_thresholds_give_what_a_search_would():
+    """Also where a group of inputs is not full, and of values that are no numbers."""
+    for inputs in (576, 70):
+        tiles = Tiles.of(WEIGHTS["Q4_1"](40, inputs))
+        x_RI = np.random.default_rng(0).standard_normal((7, inputs), dtype=np.float32)
+        norms_I = np.random.default_rng(1).random(inputs, dtype=np.float32)
+        size_RI = np.abs(x_RI) * norms_I
+        least_R = np.quantile(size_RI, 0.4, axis=1).astype(np.float32)
+        kept_RI = size_RI >= least_R[:, None]
+        start_S = np.concatenate([[0], np.cumsum(kept_RI.sum(1))])
+        expected_RO = tiles.multiply_pairs(np.where(kept_RI, x_RI, np.float32(0)))
+        for least in (least_R, np.full(7, SEARCHED)):
+            found_RO = tiles.multiply_pairs(x_RI, Wanted(norms_I, start_S, least))
+            assert np.array_equal(found_RO, expected_RO)
+        x_RI[3, 5] = np.nan
+        assert np.isnan(tiles.multiply_pairs(x_RI, Wanted(norms_I, start_S, least_R))[3]).all()
+
+
+@able
+def test_others_may_use_tile_registers_in_between():
+    """PyTorch's own products set them up for themselves."""
+    torch.manual_seed(0)
+    weight_OI, x_RI = torch.randn(64, 96), torch.randn(40, 96)
+    tiles = Tiles.of(weight_OI.bfloat16().float())
+    first_RO, own_RO = tiles.multiply_pairs(x_RI.numpy()), x_RI.bfloat16() @ weight_OI.bfloat16().T
+    for rows in (40, 3, 17):
+        assert np.array_equal(tiles.multiply_pairs(x_RI[:rows].numpy()), first_RO[:rows])
+        assert torch.equal(x_RI.bfloat16() @ weight_OI.bfloat16().T, own_RO)
 
 
 @pytest.mark.parametrize(
