@@ -1,9 +1,9 @@
 """The product of some rows in bfloat16 in tile registers, on a CPU that has them (AMX).
 
-One instruction multiplies up to 16 rows of 32 inputs with 32 inputs of 16 outputs: vectors (pairs.py)
-need many. Weights, rounding and rules are as there: a weight on a grid is read as its codes, whose
-sums over a group get the group's step and low; every row goes through all inputs in one order,
-whatever other rows there are.
+One instruction multiplies up to 16 rows of 32 inputs with 32 inputs of 16 outputs; vectors
+(pairs.py) need many for it. Weights, rounding and rules are as there: a weight on a grid is read as
+its codes, whose sums over a group get the group's step and low; every row goes through all inputs
+in one order, whatever other rows there are.
 
 Shape letters: R rows   I inputs, whole groups   O outputs   S slabs   C chunks of a slab
     W outputs of a chunk   G groups of inputs   P pairs of inputs

@@ -19,7 +19,8 @@ from torch import Tensor
 from elastiformer.attention import Bounds, Read, Reads, Sides
 from elastiformer.cache import Held
 from elastiformer.packed import Packed, Rows
-from elastiformer.single_queries import Singles, on_host
+from elastiformer.row_kernels import on_host
+from elastiformer.single_queries import Singles
 from elastiformer.sub_layers import Cached
 
 

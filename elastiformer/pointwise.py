@@ -113,13 +113,14 @@ def lean_gate(layer: Layer) -> Gate:
 
 @dataclass(frozen=True, slots=True)
 class CompiledGate:
-    """activation(first half) * second half, of float32 on a CPU."""
+    """activation(first half) * second half, of float32 on a CPU, or of products in bfloat16."""
 
     form: int  # row_kernels.SILU or GELU
 
-    def __call__(self, both_N2I: Tensor) -> Tensor:
-        out_NI = both_N2I.new_empty(len(both_N2I), both_N2I.shape[1] // 2)
-        row_kernels.gate(self.form, both_N2I.numpy(), out_NI.numpy())
+    def __call__(self, both_N2I: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Computed in float32, and given as `dtype`."""
+        out_NI = both_N2I.new_empty(len(both_N2I), both_N2I.shape[1] // 2, dtype=dtype)
+        row_kernels.gate(self.form, *map(row_kernels.on_host, (both_N2I, out_NI)))
         return out_NI
 
 

@@ -68,11 +68,27 @@ class Product:
 
     def run(self, reading: Reading) -> Tensor:
         """The outputs [R, O]."""
-        x_RI = reading.x_RI
-        by_row = reading.has_picks and len(x_RI) <= self.few.rows(reading.share)
-        if self.has_tiles and x_RI.dtype != torch.float32:
-            by_row = False  # the kernels read float32
-        return self.by_row(reading) if by_row else self.at_once(reading)
+        return self.by_row(reading) if self._goes_by_row(reading) else self.at_once(reading)
+
+    def _goes_by_row(self, reading: Reading) -> bool:
+        if self.has_tiles and reading.x_RI.dtype != torch.float32:
+            return False  # the kernels read float32
+        return reading.has_picks and len(reading.x_RI) <= self.few.rows(reading.share)
+
+    def rounded(self, reading: Reading) -> Tensor | None:
+        """What `run` gives, in bfloat16, where it comes so; None elsewhere."""
+        if self._bias_O is not None or not self._multiplies_rounded or self._goes_by_row(reading):
+            return None
+        assert self._packed is not None, "a product that oneDNN knows"
+        return _packed_linear(reading.only_RI.to(self._dtype), self._packed, reading.count)
+
+    def takes_rounded(self, rows: int) -> bool:
+        """Whether so many whole rows may come in bfloat16: it would round them to that."""
+        return self._multiplies_rounded and rows > self.few.rows(1.0)
+
+    @property
+    def _multiplies_rounded(self) -> bool:
+        return self._packs and self._dtype == torch.bfloat16
 
     def dense(self, x_RI: Tensor) -> Tensor:
         """The product over all channels."""

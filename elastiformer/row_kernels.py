@@ -13,9 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
+from torch import Tensor
 
 from elastiformer.kernels import TURN, compiled
 
@@ -41,6 +43,7 @@ def gate(form: int, side_by_side_N2I: np.ndarray, out_NI: np.ndarray) -> None:
 
     Args:
         form: SILU, or GELU in its approximation by tanh.
+        side_by_side_N2I, out_NI: float32, or of bfloat16 the bits, as uint16.
     """
     if len(out_NI) <= _ALONE:
         _gate_in_turn(form, side_by_side_N2I, out_NI)
@@ -56,6 +59,26 @@ def turn(x_NMH: np.ndarray, heads: int, cos_NR: np.ndarray, sin_NR: np.ndarray) 
         return
     with TURN:
         _turn_side_by_side(x_NMH, heads, cos_NR, sin_NR)
+
+
+def on_host(x: Tensor) -> np.ndarray:
+    """A tensor as kernels take it: of bfloat16, the bits."""
+    is_small = x.dtype == torch.bfloat16
+    array: np.ndarray = (x.view(torch.uint16) if is_small else x).numpy()
+    return array
+
+
+@intrinsic
+def _wide(typing: Any, stored: Any) -> Any:
+    """A stored number as float32: of type uint16 it is a bfloat16."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if signature.args[0] == types.float32:
+            return args[0]
+        bits = builder.zext(args[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, 16)), ir.FloatType())
+
+    return types.float32(stored), generate
 
 
 @intrinsic
@@ -137,16 +160,16 @@ def _gate_row(form, side_by_side_2I, out_I):  # type: ignore[no-untyped-def]
     neurons = len(out_I)
     if form == SILU:
         for i in range(neurons):
-            g = side_by_side_2I[i]
+            g = _wide(side_by_side_2I[i])
             active = g / (np.float32(1) + _exponential(-g))
-            out_I[i] = active * side_by_side_2I[neurons + i]
+            out_I[i] = _as_stored(active * _wide(side_by_side_2I[neurons + i]), out_I)
     else:
         for i in range(neurons):
-            g = side_by_side_2I[i]
+            g = _wide(side_by_side_2I[i])
             # 2 sqrt(2 / pi) (g + 0.044715 g^3): half of it is what the tanh is of
             z = np.float32(1.5957691216057308) * (g + np.float32(0.044715) * g * g * g)
             active = g / (np.float32(1) + _exponential(-z))
-            out_I[i] = active * side_by_side_2I[neurons + i]
+            out_I[i] = _as_stored(active * _wide(side_by_side_2I[neurons + i]), out_I)
 
 
 @compiled(**_STRICT)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import prange, types
 from numba.core import cgutils
@@ -34,7 +33,7 @@ from elastiformer.lanes import (
     _multiply_add,
     _vector,
 )
-from elastiformer.row_kernels import _exponential
+from elastiformer.row_kernels import _exponential, _wide, on_host
 
 _WORDS = ir.VectorType(ir.IntType(16), LANES)
 _SHARED = 2  # tasks of which each has all queries of a key head: for a lone one they are divided
@@ -73,26 +72,6 @@ def attend(singles: Singles, query_QAH: np.ndarray, scale: float, out_QAH: np.nd
             singles.room_S, singles.length_S, query_QAH.shape[1], singles.kv_heads,
             np.float32(scale), out_QAH,
         )  # fmt: skip
-
-
-def on_host(rows_NH: Tensor) -> np.ndarray:
-    """The pool as kernels take it: of bfloat16, the bits."""
-    is_small = rows_NH.dtype == torch.bfloat16
-    rows: np.ndarray = (rows_NH.view(torch.uint16) if is_small else rows_NH).numpy()
-    return rows
-
-
-@intrinsic
-def _wide(typing: Any, stored: Any) -> Any:
-    """A stored number as float32: of type uint16 it is a bfloat16."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if signature.args[0] == types.float32:
-            return args[0]
-        bits = builder.zext(args[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, 16)), ir.FloatType())
-
-    return types.float32(stored), generate
 
 
 @compiled(fastmath={"contract", "reassoc", "nsz"})

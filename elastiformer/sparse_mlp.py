@@ -7,13 +7,15 @@ Shape letters: N packed tokens   R rows   D width   I neurons
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from elastiformer.capacity import Site, Unit
 from elastiformer.families import Layer
 from elastiformer.keeping import Keeping
 from elastiformer.packed import Packed, Rows
-from elastiformer.pointwise import makes_anew
+from elastiformer.pointwise import CompiledGate, makes_anew
+from elastiformer.readings import Reading
 from elastiformer.sparse_experts import SparseExperts
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
@@ -50,9 +52,25 @@ class SparseMlp:
         tools = self.workshop
         own = makes_anew(tools.mlp_norms[layer.index])
         reading = tools.read(layer, Site.MLP_IN, x_RD, packed, rows, own)
-        front = tools.at_site(layer, Site.MLP_IN)
-        out_RO = tools.mended(layer, front, reading, packed, rows)
+        front, down = tools.at_site(layer, Site.MLP_IN), tools.at_site(layer, Site.MLP_OUT)
         gate = tools.gates[layer.index]
-        a_RI = layer.activation(out_RO) if gate is None else gate(out_RO)
+        if isinstance(gate, CompiledGate):
+            a_RI = self._gated(gate, layer, reading, packed, rows)
+        else:
+            out_RO = tools.mended(layer, front, reading, packed, rows)
+            a_RI = layer.activation(out_RO) if gate is None else gate(out_RO)
         reading = tools.read(layer, Site.MLP_OUT, a_RI, packed, rows, own=True)
-        return tools.mended(layer, tools.at_site(layer, Site.MLP_OUT), reading, packed, rows)
+        return tools.mended(layer, down, reading, packed, rows).to(x_RD.dtype)
+
+    def _gated(
+        self, gate: CompiledGate, layer: Layer, reading: Reading, packed: Packed, rows: Rows
+    ) -> Tensor:
+        """What the second product reads; of many rows in bfloat16, which it would round to."""
+        tools = self.workshop
+        front, down = tools.at_site(layer, Site.MLP_IN), tools.at_site(layer, Site.MLP_OUT)
+        rounded_RO = tools.rounded(layer, front, reading, packed)
+        if rounded_RO is None:
+            return gate(tools.mended(layer, front, reading, packed, rows))
+        as_whole = not packed.picks and not tools.is_repaired(layer, down, packed)
+        small = as_whole and down.takes_rounded(rows.count)
+        return gate(rounded_RO, torch.bfloat16 if small else torch.float32)

@@ -198,6 +198,21 @@ class Workshop:
                 joined.mend(reading, out_RO, some.among(rows))
         return out_RO
 
+    def rounded(
+        self, layer: Layer, product: Product, reading: Reading, packed: Packed
+    ) -> Tensor | None:
+        """What `mended` gives, in bfloat16, where it comes so; None elsewhere."""
+        if self.is_repaired(layer, product, packed):
+            return None
+        return product.rounded(reading)
+
+    def is_repaired(self, layer: Layer, product: Product, packed: Packed) -> bool:
+        """Whether any row of a step has this product repaired."""
+        return any(
+            self._joined(layer, name, product, self.working_dtype) is not None
+            for name, _ in self._repaired(layer, packed)
+        )
+
     def _joined(
         self, layer: Layer, name: str, product: Product, dtype: torch.dtype
     ) -> Joined | None:
