@@ -53,8 +53,11 @@ def keep_largest(
     x_RI: np.ndarray, norms_I: np.ndarray, start_S: np.ndarray, least_R: np.ndarray
 ) -> None:
     """Make `x` zero but for what `search` would find, in place."""
+    if np.count_nonzero(np.diff(start_S) < x_RI.shape[1]) <= _ROWS_ALONE:
+        _keep_in_turn(x_RI, norms_I, start_S, least_R)
+        return
     with TURN:
-        _keep_largest(x_RI, norms_I, start_S, least_R)
+        _keep_side_by_side(x_RI, norms_I, start_S, least_R)
 
 
 @compiled(**_ANY_ORDER)
@@ -242,8 +245,16 @@ def _keep_largest_of_row(x_I, norms_I, wanted, least):  # type: ignore[no-untype
         x_I[i] = only_I[i]
 
 
+@compiled()
+def _keep_in_turn(x_RI, norms_I, start_S, least_R):  # type: ignore[no-untyped-def]
+    for row in range(len(x_RI)):
+        wanted = start_S[row + 1] - start_S[row]
+        if wanted < x_RI.shape[1]:
+            _keep_largest_of_row(x_RI[row], norms_I, wanted, least_R[row])
+
+
 @compiled(parallel=True)
-def _keep_largest(x_RI, norms_I, start_S, least_R):  # type: ignore[no-untyped-def]
+def _keep_side_by_side(x_RI, norms_I, start_S, least_R):  # type: ignore[no-untyped-def]
     for row in prange(len(x_RI)):
         wanted = start_S[row + 1] - start_S[row]
         if wanted < x_RI.shape[1]:

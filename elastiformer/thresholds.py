@@ -24,7 +24,7 @@ from elastiformer.calibration import Quantiles
 from elastiformer.kernels import TURN, compiled
 
 SEARCHED = np.float32(-1)  # in place of a threshold: a row's channels are counted, not compared
-_ALONE = 4  # so few rows are faster in turn
+_ALONE = 4  # so few rows that take anything are faster in turn
 _COUNTED = 5  # rungs around the granted one, beyond which debts seldom lead
 _PATIENCE = 16  # tokens over which a debt is paid back
 # Counts of ones are exact in any order.
@@ -93,7 +93,7 @@ def take(
     start_S = np.empty(len(x_RI) + 1, dtype=np.int64)
     least_R = np.empty(len(x_RI), dtype=np.float32)
     arguments = (x_RI, norms_I, grants, layer, site, rows_R, outputs, start_S, least_R)
-    if len(x_RI) <= _ALONE:
+    if np.count_nonzero(grants.owner_N[rows_R] >= 0) <= _ALONE:
         _take(*arguments)
     else:
         with TURN:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from elastiformer import kernels, row_kernels
-from elastiformer.pointwise import Rotation
+from elastiformer.pointwise import CompiledGate, Rotation
 
 ROWS = [1, 4, 5, 33]
 
@@ -47,6 +47,10 @@ def test_a_gate_is_pytorchs_and_a_row_alone_gets_the_same_bits(rows, form, activ
     torch.testing.assert_close(out_NI, expected_NI, rtol=2e-5, atol=2e-6)
     row_kernels.gate(form, both_N2I[-1:].numpy(), alone_NI.numpy())
     assert torch.equal(alone_NI[0], out_NI[-1])
+    small_N2I = both_N2I.bfloat16()
+    wide_NI = CompiledGate(form)(small_N2I.float())
+    assert torch.equal(CompiledGate(form)(small_N2I), wide_NI)
+    assert torch.equal(CompiledGate(form)(small_N2I, torch.bfloat16), wide_NI.bfloat16())
 
 
 @pytest.mark.parametrize("rows", ROWS)
