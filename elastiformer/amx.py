@@ -39,7 +39,7 @@ from elastiformer.pairs import _CENTRES, _pair_rows, _round_largest
 from elastiformer.pairs import ABLE as _HAS_PAIRS
 
 _NEEDED = ("amx-tile", "amx-bf16")
-_KNOWN = _HAS_PAIRS and all(get_host_cpu_features().get(feature) for feature in _NEEDED)
+KNOWN = _HAS_PAIRS and all(get_host_cpu_features().get(feature) for feature in _NEEDED)
 _ARCH_PRCTL, _ASK, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64 (asm/prctl.h)
 ROWS = 16  # of a tile
 _MOST_GROUPS = 4  # that are worked on together
@@ -52,12 +52,12 @@ _BYTE, _POINTER, _VOID = ir.IntType(8), ir.IntType(8).as_pointer(), ir.VoidType(
 
 def _granted() -> bool:
     """Whether this process may use tile registers: Linux wants to be asked."""
-    if not _KNOWN or platform.system() != "Linux":
+    if not KNOWN or platform.system() != "Linux":
         return False
     return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK, _TILE_DATA) == 0)
 
 
-ABLE = _granted()
+ABLE = _granted()  # else such a processor multiplies no rows in bfloat16 here
 
 
 def multiply(
@@ -92,7 +92,7 @@ def _configure(typing: Any, config: Any) -> Any:
     """Set this thread's tile registers up, as 64 bytes say."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if _KNOWN:
+        if KNOWN:
             data = context.make_array(signature.args[0])(context, builder, args[0]).data
             _call(builder, "ldtilecfg", builder.bitcast(data, _POINTER))
         return context.get_dummy_value()
@@ -105,7 +105,7 @@ def _release(typing: Any) -> Any:
     """Leave this thread's tile registers as they were found: unused."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if _KNOWN:
+        if KNOWN:
             _call(builder, "tilerelease")
         return context.get_dummy_value()
 
@@ -141,7 +141,7 @@ def _add_groups(
     signature = types.void(sums, number, number, added, small, number, number, wide, number, weight)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if not _KNOWN:  # never called
+        if not KNOWN:  # never called
             return context.get_dummy_value()
         kinds = signature.args
         of_codes = kinds[9].dtype in _CENTRES

@@ -178,12 +178,12 @@ class Decoding:
             scales.append(np.stack([norm.scale_D for norm in known]))
             epsilons.append(np.float32(known[0].epsilon))
         weights = []
-        for site in SITES:
+        for place, site in enumerate(SITES):
             products = [tools.at_site(layer, site) for layer in layers]
             norms_LI = np.zeros((len(layers), products[0].inputs), dtype=np.float32)
             if tools.adapter is not None:
                 norms_LI = np.stack([tools.layout.column_norms(x, site).numpy() for x in layers])
-            weights.append(one_after_another(products, norms_LI))
+            weights.append(one_after_another(place, products, norms_LI))
         front, out, gated, down = weights
         gate = tools.gates[layers[0].index]
         assert isinstance(gate, CompiledGate), "a layer that is not known"

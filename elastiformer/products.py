@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from elastiformer import amx
 from elastiformer.costs import SINGLE_ROWS, FewRows
 from elastiformer.families import Projection
 from elastiformer.lanes import ahead_of
@@ -243,12 +242,13 @@ class Product:
         return whole if fused and len(whole) == self.outputs else torch.cat(weights)
 
 
-def one_after_another(products: Sequence[Product], norms_LI: np.ndarray) -> Weight:
+def one_after_another(site: int, products: Sequence[Product], norms_LI: np.ndarray) -> Weight:
     """Products that are alike, as kernels of whole layers take them.
 
     From here on their tiles lie in memory one after the other.
 
     Args:
+        site: which of the four (workshop.SITES).
         norms_LI: those by which each picks channels.
     """
     of_all, each = Tiles.one_after_another([product._tiles for product in products])
@@ -262,9 +262,17 @@ def one_after_another(products: Sequence[Product], norms_LI: np.ndarray) -> Weig
     ahead = ahead_of(first._tiles.weight_SICW)
     weights, steps, lows = of_all
     return Weight(
-        weights, steps, lows, bias_LO, norms_LI, first.outputs, first._summed, ahead, first.pairs,
-        amx.ABLE,
-    )  # fmt: skip
+        site,
+        weights,
+        steps,
+        lows,
+        bias_LO,
+        norms_LI,
+        first.outputs,
+        first._summed,
+        ahead,
+        first.pairs,
+    )
 
 
 def _packed_linear(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from elastiformer.amx import _multiply_in_tiles
+from elastiformer.amx import KNOWN, _multiply_in_tiles
 from elastiformer.kernels import TURN, compiled
 from elastiformer.lanes import _multiply_one, _multiply_some
 from elastiformer.largest import _search_row, _search_side_by_side
@@ -33,10 +33,14 @@ from elastiformer.row_kernels import (
 from elastiformer.single_queries import _attend
 from elastiformer.thresholds import Grants, _take, _take_side_by_side
 
+# Only one of them is compiled: with every caller, which takes its time.
+_multiply_small = _multiply_in_tiles if KNOWN else _multiply_pairs
+
 
 class Weight(NamedTuple):
     """A product as the kernels take it; in `Layers`, of all of them, with L before all else."""
 
+    site: int  # among a layer's
     weight_SICW: np.ndarray
     steps: np.ndarray
     lows: np.ndarray
@@ -45,8 +49,7 @@ class Weight(NamedTuple):
     outputs: int
     summed: int
     ahead: int
-    pairs: bool  # whether several rows are multiplied as in pairs.py
-    in_tiles: bool  # and that as in amx.py
+    pairs: bool  # whether several rows are multiplied as in pairs.py, or amx.py
 
 
 class Heads(NamedTuple):
@@ -115,19 +118,17 @@ def _add_bias(out_NO, bias_O):  # type: ignore[no-untyped-def]
 @compiled()
 def _product_of_pairs(x_NI, weight, layer, start_S, least_N):  # type: ignore[no-untyped-def]
     out_NO = np.empty((len(x_NI), weight.outputs), dtype=np.float32)
-    weight_SICW, steps, lows = weight.weight_SICW[layer], weight.steps[layer], weight.lows[layer]
-    norms_I = weight.norms_I[layer]
-    if weight.in_tiles:
-        _multiply_in_tiles(weight_SICW, steps, lows, x_NI, norms_I, start_S, least_N, out_NO)
-    else:
-        _multiply_pairs(weight_SICW, steps, lows, x_NI, norms_I, start_S, least_N, out_NO)
+    _multiply_small(
+        weight.weight_SICW[layer], weight.steps[layer], weight.lows[layer],
+        x_NI, weight.norms_I[layer], start_S, least_N, out_NO,
+    )  # fmt: skip
     _add_bias(out_NO, weight.bias_O[layer])
     return out_NO
 
 
 @compiled()
-def _product(x_NI, weight, layer, grants, site, side):  # type: ignore[no-untyped-def]
-    rows = len(x_NI)
+def _product(x_NI, weight, layer, grants, side):  # type: ignore[no-untyped-def]
+    rows, site = len(x_NI), weight.site  # as an argument it would be compiled anew for each
     norms_I = weight.norms_I[layer]
     start_S = np.empty(rows + 1, dtype=np.int64)
     least_N = np.empty(rows, dtype=np.float32)
@@ -177,7 +178,7 @@ def _add(h_ND, branch_ND):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _attention(x_ND, front, heads, turns, cached, layer, out, grants, side):  # type: ignore[no-untyped-def]
-    out_NO = _product(x_ND, front, layer, grants, 0, side)
+    out_NO = _product(x_ND, front, layer, grants, side)
     rows, size = len(x_ND), cached.rows_PH.shape[1]
     out_NMH = out_NO.reshape(rows, out_NO.shape[1] // size, size)
     turned = heads.queries + heads.kv
@@ -199,19 +200,19 @@ def _attention(x_ND, front, heads, turns, cached, layer, out, grants, side):  # 
         cached.rows_PH, out_NMH, cached.query_Q, cached.key_LQ[layer], cached.value_LQ[layer],
         cached.room_LQ[layer], cached.length_Q, heads.queries, heads.kv, heads.scale, out_NAH,
     )  # fmt: skip
-    return _product(out_NAH.reshape(rows, heads.queries * size), out, layer, grants, 1, side)
+    return _product(out_NAH.reshape(rows, heads.queries * size), out, layer, grants, side)
 
 
 @compiled()
 def _mlp(x_ND, gated, form, down, layer, grants, side):  # type: ignore[no-untyped-def]
-    out_N2I = _product(x_ND, gated, layer, grants, 2, side)
+    out_N2I = _product(x_ND, gated, layer, grants, side)
     a_NI = np.empty((len(x_ND), out_N2I.shape[1] // 2), dtype=np.float32)
     if side is None:
         for row in range(len(x_ND)):
             _gate_row(form, out_N2I[row], a_NI[row])
     else:
         _gate_side_by_side(form, out_N2I, a_NI)
-    return _product(a_NI, down, layer, grants, 3, side)
+    return _product(a_NI, down, layer, grants, side)
 
 
 @compiled()

@@ -121,7 +121,9 @@ class Tiles:
 
     @property
     def takes_pairs(self) -> bool:
-        """Whether rows in bfloat16 can be multiplied two inputs at a time (pairs.py)."""
+        """Whether rows in bfloat16 can be multiplied as in pairs.py, or amx.py."""
+        if amx.KNOWN and not amx.ABLE:
+            return False
         return pairs.takes(self.weight_SICW.shape[1], self.weight_SICW.dtype)
 
     def multiply_pairs(self, x_RI: np.ndarray, wanted: Wanted | None = None) -> np.ndarray:
@@ -134,7 +136,7 @@ class Tiles:
         out_RO = np.empty((rows, self.outputs), dtype=np.float32)
         if wanted is None:
             wanted = Wanted(_NO_NORMS, even_starts(rows, inputs), all_searched(rows))
-        multiply = amx.multiply if amx.ABLE else pairs.multiply
+        multiply = amx.multiply if amx.KNOWN else pairs.multiply
         multiply(*self.arrays, x_RI, *wanted, out_RO)
         return out_RO
 

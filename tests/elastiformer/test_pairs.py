@@ -23,7 +23,7 @@ def _way(request, monkeypatch):
     """On a processor with tile registers vectors are no longer used, but they must be right."""
     kernels.use_threads()
     if request.param == "vectors":
-        monkeypatch.setattr(amx, "ABLE", False)
+        monkeypatch.setattr(amx, "KNOWN", False)
     elif not amx.ABLE:
         pytest.skip("the processor has no tile registers")
 
@@ -96,6 +96,14 @@ def test_others_may_use_tile_registers_in_between():
     for rows in (40, 3, 17):
         assert np.array_equal(tiles.multiply_pairs(x_RI[:rows].numpy()), first_RO[:rows])
         assert torch.equal(x_RI.bfloat16() @ weight_OI.bfloat16().T, own_RO)
+
+
+def test_where_tile_registers_are_refused_others_multiply(monkeypatch):
+    tiles = Tiles.of(WEIGHTS["bfloat16"](40, 64))
+    assert tiles.takes_pairs == pairs.ABLE
+    monkeypatch.setattr(amx, "KNOWN", True)
+    monkeypatch.setattr(amx, "ABLE", False)
+    assert not tiles.takes_pairs
 
 
 @pytest.mark.parametrize(
