@@ -85,6 +85,20 @@ def multiply(
         _multiply_pairs(weight_SICW, steps, lows, x_RI, norms_I, start_S, least_R, out_RO)
 
 
+def round_picked(
+    x_RI: np.ndarray, norms_I: np.ndarray, start_S: np.ndarray, least_R: np.ndarray
+) -> np.ndarray:
+    """The picked of x as bfloat16, of which it gives the bits; zeros for the rest. Only where ABLE.
+
+    Args:
+        start_S, least_R: as of `multiply`.
+    """
+    small_RI = np.empty(x_RI.shape, dtype=np.uint16)
+    with TURN:
+        _round_rows(x_RI, norms_I, start_S, least_R, small_RI)
+    return small_RI
+
+
 def takes(inputs: int, form: np.dtype[Any]) -> bool:
     """Whether a weight of so many inputs, stored so, can be multiplied here."""
     return ABLE and inputs % 2 == 0 and form in (np.int8, np.uint8, np.uint16)
@@ -343,6 +357,14 @@ def _round_largest(x_I, norms_I, wanted, least, small_I, total_G):  # type: igno
         only_I = np.empty(len(x_I), dtype=np.float32)
         _copy_largest(x_I, norms_I, wanted, least, only_I)
         _round_row(only_I, small_I, total_G)
+
+
+@compiled(parallel=True)
+def _round_rows(x_RI, norms_I, start_S, least_R, small_RI):  # type: ignore[no-untyped-def]
+    groups = (x_RI.shape[1] + GROUP - 1) // GROUP
+    for row in prange(len(x_RI)):
+        wanted, total_G = start_S[row + 1] - start_S[row], np.empty(groups, dtype=np.float32)
+        _round_largest(x_RI[row], norms_I, wanted, least_R[row], small_RI[row], total_G)
 
 
 @compiled()

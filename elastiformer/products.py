@@ -79,7 +79,7 @@ class Product:
         if self._bias_O is not None or not self._multiplies_rounded or self._goes_by_row(reading):
             return None
         assert self._packed is not None, "a product that oneDNN knows"
-        return _packed_linear(reading.only_RI.to(self._dtype), self._packed, reading.count)
+        return _packed_linear(reading.rounded(self._dtype), self._packed, reading.count)
 
     def takes_rounded(self, rows: int) -> bool:
         """Whether so many whole rows may come in bfloat16: it would round them to that."""
@@ -115,8 +115,8 @@ class Product:
 
     def at_once(self, reading: Reading) -> Tensor:
         """The product over a whole weight, for rows that are zero outside their picks."""
-        x_RI, count = reading.only_RI, reading.count
-        working, x_RI = x_RI.dtype, x_RI.to(self._dtype)
+        working, count = reading.x_RI.dtype, reading.count
+        x_RI = reading.only_RI if working == self._dtype else reading.rounded(self._dtype)
         if self._packed is not None:
             if working == self._dtype == torch.bfloat16:
                 return _packed_linear(x_RI, self._packed, count, self._small_bias_O)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elastiformer import pairs
 from elastiformer.largest import keep_largest
 from elastiformer.tiles import Picks, Wanted, all_searched, even_starts, everything, search
 
@@ -59,6 +60,13 @@ class Reading:
             return torch.from_numpy(only_RI)
         assert self._kept_RI is not None, "channels that nobody marked"
         return self.x_RI * self._kept_RI
+
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """`only_RI` in a smaller type."""
+        if self._wanted is None or dtype != torch.bfloat16 or not pairs.ABLE:
+            return self.only_RI.to(dtype)
+        bits_RI = pairs.round_picked(self.on_host_RI, *self._wanted)
+        return torch.from_numpy(bits_RI).view(torch.bfloat16)
 
     @property
     def unsearched(self) -> tuple[np.ndarray, Wanted | None]:

@@ -9,7 +9,7 @@ import torch
 from elastiformer import amx, kernels, pairs
 from elastiformer.families import Projection
 from elastiformer.products import Product
-from elastiformer.readings import Reading, pick
+from elastiformer.readings import Reading, pick, reading_of
 from elastiformer.thresholds import SEARCHED
 from elastiformer.tiles import Tiles, Wanted
 from tests.elastiformer.test_tiles import WEIGHTS
@@ -84,6 +84,21 @@ def test_known_thresholds_give_what_a_search_would():
             assert np.array_equal(found_RO, expected_RO)
         x_RI[3, 5] = np.nan
         assert np.isnan(tiles.multiply_pairs(x_RI, Wanted(norms_I, start_S, least_R))[3]).all()
+
+
+@pytest.mark.parametrize("inputs", [576, 70])
+def test_picks_are_rounded_as_pytorch_rounds_them(inputs):
+    torch.manual_seed(0)
+    x_RI, norms_I = torch.randn(6, inputs), torch.rand(inputs)
+    size_RI = x_RI.abs() * norms_I
+    least_R = size_RI.median(1).values.numpy()
+    start_S = np.concatenate([[0], np.cumsum((size_RI.numpy() >= least_R[:, None]).sum(1))])
+    for reading in (
+        pick(x_RI, norms_I, np.array([1, 5, inputs, inputs // 2, 7, 30])),
+        reading_of(x_RI, norms_I, start_S, least_R, own=False),
+        Reading(x_RI),
+    ):
+        assert torch.equal(reading.rounded(torch.bfloat16), reading.only_RI.bfloat16())
 
 
 @able
