@@ -30,6 +30,7 @@ from elastiformer import (
     Capacity,
     ElasticModel,
     allowances,
+    amx,
     attention,
     lanes,
     largest,
@@ -50,8 +51,8 @@ FAMILIES = {
     "whole layers in one call": r"^kernel: run$",
     "attention": r"attention|softmax|varlen|kernel: attend",
     "products": r"multiply|mm|linear|matmul|embedding_bag|einsum|conv|dot|sparse",
-    "picking and gathering": r"kernel: (take|search|keep_largest)|topk|sort|index|gather|scatter"
-    r"|select|nonzero|where|masked|take|embedding|unique|searchsorted|bucketize|cumsum|max|min",
+    "picking and gathering": r"kernel: (take|search|keep_largest|round_picked)|topk|sort|index"
+    r"|gather|scatter|select|nonzero|where|masked|take|embedding|unique|searchsorted|bucketize|cumsum|max|min",
     "compiled": r"compiled|inductor|triton|graph",
     "norms and elementwise": r"kernel: (gate|turn)|norm|add|mul|sub|div|neg|pow|sqrt|mean|sum|silu"
     r"|gelu|sigmoid|tanh|cat|copy|fill|zero|abs|cos|sin|exp|eq|ne|le|lt|ge|gt|bitwise|logical|clone|_to|ones",
@@ -62,7 +63,8 @@ FAMILIES = {
 KERNELS: tuple[tuple[ModuleType, str], ...] = (
     (sub_layers, "run"),
     (lanes, "multiply"),
-    (pairs, "multiply"),
+    (amx, "multiply"),
+    (pairs, "round_picked"),
     (allowances, "take"),
     (largest, "search"),
     (readings, "keep_largest"),

@@ -35,7 +35,7 @@ from elastiformer.lanes import (
     _Tile,
     _vector,
 )
-from elastiformer.pairs import _CENTRES, _pair_rows, _round_largest
+from elastiformer.pairs import _CENTRES, _multiply_pairs, _pair_rows, _round_largest
 from elastiformer.pairs import ABLE as _HAS_PAIRS
 
 _NEEDED = ("amx-tile", "amx-bf16")
@@ -70,9 +70,14 @@ def multiply(
     least_R: np.ndarray,
     out_RO: np.ndarray,
 ) -> None:
-    """As pairs.multiply, and only where ABLE."""
+    """out = the picked of x, rounded to bfloat16, times the stored weight: of a grid, or bfloat16.
+
+    Args:
+        start_S: where each row's picks would begin, and the last ones end (largest.py).
+        least_R: what they reach, or SEARCHED.
+    """
     with TURN:
-        _multiply_in_tiles(weight_SICW, steps, lows, x_RI, norms_I, start_S, least_R, out_RO)
+        multiply_small(weight_SICW, steps, lows, x_RI, norms_I, start_S, least_R, out_RO)
 
 
 def _call(builder: Any, name: str, *args: Any) -> None:
@@ -301,3 +306,7 @@ def _multiply_in_tiles(weight_SICW, steps, lows, x_RI, norms_I, start_S, least_R
         sums_RO = sums_.reshape((tiles * high, width))
         for row in range(rows):
             out_RO[row, begin : begin + count] = sums_RO[row, :count]
+
+
+# Only one of them is compiled: with every caller, which takes its time.
+multiply_small = _multiply_in_tiles if KNOWN else _multiply_pairs

@@ -65,33 +65,14 @@ _PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
 _WORDS = ir.VectorType(ir.IntType(16), 2 * LANES)
 
 
-def multiply(
-    weight_SICW: np.ndarray,
-    steps: np.ndarray,
-    lows: np.ndarray,
-    x_RI: np.ndarray,
-    norms_I: np.ndarray,
-    start_S: np.ndarray,
-    least_R: np.ndarray,
-    out_RO: np.ndarray,
-) -> None:
-    """out = the picked of x, rounded to bfloat16, times the stored weight: of a grid, or bfloat16.
-
-    Args:
-        start_S: where each row's picks would begin, and the last ones end (largest.py).
-        least_R: what they reach, or SEARCHED.
-    """
-    with TURN:
-        _multiply_pairs(weight_SICW, steps, lows, x_RI, norms_I, start_S, least_R, out_RO)
-
-
 def round_picked(
     x_RI: np.ndarray, norms_I: np.ndarray, start_S: np.ndarray, least_R: np.ndarray
 ) -> np.ndarray:
     """The picked of x as bfloat16, of which it gives the bits; zeros for the rest. Only where ABLE.
 
     Args:
-        start_S, least_R: as of `multiply`.
+        start_S: where each row's picks would begin, and the last ones end (largest.py).
+        least_R: what they reach, or SEARCHED.
     """
     small_RI = np.empty(x_RI.shape, dtype=np.uint16)
     with TURN:

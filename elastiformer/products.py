@@ -116,7 +116,7 @@ class Product:
     def at_once(self, reading: Reading) -> Tensor:
         """The product over a whole weight, for rows that are zero outside their picks."""
         working, count = reading.x_RI.dtype, reading.count
-        x_RI = reading.only_RI if working == self._dtype else reading.rounded(self._dtype)
+        x_RI = reading.rounded(self._dtype)
         if self._packed is not None:
             if working == self._dtype == torch.bfloat16:
                 return _packed_linear(x_RI, self._packed, count, self._small_bias_O)

@@ -4,7 +4,7 @@ In decoding every request asks with one token. PyTorch's attention is one call a
 starting it costs more than computing it; here all requests and heads of a layer are one call.
 
 Shape letters: N rows of the pool   Q queries   A query heads   G key/value heads   H head size
-    S single queries   K keys   V vectors of a head
+    S single queries   K keys
 """
 
 from __future__ import annotations

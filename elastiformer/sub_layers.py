@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from elastiformer.amx import KNOWN, _multiply_in_tiles
+from elastiformer.amx import multiply_small
 from elastiformer.kernels import TURN, compiled
 from elastiformer.lanes import _multiply_one, _multiply_some
 from elastiformer.largest import _search_row, _search_side_by_side
-from elastiformer.pairs import _multiply_pairs
 from elastiformer.row_kernels import (
     _ALONE,
     _as_stored,
@@ -32,9 +31,6 @@ from elastiformer.row_kernels import (
 )
 from elastiformer.single_queries import _attend
 from elastiformer.thresholds import Grants, _take, _take_side_by_side
-
-# Only one of them is compiled: with every caller, which takes its time.
-_multiply_small = _multiply_in_tiles if KNOWN else _multiply_pairs
 
 
 class Weight(NamedTuple):
@@ -118,7 +114,7 @@ def _add_bias(out_NO, bias_O):  # type: ignore[no-untyped-def]
 @compiled()
 def _product_of_pairs(x_NI, weight, layer, start_S, least_N):  # type: ignore[no-untyped-def]
     out_NO = np.empty((len(x_NI), weight.outputs), dtype=np.float32)
-    _multiply_small(
+    multiply_small(
         weight.weight_SICW[layer], weight.steps[layer], weight.lows[layer],
         x_NI, weight.norms_I[layer], start_S, least_N, out_NO,
     )  # fmt: skip

@@ -136,8 +136,7 @@ class Tiles:
         out_RO = np.empty((rows, self.outputs), dtype=np.float32)
         if wanted is None:
             wanted = Wanted(_NO_NORMS, even_starts(rows, inputs), all_searched(rows))
-        multiply = amx.multiply if amx.KNOWN else pairs.multiply
-        multiply(*self.arrays, x_RI, *wanted, out_RO)
+        amx.multiply(*self.arrays, x_RI, *wanted, out_RO)
         return out_RO
 
     def multiply(self, picks: Picks, summed: int = 1024) -> np.ndarray:
