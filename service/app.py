@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -48,11 +49,20 @@ def create_app(
     tracing: Tracing | None = None,
 ) -> FastAPI:
     """An app over loaded models; its engines start and stop with it."""
-    knob = Knob(settings.default_capacity, settings.effort, settings.capacity_ceiling)
+    knob = Knob(
+        settings.default_capacity,
+        settings.effort,
+        settings.capacity_ceiling,
+        settings.load_limits,
+        settings.load_floor,
+    )
+    desk = Desk(catalogue, knob, settings.default_max_tokens)
+    for served in catalogue:
+        metrics.load_ceiling.labels(served.name).set_function(partial(desk.ceiling, served))
     metrics.name_build(settings.build)
     hall = Hall(
         catalogue=catalogue,
-        desk=Desk(catalogue, knob, settings.default_max_tokens),
+        desk=desk,
         metrics=metrics,
         keys={hashed(key.key): key for key in keys},
         tracing=tracing,

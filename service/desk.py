@@ -183,6 +183,11 @@ class Desk:
             given = [each for each in asked.input if not isinstance(each, int)]
         return place_items(served, resolved, asked.model, given, bool(asked.truncate))
 
+    def ceiling(self, served: Served) -> float:
+        """The most capacity that is granted now, where load may limit it."""
+        load = self.knob.load_ceiling(served.engine.load.pressure, served.model.lowest)
+        return min(self.knob.ceiling, load)
+
     def _writer(self, asked: Generation, caller: Caller) -> tuple[Served, Resolved]:
         """As `_resolve`, for a model that writes text."""
         served, resolved = self._resolve(
@@ -199,7 +204,9 @@ class Desk:
     ) -> tuple[Served, Resolved]:
         found = self.catalogue.find(name)
         asked = Asked(capacity, found.alias, caller.header, effort)
-        return found.served, self.knob.resolve(asked, caller.key, found.served.model.lowest)
+        served = found.served
+        pressure = served.engine.load.pressure
+        return served, self.knob.resolve(asked, caller.key, served.model.lowest, pressure)
 
     def _order(
         self,

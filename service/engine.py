@@ -33,6 +33,7 @@ from service.bench import Bench
 from service.energy import Bill, Meter
 from service.errors import Cancelled, Draining, EngineDead, StepFailed, TimedOut
 from service.ledger import Ledger
+from service.load import Load
 from service.metrics import Metrics
 from service.orders import Order, Scored, Ticket
 from service.pace import Pace
@@ -59,6 +60,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         meter: Meter | None = None,
         bench: Bench | None = None,
+        load: Load | None = None,
     ) -> None:
         """An engine that gets turns on a bench, its own if none is named, once it has started."""
         self.name = name
@@ -67,6 +69,7 @@ class Engine:
         self.inputs = TextInputs(model.tokenizer, model.layout.vocabulary, model.context)
         self.longest = lru_cache(maxsize=256)(self._longest)
         self.draining = False
+        self.load = load or Load(patience_seconds=2.0, clock=clock)
         self._metrics = metrics
         self._series = metrics.series(name)
         self._timeout_seconds = timeout_seconds
@@ -228,6 +231,10 @@ class Engine:
             self._drop()
             with self._wake:
                 admitted = self._scheduler.admit()
+                waiting = (self._ledger.requests[entry] for entry in self._scheduler.waiting)
+                longest = next((each for each in waiting if each.admitted is None), None)
+            if longest is not None:
+                self.load.waited(self._clock() - longest.submitted)
             for entry in admitted:
                 self._open(entry)
             room = self._pace.prompt_tokens(self._max_decode_delay_seconds)
@@ -255,9 +262,10 @@ class Engine:
         if entry not in self._ledger.requests:
             return  # another job of its request failed in this turn
         request, job, now = self._ledger.requests[entry], entry.job, self._clock()
+        waited = now - request.submitted
         if request.admitted is None:
             request.admitted = now
-        waited = now - request.submitted
+            self.load.waited(waited)
         self._metrics.queue_time.labels(self.name, request.order.resolved.tier).observe(waited)
         try:
             sequence = self._sequence(job)

@@ -30,7 +30,7 @@ REJECTED = ("queue_full", "draining", "dead")
 # Refused before a model was found: their model_name is empty, as whatever stood there is unbounded.
 REJECTED_AT_THE_DOOR = ("invalid", "unauthorized", "unknown_model", "too_large")
 NO_MODEL = ""
-OVERRIDES = ("key", "server", "model")
+OVERRIDES = ("key", "server", "load", "model")
 TOKEN_UNITS = (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS, Unit.IMAGE_TOKENS)
 
 _WAIT_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -108,7 +108,8 @@ class Metrics:
         )
         self.load_ceiling = self._gauge(
             "elasti_load_capacity_ceiling",
-            "Most capacity that the server grants now, whatever is asked.",
+            "Most capacity that the server grants now: its own ceiling, or under load that of the "
+            "requests that it may limit.",
             model,
         )
         self.adapter_info = self._gauge(
