@@ -63,7 +63,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A caller with a key: its own default, the most it may ask for, the least that load gives it."""
+    """A caller with a key: its own default, its most, and the least that load leaves it."""
 
     name: str
     capacity: Capacity | None = None

@@ -24,9 +24,9 @@ LOW_TO_HIGH = """
         drawing sampling inputs images encoder_inputs picture_inputs elastic model sharded led vlm
         encoder __init__
 
-    service: __init__ errors build settings schemas scheduler pace metrics knob orders energy rows
-        bench ledger middleware engine encoder_engine led served zero_shot items desk tracing logs
-        answers readings streams routes app server __main__
+    service: __init__ errors build settings schemas scheduler pace metrics load knob orders energy
+        rows bench ledger middleware engine encoder_engine led served zero_shot items desk tracing
+        logs answers readings streams routes app server __main__
 
     training: __init__ files options signals progress processes packages data start stream examples
         exchanges choosers image_draws losses lessons student encoder_student picture_student
@@ -110,7 +110,7 @@ DOORS = {
 WITHOUT_TORCH = {
     "elastiformer": "errors tasks capacity usage accounting calibration calibration_reading card "
     "inputs",
-    "service": "errors build settings scheduler pace metrics knob middleware zero_shot",
+    "service": "errors build settings scheduler pace metrics load knob middleware zero_shot",
     "training": "files signals packages allotment",
 }
 

@@ -98,7 +98,7 @@ def test_auto_gives_way_while_others_wait_and_recovers():
         assert await granted() == 1
         before = await asked("auto", 1)
         assert (before["capacity_applied"], before["limited_by"]) == (1.0, None)
-        crowd = [asyncio.create_task(asked(1.0, 30)) for _ in range(3)]
+        crowd = [asyncio.create_task(asked(1.0, 12)) for _ in range(3)]
         async with asyncio.timeout(20):
             while await granted() > 0.5:
                 await asyncio.sleep(0.01)
@@ -115,7 +115,7 @@ def test_auto_gives_way_while_others_wait_and_recovers():
 
     in_house(
         visit,
-        models={"tiny": Watched(step_seconds=0.01)},
+        models={"tiny": Watched(step_seconds=0.02)},
         max_running=1,
         load_patience_seconds=0.2,
     )
