@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from elastiformer import kernels
+
 ROOT = Path(__file__).resolve().parent.parent
 
 LOW_TO_HIGH = """
@@ -193,6 +195,15 @@ def test_a_file_without_torch_meets_none_on_any_way():
         others = {name for name in IMPORTS[module] if name in MODULES}
         assert others <= pure, f"{module} imports {sorted(others - pure)}"
         assert not {name for name in IMPORTS[module] if name.partition(".")[0] == "torch"}, module
+
+
+def test_a_change_of_any_compiled_file_compiles_all_anew():
+    found = {
+        module
+        for module, path in MODULES.items()
+        if "\n@compiled(" in path.read_text(encoding="utf-8")
+    }
+    assert found == {f"elastiformer.{name.removesuffix('.py')}" for name in kernels._FILES}
 
 
 def test_the_library_exports_what_it_says():
