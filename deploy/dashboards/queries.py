@@ -83,6 +83,11 @@ def level(name: str, by: str = "", only: str = "") -> str:
     return f"{_sum(by)}({series(name, only)})"
 
 
+def some(expr: str) -> str:
+    """Without the series that are at 0: tiers that nobody uses are there too."""
+    return f"({expr} > 0)"
+
+
 def or_none(expr: str) -> str:
     """0 where nothing was ever counted; for a sum without labels."""
     return f"({expr} or vector(0))"
@@ -100,7 +105,8 @@ def left_of(part: str, whole: str) -> str:
 def quantile(share: float, histogram: str, by: str = "") -> str:
     """Below which value this share of the observations lies."""
     buckets = rate(f"{histogram}_bucket", by=f"le,{by}" if by else "le")
-    return f"histogram_quantile({share:g}, {buckets})"
+    # No comparison holds for the NaN of a tier that nobody used.
+    return f"histogram_quantile({share:g}, {buckets}) >= 0"
 
 
 def quantile_of_all(share: float, histogram: str) -> str:

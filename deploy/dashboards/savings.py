@@ -11,6 +11,7 @@ from deploy.dashboards.queries import (
     or_none,
     over,
     rate,
+    some,
 )
 
 FLOPS, DENSE_FLOPS = "elasti_flops_total", "elasti_dense_flops_total"
@@ -99,7 +100,7 @@ _SHARES = Row(
             "last layer count too, so no tier is exactly on its number.",
             Kind.LINES,
             Scale.SHARE,
-            (Query(left_of(rate(FLOPS, "tier"), rate(DENSE_FLOPS, "tier")), "{{tier}}"),),
+            (Query(left_of(rate(FLOPS, "tier"), some(rate(DENSE_FLOPS, "tier"))), "{{tier}}"),),
         ),
         Panel(
             "Parameters left out, by model",
@@ -174,7 +175,7 @@ _TOKENS = Row(
             Scale.SHARE,
             (
                 Query(
-                    over(rate(LEFT_OUT, "unit,phase"), f"({rate(DECISIONS, 'unit,phase')} > 0)"),
+                    over(rate(LEFT_OUT, "unit,phase"), some(rate(DECISIONS, "unit,phase"))),
                     "{{unit}}, {{phase}}",
                 ),
             ),
@@ -288,7 +289,7 @@ _ASKED = Row(
             "phase, or keep shares.",
             Kind.AREAS,
             Scale.PER_SECOND,
-            (Query(rate(REQUESTS, "tier"), "{{tier}}"),),
+            (Query(some(rate(REQUESTS, "tier")), "{{tier}}"),),
             width=12,
         ),
         Panel(
@@ -325,7 +326,7 @@ _ENERGY = Row(
             "Which requests take the energy?",
             Kind.AREAS,
             Scale.WATTS,
-            (Query(rate(ENERGY, "tier"), "{{tier}}"),),
+            (Query(some(rate(ENERGY, "tier")), "{{tier}}"),),
         ),
         Panel(
             "Energy per generated token, by model",
