@@ -37,18 +37,34 @@ VARIABLES = (JOB, MODEL, INSTANCE)
 
 
 @dataclass(frozen=True, slots=True)
+class Amount:
+    """A number that a reader of a dashboard writes in."""
+
+    name: str
+    title: str
+    question: str
+    default: str
+
+
+PRICE = Amount("price", "Price of an exaFLOP", "What do you pay for 10^18 FLOPs?", "1")
+_EXAFLOP, _HOUR_SECONDS = "1e18", 3600
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """What Grafana would write for the variables, over so much time."""
 
     range_seconds: int
     rate_seconds: int
     chosen: Mapping[str, Sequence[str]]  # values, by the variable's name
+    price: str = PRICE.default
 
     def filled(self, expr: str) -> str:
         """The query with its variables written out."""
         values = {
             RATE: f"{self.rate_seconds}s",
             RANGE: f"{self.range_seconds}s",
+            f"${PRICE.name}": self.price,
             **{f"${name}": _any_of(values) for name, values in self.chosen.items()},
         }
         for variable, value in values.items():
@@ -100,6 +116,20 @@ def over(part: str, whole: str) -> str:
 def left_of(part: str, whole: str) -> str:
     """The share that is missing."""
     return f"1 - {part} / {whole}"
+
+
+def money(flops: str) -> str:
+    """What so many FLOPs cost, at the price that is written in."""
+    return f"({flops}) / {_EXAFLOP} * ${PRICE.name}"
+
+
+def money_per_hour(flops_per_second: str) -> str:
+    return money(f"({flops_per_second}) * {_HOUR_SECONDS}")
+
+
+def per_request(expr: str, requests: str) -> str:
+    """Each of some series, over one sum without labels."""
+    return f"{expr} / scalar({requests})"
 
 
 def quantile(share: float, histogram: str, by: str = "") -> str:

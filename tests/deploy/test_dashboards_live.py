@@ -31,7 +31,7 @@ from deploy.dashboards.queries import VARIABLES, Window, grown, over
 from service.energy import Meter
 from service.settings import Key
 from tests.deploy.test_dashboards import panels
-from tests.service.conftest import Watched, build
+from tests.service.conftest import UNITS, Watched, build
 
 pytestmark = pytest.mark.skipif(
     not shutil.which("prometheus"), reason="prometheus is not installed"
@@ -233,6 +233,14 @@ def test_the_numbers_are_those_of_the_load(scraped):
     assert 0.05 < saved < 0.4
     by_tier = answer_of(scraped, "savings", "FLOPs saved, by capacity tier")
     assert by_tier[("0.6",)] > by_tier[("0.8",)] > by_tier[("1.0",)] >= 0
+    dense, spent, unspent = (
+        answer_of(scraped, "savings", f"{title}, in money")[()]
+        for title in ("Dense would have cost", "Spent", "Not spent")
+    )
+    assert dense == pytest.approx(answer_of(scraped, "savings", "Dense would have cost")[()] / 1e18)
+    assert unspent == pytest.approx(dense - spent) and unspent / dense == pytest.approx(saved)
+    units = {unit for (unit,) in answer_of(scraped, "savings", "Left out per request, by unit")}
+    assert units == {unit.value for unit in UNITS}
     (below,) = answer_of(scraped, "savings", "Requests below 1.0").values()
     # Of eight that run, those at 1.0 and 'auto' and the broken one (1.0 by default) are not.
     assert below == pytest.approx(5 / 8, abs=0.08)
