@@ -30,7 +30,7 @@ from service.errors import (
 )
 from service.knob import Knob
 from service.logs import REQUEST_ID, RequestLog, visit_of
-from service.metrics import NO_MODEL, Metrics
+from service.metrics import INTERNAL, NO_MODEL, Metrics
 from service.middleware import BodyBound
 from service.routes import SPENT_HEADER, Hall, hashed, router
 from service.served import Catalogue
@@ -184,15 +184,17 @@ def _shown(value: object) -> str:
 
 
 def _count(request: Request, error: Exception) -> None:
-    """Refusals before an engine was asked; the engine's own are counted where they happen."""
+    """Refusals before an engine was asked, and our mistakes; the engine's own it counts itself."""
     metrics = request.app.state.hall.metrics
     assert isinstance(metrics, Metrics)
     reasons: dict[type[Exception], str] = {
         Unauthorized: "unauthorized",
         UnknownModel: "unknown_model",
     }
-    reason = reasons.get(type(error))
-    if reason is None and refusal_of(error).status == 400:
+    reason, refusal = reasons.get(type(error)), refusal_of(error)
+    if reason is None and refusal.status == 400:
         reason = "invalid"
+    elif refusal is UNEXPECTED:
+        reason = INTERNAL
     if reason is not None:
         metrics.rejections.labels(NO_MODEL, reason).inc()

@@ -72,6 +72,7 @@ class Engine:
         self.load = load or Load(patience_seconds=2.0, clock=clock)
         self._metrics = metrics
         self._series = metrics.series(name)
+        metrics.open_tiers(name, model.lowest, energy=meter is not None)
         self._timeout_seconds = timeout_seconds
         self._max_decode_delay_seconds = max_decode_delay_seconds
         self._clock = clock
