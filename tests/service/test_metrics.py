@@ -130,7 +130,7 @@ def test_the_page_is_valid_complete_and_bounded():
             if tier := sample.labels.get("tier"):
                 assert re.fullmatch(r"[01]\.\d|auto|mixed", tier)
         assert house.value("elasti_adapter_info", base="tiny-llama") == 1
-        assert house.value("elasti_load_capacity_ceiling") == 1
+        assert 0.5 <= house.value("elasti_load_capacity_ceiling") <= 1
         assert house.value("elasti_engine_alive", model_name="tiny") == 1
         for line in reply.text.splitlines():
             assert not line.startswith("# HELP") or line.endswith((".", "?")) or "full" in line
