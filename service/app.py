@@ -28,6 +28,7 @@ from service.errors import (
     error_object,
     refusal_of,
 )
+from service.fetching import Fetcher
 from service.knob import Knob
 from service.logs import REQUEST_ID, RequestLog, visit_of
 from service.metrics import INTERNAL, NO_MODEL, Metrics
@@ -66,6 +67,9 @@ def create_app(
         metrics=metrics,
         keys={hashed(key.key): key for key in keys},
         tracing=tracing,
+        fetcher=Fetcher(hosts, settings.max_body_bytes)
+        if (hosts := settings.image_hosts)
+        else None,
         build=settings.build,
     )
 

@@ -292,7 +292,7 @@ class Engine:
     def _sequence(self, job: Job) -> Sequence:
         if isinstance(job.imaged, ImagedPrompt):
             assert isinstance(self.model, ElasticVlm), "pictures for a model that reads none"
-            return self.model.imaged_sequence(job.imaged, job.most_new)
+            return self.model.imaged_sequence(job.imaged, job.most_tokens - len(job.prompt))
         assert isinstance(self.model, ElasticModel), "this engine writes texts"
         return self.model.sequence(
             job.capacity,

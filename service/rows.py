@@ -116,6 +116,7 @@ def draw_of(order: Order, job: Job) -> Draw:
 
 
 def grouped(jobs: Many[Job]) -> tuple[Entry, ...]:
-    """An entry per job; those of one prompt share a group."""
-    groups = {job.prompt: Group() for job in jobs if job.storable_tokens}
-    return tuple(Entry(job, groups.get(job.prompt)) for job in jobs)
+    """An entry per job; those of one prompt, pictures included, share a group."""
+    keys = [(job.prompt, id(job.imaged)) for job in jobs]
+    groups = {key: Group() for key, job in zip(keys, jobs, strict=True) if job.storable_tokens}
+    return tuple(Entry(job, groups.get(key)) for key, job in zip(keys, jobs, strict=True))

@@ -105,6 +105,12 @@ class Served:
         return self.model if isinstance(self.model, ElasticVlm) else None
 
     @property
+    def reads_images(self) -> bool:
+        return self.vlm is not None or (
+            self.encoder is not None and self.encoder.encoder.reads_images
+        )
+
+    @property
     def task(self) -> str:
         if self.encoder is not None or self.vlm is not None:
             return self.model.task

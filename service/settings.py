@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from elastiformer.capacity import Capacity
 from elastiformer.errors import CapacityError
 from elastiformer.tasks import IMAGE_TEXT_TO_TEXT, Task
+from service.hosts import Hosts
 
 ADAPTERS = Path(__file__).resolve().parent.parent / "elastiformer" / "adapters"
 # The first is the default of requests that name no model.
@@ -162,6 +163,11 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         4_000_000, ge=1, description="largest request body; a larger one is refused with 413"
     )
+    image_hosts: Annotated[Hosts | None, NoDecode] = Field(
+        None,
+        description="hosts that images may be fetched from: names, and addresses or networks that "
+        "are not public, separated by ','; none: nothing is fetched",
+    )
     request_timeout_seconds: float = Field(
         600.0,
         gt=0,
@@ -208,6 +214,11 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(origin.strip() for origin in value.split(",") if origin.strip())
         return value
+
+    @field_validator("image_hosts", mode="before")
+    @classmethod
+    def _read_hosts(cls, value: object) -> object:
+        return Hosts.parse(value) if isinstance(value, str) else value
 
     @field_validator("default_capacity", mode="before")
     @classmethod

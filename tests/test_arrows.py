@@ -26,9 +26,9 @@ LOW_TO_HIGH = """
         drawing sampling inputs images encoder_inputs picture_inputs elastic model sharded led vlm
         encoder __init__
 
-    service: __init__ errors build settings schemas scheduler pace metrics load knob orders energy
-        rows bench ledger middleware engine encoder_engine led served zero_shot items desk tracing
-        logs answers readings streams routes app server __main__
+    service: __init__ errors build hosts settings schemas fetching scheduler pace metrics load knob
+        orders energy rows bench ledger middleware engine encoder_engine led served zero_shot items
+        desk tracing logs answers readings streams routes app server __main__
 
     training: __init__ files options signals progress processes packages data start stream examples
         exchanges choosers image_draws losses lessons student encoder_student picture_student
@@ -97,6 +97,7 @@ DOORS = {
     "llvmlite": _COMPILED - {"elastiformer.kernels"},
     "matplotlib": {"training.pictures", "training.progress"},
     "fastapi": {"service"},
+    "httpx": {"service.fetching"},
     "opentelemetry": {"service.tracing"},
     "pynvml": {"service.energy"},
     "fastapi_offline": {"service.app"},
@@ -112,7 +113,7 @@ DOORS = {
 WITHOUT_TORCH = {
     "elastiformer": "errors tasks capacity usage accounting calibration calibration_reading card "
     "inputs",
-    "service": "errors build settings scheduler pace metrics load knob middleware zero_shot",
+    "service": "errors build hosts settings scheduler pace metrics load knob middleware zero_shot",
     "training": "files signals packages allotment",
 }
 

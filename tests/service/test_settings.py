@@ -9,6 +9,7 @@ import pytest
 
 from elastiformer import Capacity
 from service.__main__ import flag, listen, main, parser
+from service.hosts import Hosts
 from service.settings import ModelSpec, Settings, read_keys
 
 GIVEN = {
@@ -24,6 +25,7 @@ GIVEN = {
     "load_limits": ("unnamed", "unnamed"),
     "load_patience_seconds": ("0.5", 0.5),
     "load_floor": ("0.7", 0.7),
+    "image_hosts": ("a.example, 10.0.0.0/8", Hosts.parse("10.0.0.0/8,A.example")),
     "cors_origins": ("https://a.example, *", ("https://a.example", "*")),
     "max_waiting": ("5", 5),
     "max_decode_delay_seconds": ("0.1", 0.1),
@@ -86,6 +88,7 @@ def test_without_models_the_embedded_ones_are_served_each_with_its_adapter():
         (["--effort", "[]"], "--effort: an object"),
         (["--max-decode-delay-seconds", "0"], "--max-decode-delay-seconds: .*greater than 0"),
         (["--prefix-cache", "perhaps"], "--prefix-cache: .*boolean"),
+        (["--image-hosts", "a.example:80"], "--image-hosts: a host is a name.*'a.example:80'"),
         (["--capacity-ceiling", "nan"], "--capacity-ceiling: .*finite"),
         (["--keys-file", "/nowhere.json"], "keys_file /nowhere.json: .*No such file"),
         (["--host", "203.0.113.7"], "cannot listen on 203.0.113.7 port 8000"),
