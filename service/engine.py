@@ -35,7 +35,7 @@ from service.errors import Cancelled, Draining, EngineDead, StepFailed, TimedOut
 from service.ledger import Ledger
 from service.load import Load
 from service.metrics import Metrics
-from service.orders import Order, Scored, Ticket
+from service.orders import Order, Scored, Ticket, waited_before
 from service.pace import Pace
 from service.rows import Request, Row, draw_of, grouped
 from service.scheduler import Entry, Job, Limits, Scheduler, Share
@@ -169,7 +169,7 @@ class Engine:
         request = Request(
             order=order,
             ticket=ticket,
-            submitted=now,
+            submitted=now - waited_before.get(),
             deadline=now + self._timeout_seconds,
             between_tokens=self._metrics.between_tokens.labels(self.name, order.resolved.tier),
             entries=(

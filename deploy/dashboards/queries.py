@@ -17,7 +17,8 @@ RANGE = "$__range"
 _SCOPE = 'job=~"$job",instance=~"$instance",model_name=~"$model{none}"'
 
 
-ALWAYS_THERE = "elasti_num_requests_running"  # from a server's start, for each of its models
+# From a server's start for each of its models, and of a fleet also for what has none yet.
+ALWAYS_THERE = "elasti_num_requests_waiting"
 
 
 @dataclass(frozen=True, slots=True)
