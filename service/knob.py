@@ -36,6 +36,7 @@ class Resolved:
     requested: object
     applied: Capacity
     limited_by: str | None = None
+    most: Capacity = DENSE  # what the caller named; without it all
 
     @property
     def is_auto(self) -> bool:
@@ -85,7 +86,7 @@ class Knob:
             below = applied.limited(max(ceiling, lowest))
             if below != applied:
                 applied, limited_by = below, name
-        return Resolved(requested, applied, limited_by)
+        return Resolved(requested, applied, limited_by, most=own or DENSE)
 
     def _effort(self, effort: str | None) -> Capacity | None:
         if effort is None:
