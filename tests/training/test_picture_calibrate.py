@@ -80,16 +80,16 @@ def test_layers_give_along_lent_paths_what_image_tokens_do_not(tmp_path, data, c
     lent = ["--keep-paths", str(tmp_path / "lender"), "--text", str(tmp_path / "text.jsonl")]
     lent += ["--windows", "2", "--check-windows", "2", "--window", "160"]
     capsys.readouterr()
-    assert main(["calibrate", *given, *lent, "--capacities", "0.6,0.4", "--check-items", "6"]) == 0
+    assert main(["calibrate", *given, *lent, "--capacities", "0.8,0.6", "--check-items", "6"]) == 0
     table = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert table["lowest"] == 0.4 and table["runs_whole"] == []
+    assert table["lowest"] == 0.6 and table["runs_whole"] == []
     assert all(row["kl_text"] is not None for row in table["measured"])
     model = ElasticVlm.load(base, adapter, dtype="float32")
     kept = model.calibration
     assert kept.paths[Phase.OUTPUT][:LAYERS] == tuple(steps) and not kept.image_floors
     assert len(kept.paths[Phase.OUTPUT]) > LAYERS and len(kept.channel_quantiles) == LAYERS
     for tokens in (1, 40, model.context):
-        model.blocks_for(Capacity(0.4, 0.4), tokens, tokens)
+        model.blocks_for(Capacity(0.6, 0.6), tokens, tokens)
 
     report = ["--items", "4", "--repeats", "0", "--baselines", "none", "--out", str(tmp_path / "r")]
     update = ["--capacities", "1.0,0.6", "--update-adapter"]
