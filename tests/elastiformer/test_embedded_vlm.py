@@ -38,6 +38,11 @@ def exchanges(model):
     return found
 
 
+@pytest.fixture(scope="module")
+def whole(model, exchanges):
+    return answered(model, exchanges, DENSE)
+
+
 def answered(model: ElasticVlm, exchanges: list[Exchange], capacity: Capacity):
     """Which answers are right, read off one pass; and what each prompt keeps of its image."""
     right, kept = [], []
@@ -51,13 +56,13 @@ def answered(model: ElasticVlm, exchanges: list[Exchange], capacity: Capacity):
     return right, kept
 
 
-def test_it_answers_and_still_does_with_two_fifths_of_an_image(model, exchanges):
-    whole, all_tokens = answered(model, exchanges, DENSE)
+def test_it_answers_and_still_does_with_two_fifths_of_an_image(model, exchanges, whole):
+    right, all_tokens = whole
     few, some_tokens = answered(model, exchanges, FEW)
     assert set(all_tokens) == {model.sight.tokens}
     assert set(some_tokens) == {round(0.4 * model.sight.tokens)}
-    assert sum(whole) >= 0.75 * len(exchanges)
-    assert sum(few) >= sum(whole) - 2
+    assert sum(right) >= 0.75 * len(exchanges)
+    assert sum(few) >= sum(right) - 2
 
 
 def spent_with(model: ElasticVlm, capacity: Capacity, exchange: Exchange, new: int):
@@ -112,15 +117,10 @@ def test_no_length_of_a_prompt_or_an_answer_is_out_of_reach(model, exchanges, to
         model.blocks_for(prompt.capacity, len(prompt.ids), len(prompt.ids) + 10)
 
 
-def test_a_number_for_all_answers_as_well_as_with_answers_that_run_whole(model, exchanges):
-    """An answer begins with whole tokens: its image tokens pay for them."""
-    whole, _ = answered(model, exchanges, DENSE)
-    for capacity in (0.437, 0.25):
-        alike, fewer = answered(model, exchanges, Capacity(capacity, capacity))
-        right, kept = answered(model, exchanges, Capacity(capacity, 1.0))
-        assert min(kept) > max(fewer) - 1 >= max(kept) - 6
-        assert sum(right) >= sum(whole) - 2
-        assert sum(alike) >= sum(whole) - 2
+def test_a_number_for_all_answers_as_well_as_image_tokens_alone(model, exchanges, whole):
+    """An answer begins with whole tokens."""
+    right, _ = answered(model, exchanges, Capacity(0.25, 0.25))
+    assert sum(right) >= sum(whole[0]) - 2
 
 
 def test_every_capacity_was_measured_on_answers(model):
