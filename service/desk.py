@@ -21,6 +21,7 @@ from service.errors import BadRequest
 from service.items import Given, PlacedItems, place_items, refuse_labels
 from service.knob import Asked, Knob, Resolved
 from service.orders import Order
+from service.reach import as_run, of_chat, within_reach
 from service.scheduler import Job
 from service.schemas import (
     ChatRequest,
@@ -87,6 +88,7 @@ class Desk:
         prompts = _prompts(asked, inputs)
         if served.vlm is not None:
             served.vlm.pictures.refuse_image_tokens(prompts)
+            resolved = within_reach(resolved, served.engine.longest)
         if asked.max_tokens == 0 and not asked.echo:
             raise BadRequest("max_tokens: 0 is for echo only", "max_tokens")
         longest = served.engine.longest(resolved.applied)
@@ -121,8 +123,11 @@ class Desk:
         else:
             ids = inputs.chat(messages)
         imaged: ImagedPrompt | None = None
-        if served.vlm is not None and pictures:
-            imaged = served.vlm.prompt(resolved.applied, ids, pictures)
+        if served.vlm is not None:
+            resolved = within_reach(resolved, of_chat(served.engine, served.vlm, ids, pictures))
+            if pictures:
+                imaged = served.vlm.prompt(resolved.applied, ids, pictures)
+                resolved = as_run(resolved, served.vlm)
         limit = asked.max_completion_tokens or asked.max_tokens
         longest = served.engine.longest(imaged.capacity if imaged else resolved.applied)
         longest += imaged.dropped if imaged else 0
@@ -157,6 +162,8 @@ class Desk:
         if served.encoder is not None:
             refuse_labels(served, asked.labels)
             return place_items(served, resolved, name, every, truncate, field)
+        if served.vlm is not None and any(not isinstance(each, Image) for each in every):
+            resolved = within_reach(resolved, served.engine.longest)
         return _labelled(served, resolved, name, every, field, asked.labels, truncate)
 
     def embed(self, asked: EmbeddingRequest, caller: Caller) -> PlacedItems:

@@ -39,6 +39,7 @@ class Resolved:
     requested: object
     applied: Capacity
     limited_by: str | None = None
+    most: Capacity = DENSE  # what the caller named; without it all
 
     @property
     def is_auto(self) -> bool:
@@ -100,7 +101,7 @@ class Knob:
             below = applied.limited(max(ceiling, lowest))
             if below != applied:
                 applied, limited_by = below, name
-        return Resolved(requested, applied, limited_by)
+        return Resolved(requested, applied, limited_by, most=own or DENSE)
 
     def load_ceiling(self, pressure: float, lowest: float, key: Key | None = None) -> float:
         """The most that load leaves to whom it may limit."""

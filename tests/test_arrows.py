@@ -28,7 +28,7 @@ LOW_TO_HIGH = """
 
     service: __init__ errors build hosts settings schemas fetching scheduler pace metrics load knob
         orders energy rows bench ledger middleware engine encoder_engine led served zero_shot items
-        desk tracing logs answers readings streams routes app server __main__
+        reach desk tracing logs answers readings streams routes app server __main__
 
     training: __init__ files options signals progress processes packages data start stream examples
         exchanges choosers image_draws losses lessons student encoder_student picture_student
@@ -36,8 +36,8 @@ LOW_TO_HIGH = """
         corpora sentiment canvas_tower canvas_sets canvas_answers canvas_model build quality
         encoder_quality picture_quality allotment tuning sensitivity regression picking
         channel_choices channel_sizes learnt ablation_rows baselines repaired pictures stopwatch
-        reports encoder_reports loop encoder_calibrate encoder_evaluate picture_reports
-        picture_evaluate path_search picture_meter picture_calibrate overlap subjects domain_data
+        reports encoder_reports loop encoder_calibrate encoder_evaluate picture_reports path_search
+        lent_paths picture_evaluate picture_meter picture_calibrate overlap subjects domain_data
         domain_report
         recipe_report ablation_report distill repair ranks ablation calibrate evaluate ablate
         domains recipe reconstruct summarize goals seeds synthesize __main__

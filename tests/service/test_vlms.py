@@ -9,11 +9,13 @@ import torch
 from openai import OpenAI
 from transformers import LlavaProcessor
 
+from elastiformer import Phase
 from elastiformer.vlm import ElasticVlm
 from service.served import load_model
 from service.settings import ModelSpec, Settings
 from service.zero_shot import QUESTION, QUESTION_OF_IMAGE
 from tests.elastiformer.test_vlm import elastic
+from tests.elastiformer.test_vlm_numbers import calibrated
 from tests.service.conftest import House, build, elastic_model
 from tests.service.encoders import content, picture, uri, visit
 from tests.service.test_images import WRONG_IMAGES
@@ -215,6 +217,38 @@ def test_what_no_label_can_be_chosen_for_is_refused_by_name():
             assert answer.status_code == 400 and told in error["message"], answer.text
 
     visit(_MODEL, talk)
+
+
+def test_a_ceiling_that_text_cannot_go_down_to_is_lifted_and_the_answer_says_so():
+    """An adapter of image tokens alone has nothing to leave out of text, or of what follows."""
+    asked = {"messages": shown(text="Long ago. " * 9), "max_completion_tokens": 3}
+    bodies = {
+        "/v1/chat/completions": asked,
+        "/v1/completions": {"prompt": "Long ago. " * 9, "max_tokens": 3},
+        "/v1/classify": {"input": "Long ago.", "labels": ["now", "then"]},
+    }
+
+    async def talk(house: House) -> None:
+        for path, body in bodies.items():
+            answer = await house.post(path, **body)
+            assert answer.status_code == 200, answer.text
+            told = answer.json()["elasti"]
+            assert told["limited_by"] == "model" and told["capacity_applied"] > 0.9
+            named = await house.post(path, **body, capacity=0.7)
+            assert named.status_code == 400
+            assert "below the calibrated range" in named.json()["error"]["message"]
+            above = await house.post(path, **body, capacity=1.0)
+            assert above.status_code == 200 and above.json()["elasti"]["limited_by"] == "model"
+        pictures = await chat(house, shown(*range(5)))
+        assert pictures["elasti"]["capacity_applied"] == {"prompt": 0.6, "output": 1.0}
+        assert pictures["elasti"]["limited_by"] == "model"
+        refused = await house.post(
+            "/v1/chat/completions", messages=shown(1, 2), capacity={"prompt": 0.6, "output": 0.55}
+        )
+        assert refused.status_code == 400
+        assert "capacity.output" in refused.json()["error"]["message"]
+
+    visit(calibrated(dict.fromkeys(Phase, ()), 0.5), talk, capacity_ceiling=0.6)
 
 
 @pytest.mark.parametrize("wrong", WRONG_IMAGES)
