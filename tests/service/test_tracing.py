@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx
@@ -275,6 +276,9 @@ def test_a_collector_receives_the_trace(street, monkeypatch):
             f"{address}/v1/completions", json={"model": "tiny"} | LONG, headers=headers
         )
         assert answer.status_code == 200
+        begun = time.monotonic()  # a request's spans end after its answer
+        while len(collector.spans) < 5 and time.monotonic() < begun + 20:
+            time.sleep(0.02)
         tracing.close()  # sends what waits; the server's own end does the same
     assert said == []
     assert set(collector.heads) == {("/v1/traces", "application/x-protobuf", "blue")}
