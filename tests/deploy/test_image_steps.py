@@ -54,7 +54,7 @@ def test_the_steps_of_an_image_make_a_server_from_a_bare_folder(target, tmp_path
             }
 
     assert files_of(tmp_path / "opt") == laid_down  # its root may be read-only
-    in_image(target, tmp_path, "-m", "pip", "check")
+    in_image(target, tmp_path, "-I", "-m", "pip", "check")  # but for weights without their programs
     in_image(target, tmp_path, "-c", f"import {', '.join(EXTRAS[target])}")
     assert size_in_gigabytes(tmp_path) == pytest.approx(size_in_the_guide(target), rel=0.05)
 
@@ -165,11 +165,20 @@ class served:
         return {Path(folder) for folder in found}
 
     def __enter__(self) -> served:
+        try:
+            self._wait()
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            raise
+        return self
+
+    def _wait(self) -> None:
         for _ in range(READY_WITHIN_SECONDS):
             assert self._process.poll() is None, "the server did not start"
             try:
                 httpx.get(f"{self.address}/ready").raise_for_status()
-                return self
+                return
             except httpx.HTTPError:
                 time.sleep(1)
         raise AssertionError(f"the server is not ready after {READY_WITHIN_SECONDS} seconds")
