@@ -1,73 +1,28 @@
-"""Promises of docker/: linted, whole, without secrets; its steps run, where somebody asks for it.
-
-There is no engine of containers here. `ELASTI_TEST_IMAGE=1 pytest --timeout 0
-tests/deploy/test_image.py` runs the steps of the image for CPUs, in the order of its stages and
-each with its own variables, on a bare folder, and serves from what they made: ten minutes.
-"""
+"""Promises of docker/: linted, whole, without secrets. Its steps run in test_image_steps.py."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 from compose_spec import PyCompose
 
 from service.settings import Settings
+from tests.deploy.dockerfile import DOCKER, ROOT, STAGES, line_of, variables_of
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCKER = ROOT / "docker"
 HEALTH = DOCKER / "health.py"
 HADOLINT = Path(sys.executable).with_name("hadolint")
 VARIABLE = re.compile(r"\$\{(\w+)(?:(:-|:\?)([^}]*))?\}")
-
-
-@dataclass
-class Stage:
-    """One FROM, and the instructions up to the next."""
-
-    base: str
-    name: str
-    steps: list[tuple[str, str]] = field(default_factory=list)
-
-    def texts(self, word: str) -> list[str]:
-        return [text for step, text in self.steps if step == word]
-
-
-def read_stages() -> dict[str, Stage]:
-    text = re.sub(r"^\s*#.*\n", "", (DOCKER / "Dockerfile").read_text("utf-8"), flags=re.MULTILINE)
-    stages: dict[str, Stage] = {}
-    stage: Stage | None = None
-    for line in text.replace("\\\n", " ").splitlines():
-        word, _, rest = line.strip().partition(" ")
-        if word == "FROM":
-            base, _, name = rest.partition(" AS ")
-            stage = stages[name] = Stage(base, name)
-        elif word and stage is not None:
-            stage.steps.append((word, rest.strip()))
-    return stages
-
-
-STAGES = read_stages()
-
-
-def line_of(name: str) -> list[Stage]:
-    """A stage with those that it begins from, the first one first."""
-    stage = STAGES[name]
-    return ([*line_of(stage.base)] if stage.base in STAGES else []) + [stage]
 
 
 # The Dockerfile.
@@ -117,6 +72,63 @@ def test_what_the_dockerfile_copies_is_let_in_and_nothing_else():
     assert "*" in lines
     assert copied == let_in
     assert all((ROOT / source).exists() for source in copied)
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_the_variables_of_a_target_are_settings_and_name_its_build(target):
+    known = {f"ELASTI_{name.upper()}" for name in Settings.model_fields} | {"ELASTI_CACHE"}
+    variables = variables_of(target, {"ELASTI_BUILD": "0123abc"})
+    assert {name for name in variables if name.startswith("ELASTI_")} <= known
+    assert variables["ELASTI_BUILD"] == "0123abc"
+    assert variables_of(target)["ELASTI_BUILD"] == ""
+
+
+def test_a_build_that_nobody_named_has_no_name(monkeypatch):
+    monkeypatch.setenv("ELASTI_BUILD", variables_of("cpu")["ELASTI_BUILD"])
+    assert Settings().build is None
+
+
+def test_the_cpu_image_finds_openmp_where_its_packages_put_it():
+    (link,) = [run for run in STAGES["packages-cpu"].texts("RUN") if "libgomp.so.1.0.0" in run]
+    assert link.endswith(f" {variables_of('cpu')['LD_LIBRARY_PATH']}/libgomp.so.1.0.0")
+
+
+def test_images_have_traces_and_the_cuda_image_reads_the_energy_of_gpus():
+    extras = {name: STAGES[f"packages-{name}"].arguments()["EXTRAS"] for name in ("cpu", "cuda")}
+    assert extras == {"cpu": "tracing", "cuda": "tracing,energy"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    for name, value in extras.items():
+        (step,) = [run for run in STAGES[f"packages-{name}"].texts("RUN") if "needed.py" in run]
+        assert step == 'python needed.py "service,${EXTRAS}" > needed.txt'
+        wanted = ["service", *value.split(",")]
+        assert needed(f"service,{value}").stdout.splitlines() == [
+            *project["dependencies"],
+            *(each for extra in wanted for each in project["optional-dependencies"][extra]),
+        ]
+
+
+def test_an_image_with_no_extras_is_the_server_alone():
+    assert needed("service,").stdout == needed("service").stdout != needed("").stdout != ""
+
+
+def test_an_extra_that_there_is_not_ends_the_build_by_name():
+    done = needed("service,tracng,energy")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no extra is called tracng; there are service, tracing, energy, ray" in done.stderr
+
+
+def needed(extras: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, DOCKER / "needed.py", extras]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_what_cuda_needs_is_pinned_once():
+    pins = [(ROOT / name).read_text("utf-8") for name in ("constraints.txt", "docker/cuda.txt")]
+    names = [re.findall(r"^([\w-]+)==\S+$", text, flags=re.MULTILINE) for text in pins]
+    assert {"triton", "nvidia-cublas", "cuda-bindings"} <= set(names[1])
+    assert not set(names[0]) & set(names[1])
+    for run in STAGES["packages-cuda"].texts("RUN"):
+        assert "pip install" not in run or "--constraint cuda.txt" in run
 
 
 def test_hadolint_finds_nothing():
@@ -247,17 +259,34 @@ def test_the_server_is_given_time_to_drain_and_variables_that_exist():
     for name in ("server-cpu", "server-gpu"):
         service = services()[name]
         variables = service["environment"]
+        assert "ELASTI_BUILD" not in variables  # the image's own
         assert {each for each in variables if each.startswith("ELASTI_")} <= known
         grace = int(service["stop_grace_period"].removesuffix("s"))
         assert grace >= float(variables["ELASTI_DRAIN_SECONDS"]) + 10
 
 
+@pytest.mark.parametrize("name", ["server-cpu", "server-gpu"])
+def test_arguments_of_the_shell_reach_the_build_and_others_stay_as_they_are(name):
+    build = services()[name]["build"]
+    declared = {
+        argument
+        for stage in (build["target"], f"packages-{build['target']}")
+        for each in line_of(stage)
+        for argument in each.arguments()
+    }
+    asked = set(build["args"])
+    assert {"ELASTI_BUILD", "EXTRAS", "PIP_INDEX_URL"} <= asked
+    assert asked - declared <= {"TORCH_INDEX_URL"}  # of CPUs alone
+    assert not any("=" in each for each in build["args"])  # a name alone takes the shell's value
+
+
 def test_what_compose_mounts_is_there():
-    for service in services().values():
-        for mount in service.get("volumes", ()):
-            source = mount.partition(":")[0]
-            if source.startswith(".") and source != "../deploy/grafana":  # generated
-                assert (DOCKER / source).exists(), source
+    mounts = [mount for service in services().values() for mount in service.get("volumes", ())]
+    sources = {mount.partition(":")[0] for mount in mounts if mount.startswith(".")}
+    assert "../deploy/grafana" in sources
+    missing = {source for source in sources if not (DOCKER / source).exists()}
+    assert not missing
+    assert list((DOCKER / "../deploy/grafana").glob("*.json"))
 
 
 def test_grafana_is_provisioned_with_the_prometheus_beside_it():
@@ -277,85 +306,3 @@ def provisioned(kind: str) -> dict[str, Any]:
     held = yaml.safe_load(path.read_text("utf-8"))
     assert held["apiVersion"] == 1
     return dict(held)
-
-
-# The steps themselves.
-
-
-@pytest.mark.skipif(
-    "ELASTI_TEST_IMAGE" not in os.environ, reason="ELASTI_TEST_IMAGE is not set: takes minutes"
-)
-def test_the_steps_of_the_cpu_image_make_a_server_from_a_bare_folder(tmp_path):
-    for stage in ("build", "app", "packages-cpu"):
-        for each in STAGES[stage].steps:
-            run_step(each, STAGES[stage], tmp_path)
-    with served(tmp_path) as address:
-        body = {"prompt": "The sky is", "max_tokens": 8, "capacity": 0.8, "model": "smollm2"}
-        answer = httpx.post(f"{address}/v1/completions", json=body, timeout=120).json()
-        assert answer["usage"]["completion_tokens"] == 8
-        assert health(int(address.rpartition(":")[2])).returncode == 0
-
-
-def run_step(step: tuple[str, str], stage: Stage, root: Path) -> None:
-    """A step with /opt, /src and /cache below `root`; a stage's own variables are its only ones."""
-    word, text = step
-    src = root / "src"
-    src.mkdir(exist_ok=True)
-    if word == "COPY":
-        *sources, _ = text.split()
-        for source in sources:
-            if (ROOT / source).is_dir():
-                shutil.copytree(ROOT / source, src / source, dirs_exist_ok=True)
-            else:
-                shutil.copy(ROOT / source, src)
-    elif word == "RUN":
-        kept = ("PIP_", "TORCH_INDEX_URL", "HOME")
-        asked = {name: value for name, value in os.environ.items() if name.startswith(kept)}
-        variables = {"PATH": f"{root}/opt/elasti/bin:{Path(sys.executable).parent}:/usr/bin:/bin"}
-        for assigned in stage.texts("ARG"):
-            name, _, default = assigned.partition("=")
-            if default:
-                variables[name] = default
-        script = re.sub(r"(?<![\w}])/opt/", f"{root}/opt/", text)
-        subprocess.run(
-            ["/bin/sh", "-ec", script], cwd=src, env=variables | asked, check=True, timeout=1800
-        )
-    else:
-        assert word in ("ARG", "ENV", "WORKDIR"), word
-
-
-def runtime_variables(root: Path) -> Mapping[str, str]:
-    (text,) = STAGES["runtime"].texts("ENV")
-    pairs = (each.partition("=") for each in text.split())
-    variables = {name: re.sub(r"(^|:)/(opt|cache)", rf"\1{root}/\2", v) for name, _, v in pairs}
-    path = variables.pop("PATH")
-    return variables | {"PATH": path.replace("$PATH", "/usr/bin:/bin"), "ELASTI_HOST": "127.0.0.1"}
-
-
-class served:
-    """The image's entry point under the image's variables, until the block is left."""
-
-    def __init__(self, root: Path) -> None:
-        self._port = free_port()
-        (root / "cache").mkdir(exist_ok=True)
-        self._process = subprocess.Popen(
-            ["python", "-m", "service"],
-            executable=root / "opt/elasti/bin/python",
-            cwd=root / "cache",
-            env={**runtime_variables(root), "ELASTI_PORT": str(self._port)},
-        )
-
-    def __enter__(self) -> str:
-        address = f"http://127.0.0.1:{self._port}"
-        for _ in range(300):
-            assert self._process.poll() is None, "the server did not start"
-            try:
-                httpx.get(f"{address}/ready").raise_for_status()
-                return address
-            except httpx.HTTPError:
-                time.sleep(1)
-        raise AssertionError("the server is not ready after five minutes")
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        assert self._process.wait(timeout=60) == 0

@@ -16,8 +16,9 @@ import yaml
 
 from service.routes import router
 from service.settings import Settings, read_keys
+from tests.deploy.custom import SCHEMAS
+from tests.deploy.dockerfile import STAGES
 from tests.deploy.promql import exported, names_in
-from tests.deploy.test_image import STAGES
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
@@ -25,35 +26,18 @@ OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kusto
 SCALED = [name for name in OVERLAYS if name.startswith("autoscale")]
 RELEASES = ("1.32", "1.37")
 
-pytestmark = pytest.mark.skipif(
+WITH_KUBECTL = pytest.mark.skipif(
     shutil.which("kubectl") is None, reason="kubectl is not installed, which has kustomize"
 )
+pytestmark = WITH_KUBECTL
 
 Manifest = dict[str, Any]
 
-# What the operators' own schemas require, and the values that they allow.
-REQUIRED = {
-    "ServiceMonitor": {"spec": {"selector", "endpoints"}},
-    "ScaledObject": {"spec": {"scaleTargetRef", "triggers"}},
-}
-KNOWN = {
-    "ServiceMonitor": {"selector", "endpoints"},
-    "ScaledObject": {
-        "scaleTargetRef",
-        "minReplicaCount",
-        "maxReplicaCount",
-        "cooldownPeriod",
-        "fallback",
-        "triggers",
-        "advanced",
-    },
-}
-
 
 @functools.cache
-def built(overlay: str) -> tuple[Manifest, ...]:
+def built(overlay: str, folder: Path = KUBERNETES) -> tuple[Manifest, ...]:
     done = subprocess.run(
-        ["kubectl", "kustomize", KUBERNETES / "overlays" / overlay],
+        ["kubectl", "kustomize", folder / "overlays" / overlay],
         capture_output=True,
         text=True,
         timeout=60,
@@ -85,19 +69,8 @@ def test_these_are_the_overlays():
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_keeps_to_the_schemas_of_kubernetes(overlay, release):
     for manifest in built(overlay):
-        if manifest["kind"] not in REQUIRED:
+        if manifest["kind"] not in SCHEMAS:
             kubernetes_validate.validate(manifest, release, strict=True)
-
-
-@pytest.mark.parametrize("overlay", SCALED)
-def test_custom_resources_have_what_they_need_and_nothing_unknown(overlay):
-    custom = [each for each in built(overlay) if each["kind"] in REQUIRED]
-    assert custom
-    for manifest in custom:
-        kind = manifest["kind"]
-        assert set(manifest) == {"apiVersion", "kind", "metadata", "spec"}
-        assert REQUIRED[kind]["spec"] <= set(manifest["spec"]) <= KNOWN[kind]
-    assert the(overlay, "ServiceMonitor")["apiVersion"] == "monitoring.coreos.com/v1"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -163,6 +136,37 @@ def test_the_variables_of_a_pod_are_settings(overlay):
     known = {f"ELASTI_{name.upper()}" for name in Settings.model_fields}
     named = {each["name"] for each in server_of(overlay)["env"]}
     assert {name for name in named if name.startswith("ELASTI_")} <= known
+    assert "ELASTI_BUILD" not in named  # the image's own
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_traces_leave_only_where_somebody_opens_the_way(overlay, tmp_path):
+    kubernetes = shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    traced = kubernetes / "overlays" / "traced" / "kustomization.yaml"
+    traced.parent.mkdir()
+    guide = (DEPLOY / "README.md").read_text("utf-8")
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```$", guide, flags=re.DOTALL | re.MULTILINE)
+    traced.write_text(shown.replace("- ../gpu", f"- ../{overlay}"), "utf-8")
+    before, after = built(overlay), built("traced", kubernetes)
+
+    for manifest in after:
+        if manifest["kind"] not in SCHEMAS:
+            kubernetes_validate.validate(manifest, RELEASES[0], strict=True)
+    added = [each for each in ways_out(after) if each not in ways_out(before)]
+    assert [each["ports"] for each in added] == [[{"port": 4318}]]
+    assert len(ways_out(after)) == len(ways_out(before)) + 1
+    (pod,) = [each for each in after if each["kind"] == "Deployment"]
+    variables = pod["spec"]["template"]["spec"]["containers"][0]["env"]
+    (endpoint,) = [each["value"] for each in variables if each["name"].startswith("OTEL_")]
+    assert variables[:-1] == server_of(overlay)["env"]
+    (peer,) = added[0]["to"]
+    namespace = peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+    assert endpoint == f"http://otel-collector.{namespace}.svc:4318"
+
+
+def ways_out(manifests: tuple[Manifest, ...]) -> list[Manifest]:
+    (policy,) = [each for each in manifests if each["kind"] == "NetworkPolicy"]
+    return list(policy["spec"]["egress"])
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
