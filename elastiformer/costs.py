@@ -86,18 +86,22 @@ class CostTable:
 
 
 def compare(
-    by_row: Callable[[float, int], None], at_once: Callable[[float, int], None], seconds: float
+    by_row: Callable[[float, int], None],
+    at_once: Callable[[float, int], None],
+    seconds: float,
+    finish: Callable[[], None] = lambda: None,
 ) -> FewRows:
     """Time both ways; each is called with a share and a number of rows, and runs one product.
 
     Args:
         seconds: to spend in all, about.
+        finish: returns when what was called has run; a device computes after the call.
     """
     each = seconds / (len(SHARES) * len(ROWS).bit_length())
     most = []
     for share in SHARES:
         slower = bisect_left(
-            ROWS, True, key=lambda rows: not _is_faster(by_row, at_once, share, rows, each)
+            ROWS, True, key=lambda rows: not _is_faster(by_row, at_once, share, rows, each, finish)
         )
         most.append(ROWS[slower - 1] if slower else 0)
     return FewRows(_falling(most))
@@ -109,14 +113,17 @@ def _is_faster(
     share: float,
     rows: int,
     seconds: float,
+    finish: Callable[[], None],
 ) -> bool:
     """Compare the least of each: whatever else runs here only adds. The two take turns."""
     taken: dict[bool, list[float]] = {True: [], False: []}
     until = time.perf_counter() + seconds
     while len(taken[False]) < 3 or time.perf_counter() < until:
         for is_first, run in ((True, first), (False, second)):
+            finish()
             begun = time.perf_counter()
             run(share, rows)
+            finish()
             taken[is_first].append(time.perf_counter() - begun)
     return min(taken[True]) < min(taken[False])
 

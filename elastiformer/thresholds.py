@@ -26,7 +26,7 @@ from elastiformer.kernels import TURN, compiled
 SEARCHED = np.float32(-1)  # in place of a threshold: a row's channels are counted, not compared
 _ALONE = 4  # so few rows that take anything are faster in turn
 _COUNTED = 5  # rungs around the granted one, beyond which debts seldom lead
-_PATIENCE = 16  # tokens over which a debt is paid back
+PATIENCE = 16  # tokens over which a debt is paid back
 # Counts of ones are exact in any order.
 _ANY_ORDER: Any = {"fastmath": {"contract", "reassoc", "nsz"}}
 
@@ -130,8 +130,8 @@ def _count_five(x_I, norms_I, least_J, counts_J):  # type: ignore[no-untyped-def
 @compiled(inline="always")
 def _rung(rungs, inputs, granted, debt):  # type: ignore[no-untyped-def]
     """The one nearest to what is granted less the part of the debt that is due."""
-    wanted = _PATIENCE * granted - debt
-    rung = (2 * rungs * wanted + _PATIENCE * inputs) // (2 * _PATIENCE * inputs)
+    wanted = PATIENCE * granted - debt
+    rung = (2 * rungs * wanted + PATIENCE * inputs) // (2 * PATIENCE * inputs)
     return min(max(rung, 1), rungs)
 
 

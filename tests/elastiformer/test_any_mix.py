@@ -40,6 +40,7 @@ from elastiformer.calibration import output_context
 from elastiformer.costs import SINGLE_ROWS
 from elastiformer.decoding import Decoding
 from elastiformer.planning import prompt_context, prompt_ending
+from tests.devices import DEVICE, cpu_only
 from tests.elastiformer.elastic import by_thresholds, elastic
 from tests.elastiformer.mixes import (
     LOWEST,
@@ -161,7 +162,7 @@ def jittered(made: Made, seed: int) -> ElasticModel:
     base = copy.deepcopy(known.base)
     draw = torch.Generator().manual_seed(seed)
     weight = base.get_input_embeddings().weight
-    weight.data *= 1 + ROUNDING * torch.randn(weight.shape, generator=draw)
+    weight.data *= 1 + ROUNDING * torch.randn(weight.shape, generator=draw).to(DEVICE)
     return ElasticModel(base, known.adapter)
 
 
@@ -192,13 +193,15 @@ def plan_at(model: ElasticModel, asked: Asked, position: int) -> Plan:
 def masked(model: ElasticModel, ran: Ran) -> tuple[Tensor, list[Tensor]]:
     """The masked form over the whole text: logits of its output rows, and all routes."""
     asked = ran.asked
-    ids_BT = torch.tensor([ran.ids[: ran.fed]])
+    ids_BT = torch.tensor([ran.ids[: ran.fed]], device=DEVICE)
     places = range(ran.fed)
     plans = [plan_at(model, asked, place) for place in places]
-    output_T = torch.tensor([asked.phase_at(place) is Phase.OUTPUT for place in places])
+    place_T = torch.arange(ran.fed, device=DEVICE)
+    phases = [asked.phase_at(place) for place in places]
+    output_T = torch.tensor([phase is Phase.OUTPUT for phase in phases], device=DEVICE)
     with torch.no_grad():
-        result = model.masked(ids_BT, PlanGrid(plans, torch.arange(ran.fed)[None]), output_T[None])
-    shown_T = output_T & (torch.arange(ran.fed) >= ran.cached)
+        result = model.masked(ids_BT, PlanGrid(plans, place_T[None]), output_T[None])
+    shown_T = output_T & (place_T >= ran.cached)
     return result.logits_BTV[0, shown_T], [route.kept for route in result.routes]
 
 
@@ -270,7 +273,7 @@ def misfits(made: Made, ran: Ran) -> list[str]:
 def _misfits_of_generate(
     family: str, ran: Ran, generated: list[int], expected: Tensor
 ) -> list[str]:
-    prompt_BT = torch.tensor([ran.asked.prompt])
+    prompt_BT = torch.tensor([ran.asked.prompt], device=DEVICE)
     with torch.inference_mode():
         ids = (
             untouched(family)
@@ -349,6 +352,7 @@ def run_cases_of_channels(case, family):
     run_case(family, case)
 
 
+@cpu_only  # where decode steps are one call
 def test_any_mix_of_channels_decodes_in_one_call_and_gives_each_request_its_own(monkeypatch):
     run, steps = Decoding.run, Counter[str]()
 
