@@ -217,8 +217,13 @@ class ElasticVlm(ElasticModel):
 
     # The sparse form.
 
-    def imaged_sequence(self, prompt: ImagedPrompt, most_new: int) -> ImagedSequence:
+    def imaged_sequence(
+        self, prompt: ImagedPrompt, most_new: int, shared: bool = False
+    ) -> ImagedSequence:
         """A new request whose prompt holds images; its `length` says what must not be fed again.
+
+        Args:
+            shared: whether others will come with the very same prompt.
 
         Raises:
             CapacityError: below the calibrated range, or a unit that the adapter lacks.
@@ -232,7 +237,7 @@ class ElasticVlm(ElasticModel):
         cache = self._room_for(prompt.capacity, tokens, tokens + most_new, scored=False)
         plan_at = self._planner.plan_at(prompt.capacity, tokens)
         sequence = ImagedSequence(plan_at, tokens + most_new, cache, prompt)
-        self._adopt(sequence, prompt.keys)
+        self._adopt(sequence, prompt.keys, shared)
         return sequence
 
     def step(self, chunks: Many[Chunk]) -> list[Tensor]:

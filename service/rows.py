@@ -4,6 +4,7 @@ tokens pass through on their way to text. Only the engine writes to it.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from service.scheduler import Entry, Group, Job
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Many
+
+WORTH_WAITING = 8  # tokens of a prompt; fewer are computed again sooner than waited for
 
 
 @dataclass(eq=False, slots=True)
@@ -116,6 +119,7 @@ def draw_of(order: Order, job: Job) -> Draw:
 
 
 def grouped(jobs: Many[Job]) -> tuple[Entry, ...]:
-    """An entry per job; those of one prompt share a group."""
-    groups = {job.prompt: Group() for job in jobs if job.storable_tokens}
+    """An entry per job; several of one prompt share a group."""
+    counts = Counter(job.prompt for job in jobs if job.shared_tokens >= WORTH_WAITING)
+    groups = {prompt: Group() for prompt, count in counts.items() if count > 1}
     return tuple(Entry(job, groups.get(job.prompt)) for job in jobs)
