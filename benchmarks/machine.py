@@ -50,7 +50,7 @@ def setting(model: Elastic, command_line: Sequence[str]) -> Setting:
     able = torch.cpu.get_capabilities()
     device = model.device
     return Setting(
-        processor=_processor(),
+        processor=processor(),
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         instruction_sets=tuple(name for name in _SETS if able.get(name)),
@@ -137,7 +137,7 @@ def _command(command_line: Sequence[str]) -> str:
     return shlex.join([*named, "python", "-m", "benchmarks", *command_line])
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -41,6 +41,7 @@ class Sent:
     ended: float | None  # None: cut off when the time was over, or failed
     output_tokens: int
     failed: bool
+    spent: float | None = None  # capacity, as the server says at the end; None: it did not
 
     @property
     def to_first_token(self) -> float | None:
@@ -161,11 +162,13 @@ class _Reading:
         self._first: float | None = None
         self._ended: float | None = None
         self._made = 0
+        self._spent: float | None = None
         self._failed = False
 
     @property
     def sent(self) -> Sent:
-        return Sent(self._moment, self._first, self._ended, self._made, self._failed)
+        ends = (self._first, self._ended)
+        return Sent(self._moment, *ends, self._made, self._failed, self._spent)
 
     async def read(self) -> None:
         """Wait for the moment, ask, and read the stream to its end."""
@@ -187,6 +190,8 @@ class _Reading:
         if line == "data: [DONE]":
             self._ended = now
         elif '"completion_tokens"' in line:  # the last one, which alone has a usage
-            self._made = json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
+            last = json.loads(line.removeprefix("data: "))
+            self._made = last["usage"]["completion_tokens"]
+            self._spent = last["elasti"]["capacity_spent"]
         elif self._first is None and not line.startswith('data: {"error"'):
             self._first = now

@@ -3,14 +3,15 @@
 Starts `python -m service` on a free loopback port. First sixteen streams over HTTP take turns with
 the same sixteen sequences driven in this process, step by step: the difference is the cost of HTTP
 and scheduling, this client's own reading included. Then requests are sent at random moments (open
-loop) at rates up to and past saturation: all at capacity 1.0, all at 0.6, and mixed.
+loop) at rates up to and past saturation: all at capacity 1.0, all at 0.6, mixed, and all as the
+server chooses by its load.
 
 With --guidellm, that load generator also sends those of one capacity, at the same moments, so that
 one can be held against the other. GuideLLM lives in an environment of its own:
 
     python -m venv guidellm && guidellm/bin/pip install guidellm==0.8.1
 
-Takes `--http-seconds`, and `--seconds` for each of three modes and four rates: some seven minutes
+Takes `--http-seconds`, and `--seconds` for each of four modes and four rates: some nine minutes
 in all on two cores with the default model; with --guidellm some ten more.
 """
 
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -43,6 +45,7 @@ MODES: dict[str, tuple[object, ...]] = {
     "all at 0.6": (0.6,),
     "mixed 1.0, 0.8, 0.6": (1.0, 0.8, 0.6),
 }
+SENT: dict[str, tuple[object, ...]] = MODES | {"all auto": ("auto",)}
 UNIFORM = [mode for mode, capacities in MODES.items() if len(capacities) == 1]
 LOADS = (0.3, 0.6, 0.9, 1.2)  # of the rate at which the server is saturated
 PERCENTILES = (50, 95, 99)
@@ -95,6 +98,7 @@ class Point:
     failed: int
     output_tokens_per_second: float
     goodput_per_second: float
+    capacity_spent: float | None  # of finished requests, the mean; None where none tells
     first_token_ms: tuple[float, ...] | None
     between_tokens_ms: tuple[float, ...] | None
 
@@ -184,9 +188,9 @@ def _loaded(
         most = streams / sender.at_once(streams, (1.0,))
         rates = [round(most * part, 2) for part in LOADS]
     points = []
-    for mode, rate in track([(mode, rate) for mode in MODES for rate in rates], label="load"):
+    for mode, rate in track([(mode, rate) for mode in SENT for rate in rates], label="load"):
         at = moments(rate, args.seconds, rates.index(rate))
-        points.append(_point(args, OURS, mode, rate, sender.at(at, MODES[mode], args.seconds)))
+        points.append(_point(args, OURS, mode, rate, sender.at(at, SENT[mode], args.seconds)))
     if program is None:
         return points
     assert model.tokenizer is not None, "checked before"
@@ -205,6 +209,7 @@ def _loaded(
 def _point(args: argparse.Namespace, sender: str, mode: str, rate: float, phase: Phase) -> Point:
     finished = phase.finished
     first = [1000 * s for each in phase.requests if (s := each.to_first_token) is not None]
+    spent = [each.spent for each in finished if each.spent is not None]
     between = [1000 * s for each in finished if (s := each.between_tokens) is not None]
     good = [
         each
@@ -223,6 +228,7 @@ def _point(args: argparse.Namespace, sender: str, mode: str, rate: float, phase:
         failed=sum(each.failed for each in phase.requests),
         output_tokens_per_second=sum(each.output_tokens for each in finished) / seconds,
         goodput_per_second=len(good) / seconds,
+        capacity_spent=fmean(spent) if spent else None,
         first_token_ms=percentiles(first),
         between_tokens_ms=percentiles(between),
     )
@@ -266,6 +272,7 @@ def _report(
             "failed",
             "tokens/s",
             "goodput /s",
+            "spent",
             "first token, ms: p50 / p95 / p99",
             "between tokens, ms: p50 / p95 / p99",
         )
@@ -326,6 +333,7 @@ def _row(point: Point) -> list[str]:
         str(point.failed),
         f"{point.output_tokens_per_second:.1f}",
         f"{point.goodput_per_second:.2f}",
+        "" if point.capacity_spent is None else f"{point.capacity_spent:.2f}",
         _three(point.first_token_ms),
         _three(point.between_tokens_ms),
     ]
@@ -347,7 +355,7 @@ def _draw(figure: Any, cost: HttpCost, points: Sequence[Point]) -> None:
         "p95 between tokens, ms": [_p95(point.between_tokens_ms) for point in points],
     }
     for axis, (title, values) in zip(others, panels.items(), strict=True):
-        for mode in MODES:
+        for mode in SENT:
             mine = [
                 (point.asked_per_second, value)
                 for point, value in zip(points, values, strict=True)

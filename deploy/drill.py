@@ -23,12 +23,14 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import Table
 from deploy.faults import DIE, HANG
+from deploy.record import setting, write
 from deploy.stage import FLOOD, SHORT, USUAL, Stage, free_port, make_model, say
 from deploy.watch import Watch
 
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--speed", type=float, default=60.0, help="by which durations are shorter")
-    parser.add_argument("--out", type=Path, help="file for what was seen, as JSON")
+    parser.add_argument("--out", type=Path, help="JSON of what was seen; a page comes beside it")
     args = parser.parse_args(argv)
     if shutil.which("prometheus") is None:
         say("error: prometheus is not installed (Debian: prometheus)")
@@ -83,8 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report = asyncio.run(drill(stage, watch))
         finally:
             stage.close()
+    command = ["-m", "deploy.drill", "--speed", f"{args.speed:g}"]
+    report = {"setting": setting(command), **report}
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        write(args.out, "The alerts, in a drill", report, [table(report["scenes"])])
     print(json.dumps(report))
     return int(not report["well"])
 
@@ -178,6 +182,24 @@ async def drill(stage: Stage, watch: Watch) -> dict[str, Any]:
         "answers": {str(status): count for status, count in sorted(stage.answers.items())},
         "seconds": round(time.monotonic() - begun, 1),
     }
+
+
+def table(scenes: Sequence[Mapping[str, Any]]) -> Table:
+    """What came of each scene; seconds of the drill, whose rules are shorter."""
+    return Table(
+        "Scenes",
+        ("what goes wrong", "fired after", "came with it", "cleared after"),
+        [
+            [
+                each["scene"],
+                ", ".join(f"{alert} {taken:g} s" for alert, taken in each["fired_seconds"].items())
+                + "".join(f", {alert} not" for alert in each["missing"]),
+                ", ".join(each["also"]) or "nothing",
+                "not" if each["cleared_seconds"] is None else f"{each['cleared_seconds']:g} s",
+            ]
+            for each in scenes
+        ],
+    )
 
 
 async def play(watch: Watch, scene: Scene) -> Seen:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,31 +36,41 @@ class Watch:
         beside.rename(self.folder / "targets.json")
 
     async def firing(self) -> frozenset[str]:
-        async with httpx.AsyncClient(trust_env=False, timeout=10) as client:
-            answer = await client.get(f"http://127.0.0.1:{self.port}/api/v1/alerts")
-        alerts = answer.raise_for_status().json()["data"]["alerts"]
-        return frozenset(a["labels"]["alertname"] for a in alerts if a["state"] == "firing")
+        return await firing(f"http://127.0.0.1:{self.port}")
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Prometheus itself, which ends with the block."""
-        rules = self.folder / "rules"
-        rules.mkdir()
-        for path in sorted(RULES.glob("*.yml")):
-            (rules / path.name).write_text(shortened(path.read_text("utf-8"), self.speed), "utf-8")
         self.show(True)
-        discovery = {"file_sd_configs": [{"files": ["targets.json"], "refresh_interval": "1s"}]}
-        with scraping(self.folder, self.port, discovery):
+        found = [{"files": ["targets.json"], "refresh_interval": "1s"}]
+        job = {"job_name": "elastiformer", "file_sd_configs": found}
+        with scraping(self.folder, self.port, [job], self.speed):
             yield
 
 
+async def firing(address: str) -> frozenset[str]:
+    """The alerts that a Prometheus fires now."""
+    async with httpx.AsyncClient(trust_env=False, timeout=10) as client:
+        answer = await client.get(f"{address}/api/v1/alerts")
+    alerts = answer.raise_for_status().json()["data"]["alerts"]
+    return frozenset(a["labels"]["alertname"] for a in alerts if a["state"] == "firing")
+
+
 @contextmanager
-def scraping(folder: Path, port: int, discovery: Mapping[str, Any]) -> Iterator[str]:
-    """Prometheus over the rules in `folder`, if any; its address, until the block is left."""
+def scraping(
+    folder: Path, port: int, jobs: Sequence[Mapping[str, Any]], speed: float
+) -> Iterator[str]:
+    """Prometheus over these jobs and the rules, shorter by `speed`; its address, until the block
+    is left.
+    """
+    rules = folder / "rules"
+    rules.mkdir()
+    for path in sorted(RULES.glob("*.yml")):
+        (rules / path.name).write_text(shortened(path.read_text("utf-8"), speed), "utf-8")
     settings = {
         "global": {"scrape_interval": "500ms", "evaluation_interval": "500ms"},
         "rule_files": ["rules/*.yml"],
-        "scrape_configs": [{"job_name": "elastiformer", **discovery}],
+        "scrape_configs": list(jobs),
     }
     (folder / "prometheus.yml").write_text(yaml.safe_dump(settings), "utf-8")
     command = [

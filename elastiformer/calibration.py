@@ -62,6 +62,9 @@ class Measured:
     prompt's part. `kl_scored`, `kl_p95` and the perplexities are over every token of a text
     scored in the output phase. Times are over those at capacity 1.0 in the same run.
 
+    Of a vision-language model, `kl` is that of answers about images, and `kl_text` what a user
+    gets on text without any.
+
     Of an encoder, `kl` is that of its labels and `cosine` that of its features; `same_label` the
     share of items whose likeliest label is the pretrained model's, `accuracy` the true one.
     """
@@ -70,6 +73,7 @@ class Measured:
     spent: float
     kl: float | None = None
     kl_prompt: float | None = None
+    kl_text: float | None = None
     kl_scored: float | None = None
     kl_p95: float | None = None
     perplexity: float | None = None

@@ -14,6 +14,7 @@ _HEADINGS = {
     "spent": "spent",
     "kl": "KL, prompt and continuation routed",
     "kl_prompt": "KL, prompt routed only",
+    "kl_text": "KL of text, prompt and continuation routed",
     "kl_scored": "KL, every token scored",
     "kl_p95": "95th percentile of KL",
     "perplexity": "perplexity",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from elastiformer.sequence import Sequence as Owner
-from elastiformer.thresholds import PATIENCE
+from elastiformer.thresholds import HASTE, PATIENCE
 
 
 class DeviceAllowances:
@@ -74,7 +74,9 @@ class DeviceAllowances:
         inputs, rungs = x_RI.shape[1], self._ladder_LTG.shape[2] - 1
         index_R = self._index(rows_R, x_RI.device)
         granted_R = self._grants_LTN[layer, site][index_R].clamp(max=inputs)
-        wanted_R = PATIENCE * granted_R - self._debts_LTN[layer, site][index_R]
+        debt_R = self._debts_LTN[layer, site][index_R]
+        beyond_R = debt_R - torch.minimum(torch.maximum(debt_R, -granted_R), granted_R)
+        wanted_R = PATIENCE * granted_R - debt_R - (HASTE - 1) * beyond_R
         rung_R = (2 * rungs * wanted_R + PATIENCE * inputs) // (2 * PATIENCE * inputs)
         least_R = self._ladder_LTG[layer, site][rung_R.clamp(1, rungs)]
         size_RI = x_RI.float().abs() * norms_I
@@ -83,8 +85,8 @@ class DeviceAllowances:
         kept_RI = torch.where(
             takes_R[:, None], reaches_RI, self._largest(layer, site, rows_R, size_RI, granted_R)
         )
-        beyond_R = torch.where(takes_R, kept_RI.sum(1) - granted_R, 0)
-        self._debts_LTN[layer, site].index_add_(0, index_R, beyond_R)
+        more_R = torch.where(takes_R, kept_RI.sum(1) - granted_R, 0)
+        self._debts_LTN[layer, site].index_add_(0, index_R, more_R)
         self._at, self._rows_R, self._kept_RI = (layer, site), rows_R, kept_RI
         return kept_RI
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +28,7 @@ from elastiformer.encoder_inputs import ImageItems, TextItems
 from elastiformer.encoder_weights import load_encoder
 from elastiformer.encoders import EncoderLayout, Pooling, Reads, describe_encoder
 from elastiformer.encoding import EncoderForm, padded, said
-from elastiformer.errors import InputError
+from elastiformer.errors import BaseModelError, InputError
 from elastiformer.masked import MaskedPass, PlanGrid, Route, Selection
 from elastiformer.sequence import Chunk, Item, WholeSequence
 from elastiformer.sparse import SparseForm
@@ -35,6 +36,7 @@ from elastiformer.tasks import Task
 from elastiformer.weights import BaseIdentity
 
 _FIRST_TOKENS = 8
+_STRETCHED = 4  # how many times as long as wide an image may be, where its shape is kept
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +46,7 @@ class Batch:
     `mask_BT` is False on padding, `output_BT` True where what the last layer leaves is read.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     mask_BT: Tensor
     output_BT: Tensor
 
@@ -123,7 +125,9 @@ class ElasticEncoder(Elastic):
     def context(self) -> int:
         """The most tokens of one text, or the tokens of an image."""
         if self.encoder.reads_images:
-            return self.encoder.class_tokens + self.encoder.patch_count(*self._pixels[1:])
+            return self.encoder.class_tokens + max(
+                self.encoder.patch_count(*sides) for sides in self._image_sides
+            )
         tokens = int(self.config.max_position_embeddings)
         # RoBERTa counts positions from behind the padding's.
         first = getattr(self.encoder.embeddings, "padding_idx", None)
@@ -155,7 +159,7 @@ class ElasticEncoder(Elastic):
         """What makes items of that which callers send."""
         if self.encoder.reads_images:
             assert self.images is not None, "a model that reads images without their processor"
-            return ImageItems(self.images, self._pixels[0], self.image)
+            return ImageItems(self.images, self._channels, self.image)
         assert self.tokenizer is not None, "a model that reads texts without a tokenizer"
         return TextItems(self.tokenizer, self.context)
 
@@ -181,10 +185,36 @@ class ElasticEncoder(Elastic):
         return Item(ids, pixels_CHW=pixels_CHW)
 
     @property
-    def _pixels(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images that it was made for."""
+    def _channels(self) -> int:
         config: Any = self.encoder.inner.config
-        return (config.num_channels, *self.encoder.image_sides)
+        return int(config.num_channels)
+
+    @cached_property
+    def _image_sides(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of images as they leave the processor: of one of the base's own shape,
+        a wide one and a tall one; alike, unless it keeps their shape. Without a processor, those
+        that the base was made for.
+
+        Raises:
+            BaseModelError: an image has not even one patch.
+        """
+        if self.images is None:
+            return (self.encoder.image_sides,)
+        inputs, sides = ImageItems(self.images, self._channels, self.image), []
+        height, width = self.encoder.image_sides
+        for times_high, times_wide in ((1, 1), (1, _STRETCHED), (_STRETCHED, 1)):
+            shape_HWC = (height * times_high, width * times_wide, self._channels)
+            pixels_CHW = inputs.item(np.zeros(shape_HWC, np.uint8)).pixels_CHW
+            assert pixels_CHW is not None, "an image without pixels"
+            sides.append((pixels_CHW.shape[1], pixels_CHW.shape[2]))
+        if not all(self.encoder.patch_count(*each) for each in sides):
+            (patch,) = self.encoder.patches
+            shown = " x ".join(map(str, min(sides)))
+            raise BaseModelError(
+                f"base model '{self.identity.id}': its image processor makes images of {shown} "
+                f"pixels, smaller than one patch of {' x '.join(map(str, patch.stride))}"
+            )
+        return tuple(sides)
 
     # The sparse form: packed, whole items, each under its own plan.
 
@@ -246,7 +276,7 @@ class ElasticEncoder(Elastic):
         costs = super().measure_costs(seconds)
         item = Item((0,) * min(_FIRST_TOKENS, self.context))
         if self.encoder.reads_images:
-            item = self.image(torch.zeros(self._pixels))
+            item = self.image(torch.zeros(self._channels, *self._image_sides[0]))
         self.encode([item, item], [DENSE, Capacity(self.lowest, self.lowest)])
         return costs
 
@@ -261,10 +291,15 @@ class ElasticEncoder(Elastic):
         output_BT = mask_BT if self._outputs is None else (at_T < self._outputs) & mask_BT
         if self.encoder.reads_images:
             pixels = [item.pixels_CHW for item in items if item.pixels_CHW is not None]
-            inputs = {"pixel_values": torch.stack(pixels).to(self.device, self.dtype)}
+            sides = {tuple(each.shape[1:]) for each in pixels}
+            assert len(sides) == 1, f"side by side, images have one size; got {sorted(sides)}"
+            pixels_BCHW = torch.stack(pixels).to(self.device, self.dtype)
+            height, width = pixels_BCHW.shape[2:]
+            told = self.encoder.of_sides(height, width)
+            inputs: dict[str, Any] = {"pixel_values": pixels_BCHW, **told}
             if self.encoder.hides_patches:
                 assert bool(mask_BT.all()), "side by side, images show as many patches"
-                inputs["noise"] = self._noise(items)
+                inputs["noise"] = self._noise(items, self.encoder.patch_count(height, width))
             return Batch(inputs, mask_BT, output_BT)
         pad = self.config.pad_token_id or 0
         inputs = {"input_ids": padded([item.ids for item in items], pad)}
@@ -275,9 +310,9 @@ class ElasticEncoder(Elastic):
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         return Batch(inputs, mask_BT, output_BT)
 
-    def _noise(self, items: Many[Item]) -> Tensor:
+    def _noise(self, items: Many[Item], patches: int) -> Tensor:
         """What makes a masked autoencoder see each item's patches, in their order: [B, P]."""
-        first, patches = self.encoder.class_tokens, self.context - self.encoder.class_tokens
+        first = self.encoder.class_tokens
         noise_BP = torch.ones(len(items), patches)
         for noise_P, item in zip(noise_BP, items, strict=True):
             seen = torch.tensor(item.ids[first:]) - first
@@ -310,7 +345,10 @@ class ElasticEncoder(Elastic):
 
         Features are those of every token [B, T, D], or [B, D] where the base pools them itself.
         """
-        with self.encoder.seeing(batch.mask_BT.shape[1] - self.encoder.class_tokens):
+        seen, whole = batch.mask_BT.shape[1] - self.encoder.class_tokens, 0
+        if self.encoder.hides_patches:
+            whole = self.encoder.patch_count(*batch.inputs["pixel_values"].shape[2:])
+        with self.encoder.seeing(seen, whole):
             given = self.base(**batch.inputs)
         if self.encoder.task is Task.FEATURES and self.pooling is not Pooling.OWN:
             features_BTD: Tensor = given.last_hidden_state

@@ -71,6 +71,8 @@ class EncoderFamily:
     opening: str | None = None  # a norm before the layers
     pooler: str = "pooler"
     hides_patches: bool = False  # a masked autoencoder: by noise, all but a share of them
+    # Whether positions of images of another size are interpolated without being asked for.
+    interpolates: bool = False
 
 
 _BERT = EncoderFamily(
@@ -153,6 +155,7 @@ ENCODERS: dict[str, EncoderFamily] = {
         final_norm="layernorm",
         reads_images=True,
         pooling=Pooling.CLASS,
+        interpolates=True,
     ),
 }
 
@@ -203,16 +206,19 @@ class EncoderLayout:
     takes_types: bool
     class_tokens: int
     hides_patches: bool
+    interpolates: bool
 
     def embed(self, *given: Tensor, **more: Tensor) -> Tensor:
         """What the first layer reads, [B, T, D]: of an image all patches, in their order."""
+        sides = given[0].shape[2:] if self.reads_images else ()
+        other = self.of_sides(*sides) if sides else {}
         if self.hides_patches:
-            patches = self.patch_count(*given[0].shape[2:])
+            patches = self.patch_count(*sides)
             noise_BP = torch.arange(patches, device=given[0].device).expand(len(given[0]), -1)
-            with self.seeing(patches):
-                embedded_BTD: Tensor = self.embeddings(*given, noise=noise_BP)[0]
+            with self.seeing(patches, patches):
+                embedded_BTD: Tensor = self.embeddings(*given, noise=noise_BP, **other)[0]
             return embedded_BTD
-        embedded_BTD = self.embeddings(*given, **more)
+        embedded_BTD = self.embeddings(*given, **more, **other)
         return embedded_BTD if self.opening is None else self.opening(embedded_BTD)
 
     def pooled(self, last_BTD: Tensor) -> Tensor | None:
@@ -223,14 +229,17 @@ class EncoderLayout:
         return pooled[:, 0] if pooled.ndim == last_BTD.ndim else pooled
 
     @contextmanager
-    def seeing(self, patches: int) -> Iterator[None]:
-        """Where patches are hidden by noise: those of the least noise are seen, and no others."""
+    def seeing(self, patches: int, whole: int) -> Iterator[None]:
+        """Where patches are hidden by noise: so many of the least noise are seen, and no others.
+
+        Args:
+            whole: how many patches the image has.
+        """
         config: Any = self.inner.config
         if not self.hides_patches:
             yield
             return
         own = config.mask_ratio
-        whole = self.patch_count(*self.image_sides)
         config.mask_ratio = 1 - (patches + 0.5) / whole  # which the base rounds down
         try:
             yield
@@ -258,6 +267,11 @@ class EncoderLayout:
         config: Any = self.inner.config
         side = config.image_size
         return (side, side) if isinstance(side, int) else tuple(side)
+
+    def of_sides(self, height: int, width: int) -> dict[str, bool]:
+        """What the base must be told of an image of so many pixels."""
+        same = self.interpolates or (height, width) == self.image_sides
+        return {} if same else {"interpolate_pos_encoding": True}
 
     def patch_count(self, height: int, width: int) -> int:
         """The patches of an image of so many pixels."""
@@ -336,6 +350,7 @@ def describe_encoder(base: PreTrainedModel) -> EncoderLayout:
         takes_types=family.takes_types and config.type_vocab_size > 1,
         class_tokens=family.class_tokens,
         hides_patches=family.hides_patches,
+        interpolates=family.interpolates,
     )
 
 

@@ -56,13 +56,15 @@ class PlacedPicture:
 class ImagedPrompt:
     """A prompt as it runs: `ids` of the tokens that stay, `tokens` as many as were sent.
 
-    `capacity` is what is left to ask of the language model.
+    `capacity` is what is left to ask of the language model, whose first `opening` tokens of phase
+    output run whole.
     """
 
     ids: tuple[int, ...]
     tokens: int
     pictures: tuple[PlacedPicture, ...]
     capacity: Capacity
+    opening: int = 0
 
     @classmethod
     def of(
@@ -72,6 +74,7 @@ class ImagedPrompt:
         pictures: Sequence[Picture],
         kept: Sequence[int],
         capacity: Capacity,
+        opening: int = 0,
     ) -> ImagedPrompt:
         """A prompt in whose `ids` each run of `image_token` is as long as its picture."""
         running: list[int] = []
@@ -86,7 +89,7 @@ class ImagedPrompt:
             assert set(ids[first:at]) == {image_token}, "fewer image tokens than the picture has"
         running += ids[at:]
         assert image_token not in ids[at:], "image tokens without a picture"
-        return cls(tuple(running), len(ids), tuple(placed), capacity)
+        return cls(tuple(running), len(ids), tuple(placed), capacity, opening)
 
     @property
     def dropped(self) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numba import prange
 
-_FILES = (
+_FILES = (  # all that hold compiled loops
     "amx.py",
     "kernels.py",
     "lanes.py",
@@ -26,6 +26,7 @@ _FILES = (
     "row_kernels.py",
     "single_queries.py",
     "sub_layers.py",
+    "thresholds.py",
 )
 _STAMP = tuple(
     (name, status.st_mtime, status.st_size)

@@ -72,14 +72,31 @@ class PictureInputs:
             {**message, "content": self._parts(message.get("content"), place, pictures)}
             for place, message in enumerate(messages)
         ]
+        return self._conversation(inputs, plain, len(pictures), "messages"), tuple(pictures)
+
+    def question(
+        self, inputs: TextInputs, text: str, images: int = 0, name: str = "messages"
+    ) -> tuple[int, ...]:
+        """The ids of one message of the user: so many images, then a text.
+
+        Raises:
+            InputError: as `chat`.
+        """
+        parts = [*[{"type": "image"}] * images, {"type": "text", "text": text}]
+        message = {"role": "user", "content": parts}
+        return self._conversation(inputs, [message], images, name)
+
+    def _conversation(
+        self, inputs: TextInputs, plain: Sequence[Mapping[str, Any]], images: int, name: str
+    ) -> tuple[int, ...]:
         ids = inputs.conversation(plain)
-        if ids.count(self.image_token) != len(pictures):
+        if ids.count(self.image_token) != images:
             spelled = inputs.piece(self.image_token).text
             raise InputError(
-                f"messages: they hold {len(pictures)} images, and {spelled!r} stands "
+                f"{name}: they hold {images} images, and {spelled!r} stands "
                 f"{ids.count(self.image_token)} times in the prompt; a text must not spell it"
             )
-        return self.expanded(ids), tuple(pictures)
+        return self.expanded(ids)
 
     def refuse_image_tokens(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raises InputError where a prompt without pictures holds their token."""

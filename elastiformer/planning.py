@@ -34,6 +34,9 @@ _STEPS_PER_OCTAVE = 8
 # What follows a prompt reads its last tokens most: they run whole, and those before make up for it.
 _END_TOKENS, _END_PART = 8, 16  # so many, but no more than one of so many,
 _END_PRICE = 0.011  # nor more than take so much from the capacity of the others
+# An answer hangs on its first tokens most: they run whole where a prompt's image tokens make up for
+# half of it beforehand, and for the other half nobody does: so much of the capacity at most.
+_OPENING_TOKENS, _OPENING_PRICE = 8, 0.011
 
 PlanAt = Callable[[Phase, int], PricedPlan]
 
@@ -54,6 +57,13 @@ class Ending(NamedTuple):
 
     tokens: int
     others: float
+
+
+class Opening(NamedTuple):
+    """The first tokens of phase output, which run whole, and what is paid for them beforehand."""
+
+    tokens: int
+    paid: float  # in tokens that run whole
 
 
 class Planner:
@@ -237,6 +247,26 @@ def prompt_ending(
     except CapacityError:  # out of the path's reach at this length
         return Ending(0, share)
     return Ending(tokens, others)
+
+
+def answer_opening(share: float, sent: int) -> Opening:
+    """How an answer begins where prompt and answer are asked for one share.
+
+    However soon the answer ends, what was spent by then is near to what was asked.
+    """
+    tokens = min(_OPENING_TOKENS, math.floor(2 * _OPENING_PRICE * sent / (1 - share)))
+    return Opening(tokens, tokens * (1 - share) / 2)
+
+
+def opened(plan_at: PlanAt, whole: PricedPlan, first: int) -> PlanAt:
+    """The same plans, but for tokens of phase output before the position `first`: the whole one."""
+
+    def plan_or_whole(phase: Phase, position: int) -> PricedPlan:
+        if phase is Phase.OUTPUT and position < first:
+            return whole
+        return plan_at(phase, position)
+
+    return plan_or_whole
 
 
 def others_share(share: float, whole: float, tokens: int, context: int) -> float:

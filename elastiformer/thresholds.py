@@ -3,9 +3,10 @@
 Tokens differ in how many of their channels matter. So every site has one ladder of thresholds for
 all tokens, quantiles of the sizes of held-out text, and a token takes what reaches the rung of its
 share, be it more or less than granted. What a request has taken beyond its grants is its debt at
-that site, a sixteenth of which moves the rung of the next token: so the mean of a request is what
-was granted, whatever its text, and no later token has a say. Debts are whole numbers of channels,
-so that all forms of the computation take the same.
+that site, a sixteenth of which moves the rung of the next token, and of what is beyond one token's
+grant five times as much: so the mean of a request is what was granted, whatever its text, and no
+later token has a say. Debts are whole numbers of channels, so that all forms of the computation
+take the same.
 
 Shape letters: N rows of a step   R some of them   S R + 1   K kinds of rows   I inputs
     O owners: requests   L layers   T sites   G rungs of a ladder, of which rung g is what a share
@@ -27,6 +28,8 @@ SEARCHED = np.float32(-1)  # in place of a threshold: a row's channels are count
 _ALONE = 4  # so few rows that take anything are faster in turn
 _COUNTED = 5  # rungs around the granted one, beyond which debts seldom lead
 PATIENCE = 16  # tokens over which a debt is paid back
+# By so much sooner beyond a grant: text unlike any other, a word again and again, stays in debt.
+HASTE = 5
 # Counts of ones are exact in any order.
 _ANY_ORDER: Any = {"fastmath": {"contract", "reassoc", "nsz"}}
 
@@ -130,7 +133,8 @@ def _count_five(x_I, norms_I, least_J, counts_J):  # type: ignore[no-untyped-def
 @compiled(inline="always")
 def _rung(rungs, inputs, granted, debt):  # type: ignore[no-untyped-def]
     """The one nearest to what is granted less the part of the debt that is due."""
-    wanted = PATIENCE * granted - debt
+    beyond = debt - min(max(debt, -granted), granted)
+    wanted = PATIENCE * granted - debt - (HASTE - 1) * beyond
     rung = (2 * rungs * wanted + PATIENCE * inputs) // (2 * PATIENCE * inputs)
     return min(max(rung, 1), rungs)
 

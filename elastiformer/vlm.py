@@ -30,6 +30,7 @@ from elastiformer.imaging import ImagingForm
 from elastiformer.masked import PlanGrid, Route, Selection
 from elastiformer.model import ElasticModel
 from elastiformer.picture_inputs import PictureInputs
+from elastiformer.planning import Opening, answer_opening, opened
 from elastiformer.sequence import Chunk
 from elastiformer.sight import Sight, gated, keep, kept_count
 from elastiformer.sparse import SparseForm
@@ -37,6 +38,8 @@ from elastiformer.tasks import IMAGE_TEXT_TO_TEXT
 from elastiformer.vlm_weights import load_vlm
 from elastiformer.vlms import describe_vlm
 from elastiformer.weights import BaseIdentity, config_hash
+
+NOTHING_WHOLE = Opening(0, 0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,35 +148,51 @@ class ElasticVlm(ElasticModel):
 
         Under one number for all, image tokens are left out first, down to the share that was
         calibrated for that number, and the language model's own units give what is still asked for.
+        What image tokens can pay for beforehand, an answer begins with: some tokens that run whole.
 
         Raises:
-            CapacityError: image tokens are to be left out, and the adapter has no router for them.
+            CapacityError: image tokens are to be left out, and the adapter has no router for them;
+                or less of what is generated, and nothing of it can be left out.
         """
         tokens = [picture.tokens for picture in pictures]
         share = capacity.prompt
-        kept, rest = tokens, capacity
+        kept, rest, opening = tokens, capacity, NOTHING_WHOLE
         if isinstance(share, UnitShares):
             if share.image_tokens < 1:
                 self._check_router()
                 kept = [kept_count(share.image_tokens, count) for count in tokens]
             rest = replace(rest, prompt=_without_images(share))
         elif share < 1 and tokens and (lowest := self._image_floor(share)) is not None:
-            kept, left = self._kept(share, len(ids), tokens, lowest)
+            if capacity.output == share and self.outputs_give and self.shape.kv == "complete":
+                opening = answer_opening(share, len(ids))
+            kept, left, opening = self._kept(share, len(ids), tokens, lowest, opening)
             rest = replace(rest, prompt=left)
         output = rest.output
         if isinstance(output, UnitShares):
             rest = replace(rest, output=_without_images(output))
         elif output < 1:
             running = len(ids) - sum(tokens) + sum(kept)
-            rest = replace(rest, output=self._of_output(output, len(ids), running))
-        return ImagedPrompt.of(ids, self.vlm.image_token, pictures, kept, rest)
+            rest = replace(rest, output=self._of_output(capacity, len(ids), running))
+        return ImagedPrompt.of(ids, self.vlm.image_token, pictures, kept, rest, opening.tokens)
 
-    def _of_output(self, share: float, sent: int, running: int) -> float:
+    @property
+    def outputs_give(self) -> bool:
+        """Whether anything of what is generated can be left out under a number."""
+        return self.calibration is not None and bool(self.calibration.paths[Phase.OUTPUT])
+
+    def _of_output(self, capacity: Capacity, sent: int, running: int) -> float:
         """What is asked of the tokens that are generated, each of which attends to fewer keys."""
+        share = capacity.output
+        assert not isinstance(share, UnitShares), "keep shares are not of the FLOPs"
         calibration = self.calibration
         gives_images = calibration is not None and calibration.image_tokens is not None
-        if calibration is not None and gives_images and not calibration.paths[Phase.OUTPUT]:
-            return 1.0  # nothing of it is ever left out
+        if gives_images and not self.outputs_give:
+            if share != capacity.prompt:
+                raise CapacityError(
+                    f"capacity.output: this model's adapter leaves out image tokens alone, and "
+                    f"nothing of what is generated: 1.0 is all that can be asked; got {share:g}"
+                )
+            return 1.0
         if running == sent:
             return share
         fewer_keys = self.shape.dense_token_flops(sent) / self.shape.dense_token_flops(running)
@@ -191,9 +210,12 @@ class ElasticVlm(ElasticModel):
             )
 
     def _kept(
-        self, share: float, sent: int, tokens: Many[int], lowest: float
-    ) -> tuple[list[int], float]:
-        """How many of each picture's tokens stay, and what the language model is asked for."""
+        self, share: float, sent: int, tokens: Many[int], lowest: float, opening: Opening
+    ) -> tuple[list[int], float, Opening]:
+        """How many of each picture's tokens stay, and what the language model is asked for.
+
+        And how an answer begins: as wished, if image tokens alone can pay for it.
+        """
         self._check_router()
         shape = self.shape.of_phase(Phase.PROMPT)
         plan = dense_plan(len(shape.layers))
@@ -208,12 +230,15 @@ class ElasticVlm(ElasticModel):
             routing = router.flops_per_token * total if kept < total else 0
             return running * shape.planned_token_flops(plan, running) + routing
 
-        fitting = bisect_right(range(least, total + 1), due, key=cost)
-        if fitting:
-            return _spread(least + fitting - 1, tokens), 1.0
+        paid = opening.paid * self.shape.dense_token_flops(sent)
+        if fitting := bisect_right(range(least, total + 1), due - paid, key=cost):
+            return _spread(least + fitting - 1, tokens), 1.0, opening
+        if opening.tokens:
+            return self._kept(share, sent, tokens, lowest, NOTHING_WHOLE)
         running = text + least
         left = due - (router.flops_per_token * total if least < total else 0)
-        return _spread(least, tokens), left / (running * self.shape.dense_token_flops(running))
+        asked = left / (running * self.shape.dense_token_flops(running))
+        return _spread(least, tokens), asked, NOTHING_WHOLE
 
     # The sparse form.
 
@@ -236,6 +261,9 @@ class ElasticVlm(ElasticModel):
         tokens = len(prompt.ids)
         cache = self._room_for(prompt.capacity, tokens, tokens + most_new, scored=False)
         plan_at = self._planner.plan_at(prompt.capacity, tokens)
+        if prompt.opening:
+            whole = self._planner.pricing[Phase.OUTPUT].dense
+            plan_at = opened(plan_at, whole, tokens - 1 + prompt.opening)
         sequence = ImagedSequence(plan_at, tokens + most_new, cache, prompt)
         self._adopt(sequence, prompt.keys, shared)
         return sequence

@@ -21,14 +21,18 @@ from elastiformer.families import has_module
 
 @dataclass(frozen=True, slots=True)
 class VlmFamily:
-    """Paths of one architecture's modules."""
+    """Paths of one architecture's modules, and what its config says of the tower's features."""
 
     language: str = "model.language_model"
     tower: str = "model.vision_tower"
     projector: str = "model.multi_modal_projector"
+    features: tuple[str, ...] = ("vision_feature_layer", "vision_feature_select_strategy")
 
 
-VLMS: dict[str, VlmFamily] = {"LlavaForConditionalGeneration": VlmFamily()}
+VLMS: dict[str, VlmFamily] = {
+    "LlavaForConditionalGeneration": VlmFamily(),
+    "VipLlavaForConditionalGeneration": VlmFamily(features=("vision_feature_layers",)),
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,17 +44,13 @@ class VlmLayout:
     tower: PreTrainedModel
     image_token: int  # stands in a prompt for each token of an image
     image_shape: tuple[int, int, int]  # channels, rows and columns that the tower takes
+    family: VlmFamily = VlmFamily()
 
     def features(self, pixels_BCHW: Tensor) -> Tensor:
         """The image tokens as the projector gives them: [B, P, D]."""
-        config: Any = self.whole.config
         whole: Any = self.whole
-        given = whole.get_image_features(
-            pixel_values=pixels_BCHW,
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            return_dict=True,
-        )
+        settings = {name: getattr(whole.config, name) for name in self.family.features}
+        given = whole.get_image_features(pixel_values=pixels_BCHW, return_dict=True, **settings)
         return torch.stack(list(given.pooler_output))
 
 
@@ -78,6 +78,7 @@ def describe_vlm(base: PreTrainedModel) -> VlmLayout:
         tower=base.get_submodule(family.tower),
         image_token=int(config.image_token_id),
         image_shape=(getattr(config.vision_config, "num_channels", 3), height, width),
+        family=family,
     )
 
 

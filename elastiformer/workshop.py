@@ -304,7 +304,9 @@ class Workshop:
                 _ = product.by_row(reading) if by_row else product.at_once(reading)
 
             each = seconds / len(SITES)
-            few_rows = compare(partial(run, True), partial(run, False), each, self._finish)
+            alike = first.pairs  # several rows go through all inputs
+            ways = partial(run, True), partial(run, False)
+            few_rows = compare(*ways, each, alike, self._finish)
             few[first.inputs, first.outputs] = few_rows
             for product, _ in pairs:
                 product.few = few_rows

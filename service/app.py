@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,9 +28,10 @@ from service.errors import (
     error_object,
     refusal_of,
 )
+from service.fetching import Fetcher
 from service.knob import Knob
 from service.logs import REQUEST_ID, RequestLog, visit_of
-from service.metrics import NO_MODEL, Metrics
+from service.metrics import INTERNAL, NO_MODEL, Metrics
 from service.middleware import BodyBound
 from service.routes import SPENT_HEADER, Hall, hashed, router
 from service.served import Catalogue
@@ -48,14 +50,26 @@ def create_app(
     tracing: Tracing | None = None,
 ) -> FastAPI:
     """An app over loaded models; its engines start and stop with it."""
-    knob = Knob(settings.default_capacity, settings.effort, settings.capacity_ceiling)
+    knob = Knob(
+        settings.default_capacity,
+        settings.effort,
+        settings.capacity_ceiling,
+        settings.load_limits,
+        settings.load_floor,
+    )
+    desk = Desk(catalogue, knob, settings.default_max_tokens)
+    for served in catalogue:
+        metrics.load_ceiling.labels(served.name).set_function(partial(desk.ceiling, served))
     metrics.name_build(settings.build)
     hall = Hall(
         catalogue=catalogue,
-        desk=Desk(catalogue, knob, settings.default_max_tokens),
+        desk=desk,
         metrics=metrics,
         keys={hashed(key.key): key for key in keys},
         tracing=tracing,
+        fetcher=Fetcher(hosts, settings.max_body_bytes)
+        if (hosts := settings.image_hosts)
+        else None,
         build=settings.build,
     )
 
@@ -174,15 +188,17 @@ def _shown(value: object) -> str:
 
 
 def _count(request: Request, error: Exception) -> None:
-    """Refusals before an engine was asked; the engine's own are counted where they happen."""
+    """Refusals before an engine was asked, and our mistakes; the engine's own it counts itself."""
     metrics = request.app.state.hall.metrics
     assert isinstance(metrics, Metrics)
     reasons: dict[type[Exception], str] = {
         Unauthorized: "unauthorized",
         UnknownModel: "unknown_model",
     }
-    reason = reasons.get(type(error))
-    if reason is None and refusal_of(error).status == 400:
+    reason, refusal = reasons.get(type(error)), refusal_of(error)
+    if reason is None and refusal.status == 400:
         reason = "invalid"
+    elif refusal is UNEXPECTED:
+        reason = INTERNAL
     if reason is not None:
         metrics.rejections.labels(NO_MODEL, reason).inc()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from elastiformer.errors import InputError
 from elastiformer.imaged import ImagedPrompt, Picture
@@ -20,6 +21,7 @@ from service.errors import BadRequest
 from service.items import Given, PlacedItems, place_items, refuse_labels
 from service.knob import Asked, Knob, Resolved
 from service.orders import Order
+from service.reach import as_run, of_chat, within_reach
 from service.scheduler import Job
 from service.schemas import (
     ChatRequest,
@@ -35,7 +37,7 @@ from service.schemas import (
 )
 from service.served import Catalogue, Served
 from service.settings import Key
-from service.zero_shot import Question, ask
+from service.zero_shot import Question, ask, ask_of_image
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 
@@ -86,6 +88,7 @@ class Desk:
         prompts = _prompts(asked, inputs)
         if served.vlm is not None:
             served.vlm.pictures.refuse_image_tokens(prompts)
+            resolved = within_reach(resolved, served.engine.longest)
         if asked.max_tokens == 0 and not asked.echo:
             raise BadRequest("max_tokens: 0 is for echo only", "max_tokens")
         longest = served.engine.longest(resolved.applied)
@@ -120,8 +123,11 @@ class Desk:
         else:
             ids = inputs.chat(messages)
         imaged: ImagedPrompt | None = None
-        if served.vlm is not None and pictures:
-            imaged = served.vlm.prompt(resolved.applied, ids, pictures)
+        if served.vlm is not None:
+            resolved = within_reach(resolved, of_chat(served.engine, served.vlm, ids, pictures))
+            if pictures:
+                imaged = served.vlm.prompt(resolved.applied, ids, pictures)
+                resolved = as_run(resolved, served.vlm)
         limit = asked.max_completion_tokens or asked.max_tokens
         longest = served.engine.longest(imaged.capacity if imaged else resolved.applied)
         longest += imaged.dropped if imaged else 0
@@ -156,8 +162,9 @@ class Desk:
         if served.encoder is not None:
             refuse_labels(served, asked.labels)
             return place_items(served, resolved, name, every, truncate, field)
-        texts = [_plain(each, field) for each in every]
-        return _labelled(served, resolved, name, texts, asked.labels, truncate)
+        if served.vlm is not None and any(not isinstance(each, Image) for each in every):
+            resolved = within_reach(resolved, served.engine.longest)
+        return _labelled(served, resolved, name, every, field, asked.labels, truncate)
 
     def embed(self, asked: EmbeddingRequest, caller: Caller) -> PlacedItems:
         """Raises UnknownModel, CapacityError, InputError, BadRequest."""
@@ -183,6 +190,11 @@ class Desk:
             given = [each for each in asked.input if not isinstance(each, int)]
         return place_items(served, resolved, asked.model, given, bool(asked.truncate))
 
+    def ceiling(self, served: Served) -> float:
+        """The most capacity that is granted now, where load may limit it."""
+        load = self.knob.load_ceiling(served.engine.load.pressure, served.model.lowest)
+        return min(self.knob.ceiling, load)
+
     def _writer(self, asked: Generation, caller: Caller) -> tuple[Served, Resolved]:
         """As `_resolve`, for a model that writes text."""
         served, resolved = self._resolve(
@@ -199,7 +211,9 @@ class Desk:
     ) -> tuple[Served, Resolved]:
         found = self.catalogue.find(name)
         asked = Asked(capacity, found.alias, caller.header, effort)
-        return found.served, self.knob.resolve(asked, caller.key, found.served.model.lowest)
+        served = found.served
+        pressure = served.engine.load.pressure
+        return served, self.knob.resolve(asked, caller.key, served.model.lowest, pressure)
 
     def _order(
         self,
@@ -241,11 +255,11 @@ class Desk:
 
 def _imaged(order: Order, prompt: ImagedPrompt) -> Order:
     """The same order for what runs of its one prompt."""
-    jobs = tuple(
-        replace(job, prompt=prompt.ids, capacity=prompt.capacity, imaged=prompt)
-        for job in order.jobs
-    )
-    return replace(order, jobs=jobs)
+    return replace(order, jobs=tuple(_of_imaged(job, prompt) for job in order.jobs))
+
+
+def _of_imaged(job: Job, prompt: ImagedPrompt) -> Job:
+    return replace(job, prompt=prompt.ids, capacity=prompt.capacity, imaged=prompt)
 
 
 def _prompts(asked: CompletionRequest, inputs: TextInputs) -> list[tuple[int, ...]]:
@@ -299,20 +313,12 @@ def _sampling(asked: Generation, logprobs: int | None) -> Sampling:
     return Sampling(**given, top_k=max(asked.top_k or 0, 0), logprobs=logprobs)
 
 
-def _plain(given: Readable, field: str) -> str:
-    """A text for a causal model."""
-    if isinstance(given, Image):
-        raise InputError(f"{field}: this model reads text only; got an image")
-    if isinstance(given, Pair):
-        raise InputError(f"{field}: this model reads no pairs; got {{text, text_pair}}")
-    return given
-
-
 def _labelled(
     served: Served,
     resolved: Resolved,
     name: str,
-    texts: Sequence[str],
+    given: Sequence[Readable],
+    field: str,
     labels: Sequence[str] | None,
     truncate: bool = False,
 ) -> PlacedLabels:
@@ -320,16 +326,44 @@ def _labelled(
         raise BadRequest(
             f"labels: {served.name!r} is a causal model; name the labels to choose from", "labels"
         )
-    inputs, ends = served.engine.inputs, end_tokens(served.model)
     longest = served.engine.longest(resolved.applied) if truncate else None
-    questions = [ask(inputs, ends, text, labels, longest) for text in texts]
-    jobs = tuple(
-        _label_job(place * len(labels) + number, question, number, resolved)
-        for place, question in enumerate(questions)
-        for number in range(len(labels))
-    )
-    order = served.engine.checked(Order(jobs, resolved, GREEDY))
+    jobs: list[Job] = []
+    for place, each in enumerate(given):
+        at = f"{field}.{place}" if len(given) > 1 else field
+        question, picture = _question(served, each, labels, longest, at)
+        asked = [
+            _label_job(place * len(labels) + number, question, number, resolved)
+            for number in range(len(labels))
+        ]
+        if picture is not None:
+            assert served.vlm is not None, "a picture for a model that reads none"
+            imaged = served.vlm.prompt(resolved.applied, question.prompt, [picture])
+            asked = [_of_imaged(job, imaged) for job in asked]
+        jobs += asked
+    order = served.engine.checked(Order(tuple(jobs), resolved, GREEDY))
     return PlacedLabels(served, order, name, tuple(labels))
+
+
+def _question(
+    served: Served, given: Readable, labels: Sequence[str], longest: int | None, name: str
+) -> tuple[Question, Picture | None]:
+    """What is asked about a text or an image, and the image as the model sees it."""
+    inputs, ends = served.engine.inputs, end_tokens(served.model)
+    if isinstance(given, Pair):
+        raise InputError(f"{name}: this model reads no pairs; got {{text, text_pair}}")
+    if served.vlm is None:
+        if isinstance(given, Image):
+            raise InputError(f"{name}: this model reads text only; got an image")
+        return ask(inputs, ends, given, labels, longest), None
+    pictures = served.vlm.pictures
+    if isinstance(given, str):
+        ids_of = partial(pictures.question, inputs, images=0, name=name)
+        return ask(inputs, ends, given, labels, longest, ids_of), None
+    if not inputs.has_chat_template:
+        raise InputError(f"{name}: an image needs a chat template, and this model has none")
+    picture = pictures.picture(given.image, name)
+    ids_of = partial(pictures.question, inputs, images=1, name=name)
+    return ask_of_image(inputs, ends, labels, ids_of), picture
 
 
 def _label_job(place: int, question: Question, number: int, resolved: Resolved) -> Job:

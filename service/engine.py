@@ -33,8 +33,9 @@ from service.bench import Bench
 from service.energy import Bill, Meter
 from service.errors import Cancelled, Draining, EngineDead, StepFailed, TimedOut
 from service.ledger import Ledger
+from service.load import Load
 from service.metrics import Metrics
-from service.orders import Order, Scored, Ticket
+from service.orders import Order, Scored, Ticket, waited_before
 from service.pace import Pace
 from service.rows import Request, Row, draw_of, grouped
 from service.scheduler import Entry, Job, Limits, Scheduler, Share
@@ -59,6 +60,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         meter: Meter | None = None,
         bench: Bench | None = None,
+        load: Load | None = None,
     ) -> None:
         """An engine that gets turns on a bench, its own if none is named, once it has started."""
         self.name = name
@@ -67,8 +69,10 @@ class Engine:
         self.inputs = TextInputs(model.tokenizer, model.layout.vocabulary, model.context)
         self.longest = lru_cache(maxsize=256)(self._longest)
         self.draining = False
+        self.load = load or Load(patience_seconds=2.0, clock=clock)
         self._metrics = metrics
         self._series = metrics.series(name)
+        metrics.open_tiers(name, model.lowest, energy=meter is not None)
         self._timeout_seconds = timeout_seconds
         self._max_decode_delay_seconds = max_decode_delay_seconds
         self._clock = clock
@@ -165,7 +169,7 @@ class Engine:
         request = Request(
             order=order,
             ticket=ticket,
-            submitted=now,
+            submitted=now - waited_before.get(),
             deadline=now + self._timeout_seconds,
             between_tokens=self._metrics.between_tokens.labels(self.name, order.resolved.tier),
             entries=(
@@ -228,6 +232,10 @@ class Engine:
             self._drop()
             with self._wake:
                 admitted = self._scheduler.admit()
+                waiting = (self._ledger.requests[entry] for entry in self._scheduler.waiting)
+                longest = next((each for each in waiting if each.admitted is None), None)
+            if longest is not None:
+                self.load.waited(self._clock() - longest.submitted)
             for entry in admitted:
                 self._open(entry)
             room = self._pace.prompt_tokens(self._max_decode_delay_seconds)
@@ -255,9 +263,10 @@ class Engine:
         if entry not in self._ledger.requests:
             return  # another job of its request failed in this turn
         request, job, now = self._ledger.requests[entry], entry.job, self._clock()
+        waited = now - request.submitted
         if request.admitted is None:
             request.admitted = now
-        waited = now - request.submitted
+            self.load.waited(waited)
         self._metrics.queue_time.labels(self.name, request.order.resolved.tier).observe(waited)
         try:
             sequence = self._sequence(entry)
@@ -284,7 +293,8 @@ class Engine:
         job, shared = entry.job, entry.group is not None
         if isinstance(job.imaged, ImagedPrompt):
             assert isinstance(self.model, ElasticVlm), "pictures for a model that reads none"
-            return self.model.imaged_sequence(job.imaged, job.most_new, shared)
+            most_new = job.most_tokens - len(job.prompt)
+            return self.model.imaged_sequence(job.imaged, most_new, shared)
         assert isinstance(self.model, ElasticModel), "this engine writes texts"
         return self.model.sequence(
             job.capacity,

@@ -1,8 +1,10 @@
 """From what a request says about capacity to what it gets, and who limited it.
 
 Precedence: body, alias, header, effort, the key's default, the server's default. Ceilings come
-last. A caller's own number is never changed silently: below a model's range it is refused by the
-engine. A default of the server's that a model cannot go down to is lifted to the model's lowest.
+last: the key's, the server's, and that of the load (load.py), which spares callers who named a
+capacity unless the operator wants otherwise. A caller's own number is never changed silently: below
+a model's range it is refused by the engine. A default of the server's that a model cannot go down
+to is lifted to the model's lowest.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from dataclasses import dataclass, field, replace
 
 from elastiformer.capacity import DENSE, Capacity, Share
 from elastiformer.errors import CapacityError
-from service.settings import Key
+from service.load import ceiling as ceiling_under
+from service.settings import Key, Limited
 
 AUTO = "auto"
 HEADER = "X-Elasti-Capacity"
@@ -36,6 +39,7 @@ class Resolved:
     requested: object
     applied: Capacity
     limited_by: str | None = None
+    most: Capacity = DENSE  # what the caller named; without it all
 
     @property
     def is_auto(self) -> bool:
@@ -54,14 +58,21 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class Knob:
-    """The server's side: its default, its table of efforts, its ceiling."""
+    """The server's side: its default, its table of efforts, its ceiling, whom load limits."""
 
     default: Capacity = DENSE
     effort: Mapping[str, Capacity] = field(default_factory=dict)
     ceiling: float = 1.0
+    load_limits: Limited = "auto"
+    load_floor: float = 0.5
 
-    def resolve(self, asked: Asked, key: Key | None, lowest: float) -> Resolved:
+    def resolve(
+        self, asked: Asked, key: Key | None, lowest: float, pressure: float = 0.0
+    ) -> Resolved:
         """Decide on a capacity, for a model whose capacities begin at `lowest`.
+
+        Args:
+            pressure: on the model's engine, from 0 to 1.
 
         Raises:
             CapacityError: any form of the knob that is present and wrong, used or not.
@@ -81,11 +92,24 @@ class Knob:
             chosen = _first(by_effort, key.capacity if key else None) or self.default
             requested = chosen.as_json()
             applied, limited_by = _lifted(chosen, lowest)
-        for name, ceiling in (("key", key.ceiling if key else 1.0), ("server", self.ceiling)):
+        ceilings = [("key", key.ceiling if key else 1.0), ("server", self.ceiling)]
+        is_auto, is_unnamed = own is _AUTO_CAPACITY, own is None and by_effort is None
+        yields = {"auto": is_auto, "unnamed": is_auto or is_unnamed, "all": True}
+        if yields.get(self.load_limits, False):
+            ceilings.append(("load", self.load_ceiling(pressure, lowest, key)))
+        for name, ceiling in ceilings:
             below = applied.limited(max(ceiling, lowest))
             if below != applied:
                 applied, limited_by = below, name
-        return Resolved(requested, applied, limited_by)
+        return Resolved(requested, applied, limited_by, most=own or DENSE)
+
+    def load_ceiling(self, pressure: float, lowest: float, key: Key | None = None) -> float:
+        """The most that load leaves to whom it may limit."""
+        if self.load_limits == "nobody":
+            return 1.0
+        own = key.floor if key is not None else None
+        floor = self.load_floor if own is None else own
+        return ceiling_under(pressure, max(floor, lowest))
 
     def _effort(self, effort: str | None) -> Capacity | None:
         if effort is None:

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from elastiformer.weights import tell_through_logging
 from service.errors import refusal_of
-from service.orders import Done, Failed, Ticket
+from service.orders import Done, Failed, Ticket, waited_before
 from service.tracing import PROBES, Place, Tracing
 
 Format = Literal["text", "json"]
@@ -120,7 +120,7 @@ class RequestLog:
             method=scope["method"],
             path=quote(scope["path"]),  # a line break in it would begin a line of its own
             client=client[0] if client else "",
-            began=time.monotonic(),
+            began=time.monotonic() - waited_before.get(),
             place=self._tracing.here() if self._tracing else None,
         )
 

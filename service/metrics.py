@@ -27,10 +27,12 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 FINISHED = ("stop", "length", "abort", "error")
 REJECTED = ("queue_full", "draining", "dead")
+INTERNAL = "internal"  # an error that nobody foresaw, wherever a request met it
 # Refused before a model was found: their model_name is empty, as whatever stood there is unbounded.
-REJECTED_AT_THE_DOOR = ("invalid", "unauthorized", "unknown_model", "too_large")
+REJECTED_AT_THE_DOOR = ("invalid", "unauthorized", "unknown_model", "too_large", INTERNAL)
 NO_MODEL = ""
-OVERRIDES = ("key", "server", "model")
+OVERRIDES = ("key", "server", "load", "model")
+AUTO, MIXED = "auto", "mixed"  # tiers of requests that name no single number
 TOKEN_UNITS = (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS, Unit.IMAGE_TOKENS)
 
 _WAIT_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -65,6 +67,12 @@ class Series:
     cache_usage: Gauge
     prefix_queries: Counter
     prefix_hits: Counter
+
+
+def tiers(lowest: float) -> tuple[str, ...]:
+    """Every tier that a request to a model can fall into: steps of 0.1 from its lowest one on."""
+    steps = range(int(lowest * 10 + 1e-9), 11)
+    return (*(f"{step / 10:.1f}" for step in steps), AUTO, MIXED)
 
 
 class Metrics:
@@ -108,7 +116,8 @@ class Metrics:
         )
         self.load_ceiling = self._gauge(
             "elasti_load_capacity_ceiling",
-            "Most capacity that the server grants now, whatever is asked.",
+            "Most capacity that the server grants now: its own ceiling, or under load that of the "
+            "requests that it may limit.",
             model,
         )
         self.adapter_info = self._gauge(
@@ -129,7 +138,7 @@ class Metrics:
         )
         self.rejections = self._counter(
             "elasti_admission_rejections_total",
-            "Requests refused before any work, by why.",
+            "Requests refused before any work, by why; internal: an error that nobody foresaw.",
             [*model, "reason"],
         )
         self.routed = self._counter(
@@ -246,6 +255,27 @@ class Metrics:
             for phase in Phase:
                 self.routed.labels(name, unit.value, phase.value)
                 self.skipped.labels(name, unit.value, phase.value)
+
+    def open_tiers(self, name: str, lowest: float, energy: bool) -> None:
+        """Show a model's series by tier from the start, from its lowest capacity on.
+
+        Args:
+            energy: whether the device's counter can be read; else there is no sample of it.
+        """
+        each = (
+            self.flops,
+            self.dense_flops,
+            self.parameters,
+            self.dense_parameters,
+            self.first_token,
+            self.between_tokens,
+            self.latency,
+            self.queue_time,
+            *((self.energy,) if energy else ()),
+        )
+        for tier in tiers(lowest):
+            for metric in each:
+                metric.labels(name, tier)
 
     def series(self, name: str) -> Series:
         return Series(

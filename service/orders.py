@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:  # for their names only: this file stays importable without to
     from elastiformer.sampling import Sampled, Sampling
 
 log = logging.getLogger("elasti.engine")
+
+# Seconds that the request of this context waited at a proxy, before it came to this process.
+waited_before: ContextVar[float] = ContextVar("waited_before", default=0.0)
 
 
 @dataclass(frozen=True, slots=True)

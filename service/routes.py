@@ -33,6 +33,7 @@ from service.answers import (
 from service.build import releases, version
 from service.desk import Caller, Desk, Placed, PlacedLabels
 from service.errors import Draining, EngineDead, NotServing, QueueFull, Unauthorized, UnknownModel
+from service.fetching import Fetcher, R
 from service.items import PlacedItems
 from service.knob import HEADER
 from service.logs import visit_of
@@ -86,6 +87,7 @@ class Hall:
     metrics: Metrics
     keys: dict[str, Key] = field(default_factory=dict)  # by the hash of the secret
     tracing: Tracing | None = None
+    fetcher: Fetcher | None = None  # where images may be named by their address
     build: str | None = None
     draining: bool = False
 
@@ -143,6 +145,7 @@ async def chat_completions(
     request: Request, asked: ChatRequest, hall: TheHall, caller: TheCaller
 ) -> Response:
     """Answer a conversation."""
+    asked = await _fetched(hall, asked)
     placed = await asyncio.to_thread(hall.desk.chat, asked, caller)
     return await _generate(request, hall, placed, ChatShape(placed), asked)
 
@@ -152,6 +155,7 @@ async def embeddings(
     request: Request, asked: EmbeddingRequest, hall: TheHall, caller: TheCaller
 ) -> Response:
     """Features of texts or images, one vector each."""
+    asked = await _fetched(hall, asked)
     placed = await asyncio.to_thread(hall.desk.embed, asked, caller)
     answer = await _answer(request, hall, placed)
     return _json(embeddings_json(placed, answer, asked.encoding_format or "float"), placed, answer)
@@ -163,6 +167,7 @@ async def classify(
     request: Request, asked: ClassifyRequest, hall: TheHall, caller: TheCaller
 ) -> Response:
     """Choose among labels, with the probability of each."""
+    asked = await _fetched(hall, asked)
     placed = await asyncio.to_thread(hall.desk.classify, asked, caller)
     answer = await _answer(request, hall, placed)
     if isinstance(placed, PlacedItems):
@@ -175,6 +180,7 @@ async def predict(
     request: Request, asked: PredictRequest, hall: TheHall, caller: TheCaller
 ) -> Response:
     """Score labels: the same question as `/v1/classify`, the answer as a plain list."""
+    asked = await _fetched(hall, asked)
     placed = await asyncio.to_thread(hall.desk.predict, asked, caller)
     answer = await _answer(request, hall, placed)
     raw = bool(asked.raw_scores)
@@ -246,6 +252,13 @@ async def metrics(hall: TheHall) -> Response:
 async def page() -> HTMLResponse:
     """A page to try the knob by hand."""
     return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+
+
+async def _fetched(hall: Hall, asked: R) -> R:
+    """The request with the images that it names by address; raises UnknownModel, InputError."""
+    if hall.fetcher is None or not hall.catalogue.find(asked.model).served.reads_images:
+        return asked
+    return await hall.fetcher.within(asked)
 
 
 async def _generate(

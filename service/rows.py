@@ -119,7 +119,10 @@ def draw_of(order: Order, job: Job) -> Draw:
 
 
 def grouped(jobs: Many[Job]) -> tuple[Entry, ...]:
-    """An entry per job; several of one prompt share a group."""
-    counts = Counter(job.prompt for job in jobs if job.shared_tokens >= WORTH_WAITING)
-    groups = {prompt: Group() for prompt, count in counts.items() if count > 1}
-    return tuple(Entry(job, groups.get(job.prompt)) for job in jobs)
+    """An entry per job; several of one prompt, pictures included, share a group."""
+    keys = [(job.prompt, id(job.imaged)) for job in jobs]
+    counts = Counter(
+        key for key, job in zip(keys, jobs, strict=True) if job.shared_tokens >= WORTH_WAITING
+    )
+    groups = {key: Group() for key, count in counts.items() if count > 1}
+    return tuple(Entry(job, groups.get(key)) for key, job in zip(keys, jobs, strict=True))

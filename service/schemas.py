@@ -136,7 +136,7 @@ class CompletionRequest(Generation):
 
 
 class ImageUrl(BaseModel):
-    """Where an image is: in the address itself, as a data URI."""
+    """Where an image is: in the address itself, as a data URI, or on a host that is listed."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
@@ -177,7 +177,7 @@ class ChatRequest(Generation):
 
 
 class Image(BaseModel):
-    """An image, as a data URI."""
+    """An image, as a data URI, or by its address on a host that is listed."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 

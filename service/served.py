@@ -26,6 +26,7 @@ from service.encoder_engine import EncoderEngine
 from service.energy import Meter, meter_of
 from service.engine import Engine
 from service.errors import EngineDead, UnknownModel
+from service.load import Load
 from service.metrics import Metrics
 from service.scheduler import Limits
 from service.settings import ModelSpec, Settings
@@ -102,6 +103,12 @@ class Served:
     def vlm(self) -> ElasticVlm | None:
         """The model where it reads images and writes text."""
         return self.model if isinstance(self.model, ElasticVlm) else None
+
+    @property
+    def reads_images(self) -> bool:
+        return self.vlm is not None or (
+            self.encoder is not None and self.encoder.encoder.reads_images
+        )
 
     @property
     def task(self) -> str:
@@ -261,11 +268,11 @@ def serve(
         settings.max_decode_delay_seconds,
         meter=meter,
         bench=bench,
+        load=Load(settings.load_patience_seconds),
     )
     machinery = Machinery.of(model, settings, costs, meter is not None)
     served = Served(spec, engine, machinery, model.adapter.identity if model.adapter else None)
     metrics.open(spec.name, served.identity or "none", spec.base, served.units)
-    metrics.load_ceiling.labels(spec.name).set(settings.capacity_ceiling)
     return served
 
 

@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from elastiformer.capacity import Capacity
 from elastiformer.errors import CapacityError
 from elastiformer.tasks import IMAGE_TEXT_TO_TEXT, Task
+from service.hosts import Hosts
 
 ADAPTERS = Path(__file__).resolve().parent.parent / "elastiformer" / "adapters"
 # The first is the default of requests that name no model.
@@ -29,6 +30,7 @@ EMBEDDED_DEFAULTS = {
 }
 TASKS = ("generate", "classify", IMAGE_TEXT_TO_TEXT, *(task.value for task in Task))
 DEFAULT_EFFORT = {"low": 0.6, "medium": 0.8, "high": 1.0}
+Limited = Literal["nobody", "auto", "unnamed", "all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +64,12 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A caller with a key: its own default, and the most it may ask for."""
+    """A caller with a key: its own default, its most, and the least that load leaves it."""
 
     name: str
     capacity: Capacity | None = None
     ceiling: float = 1.0
+    floor: float | None = None  # None: the server's
     key: str = field(default="", repr=False)  # never in a log
 
 
@@ -93,7 +96,8 @@ class Settings(BaseSettings):
     )
     default_capacity: Any = Field(
         1.0,
-        description="capacity of requests that ask for none, and of 'auto': a number or an object",
+        description="capacity of requests that ask for none, and of 'auto' without load: a number "
+        "or an object",
     )
     effort: Annotated[dict[str, Any], NoDecode] = Field(
         DEFAULT_EFFORT,
@@ -106,10 +110,29 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="most capacity that any request gets, whatever it asks",
     )
+    load_limits: Limited = Field(
+        "auto",
+        description="whose capacity falls under load: nobody's, that of 'auto', also of requests "
+        "that name none (unnamed), of all",
+    )
+    load_patience_seconds: float = Field(
+        2.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="wait for an engine at which load has brought capacities down to the floor; "
+        "it begins at a quarter of that",
+    )
+    load_floor: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="least capacity that load brings a request down to, above a model's lowest",
+    )
     keys_file: Path | None = Field(
         None,
-        description="JSON file: a list of {key, name, capacity?, ceiling?}; without it every "
-        "caller is let in",
+        description="JSON file: a list of {key, name, capacity?, ceiling?, floor?}; without it "
+        "every caller is let in",
     )
     max_waiting: int = Field(
         256, ge=1, description="sequences that may wait, per model; one more is refused with 429"
@@ -139,6 +162,11 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(
         4_000_000, ge=1, description="largest request body; a larger one is refused with 413"
+    )
+    image_hosts: Annotated[Hosts | None, NoDecode] = Field(
+        None,
+        description="hosts that images may be fetched from: names, and addresses or networks that "
+        "are not public, separated by ','; none: nothing is fetched",
     )
     request_timeout_seconds: float = Field(
         600.0,
@@ -187,6 +215,11 @@ class Settings(BaseSettings):
             return tuple(origin.strip() for origin in value.split(",") if origin.strip())
         return value
 
+    @field_validator("image_hosts", mode="before")
+    @classmethod
+    def _read_hosts(cls, value: object) -> object:
+        return Hosts.parse(value) if isinstance(value, str) else value
+
     @field_validator("default_capacity", mode="before")
     @classmethod
     def _read_default(cls, value: object) -> Capacity:
@@ -220,7 +253,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     except (OSError, ValueError) as error:
         raise ValueError(f"keys_file {path}: {error}") from None
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"keys_file {path}: a list of {{key, name, capacity?, ceiling?}}")
+        raise ValueError(f"keys_file {path}: a list of {{key, name, capacity?, ceiling?, floor?}}")
     keys: list[Key] = []
     wrong: list[str] = []
     for place, entry in enumerate(entries):
@@ -239,21 +272,30 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 def _key(entry: object) -> Key:
     if not isinstance(entry, Mapping):
         raise ValueError(f"an object with key and name; got {type(entry).__name__}")
-    if stray := sorted(set(entry) - {"key", "name", "capacity", "ceiling"}):
+    if stray := sorted(set(entry) - {"key", "name", "capacity", "ceiling", "floor"}):
         raise ValueError(f"unknown: {', '.join(stray)}")
     for name in ("key", "name"):
         if not isinstance(entry.get(name), str) or not entry[name]:
             raise ValueError(f"{name}: a text that is not empty")
     capacity = entry.get("capacity")
-    ceiling = Capacity.parse(entry.get("ceiling", 1.0), "ceiling").prompt
-    if not isinstance(ceiling, float):
-        raise ValueError("ceiling: a number above 0 and at most 1")
+    ceiling = _fraction(entry.get("ceiling", 1.0), "ceiling")
+    floor = _fraction(entry["floor"], "floor") if "floor" in entry else None
+    if floor is not None and floor > ceiling:
+        raise ValueError(f"floor: at most the ceiling, {ceiling:g}; got {floor:g}")
     return Key(
         name=entry["name"],
         capacity=None if capacity is None else Capacity.parse(capacity),
         ceiling=ceiling,
+        floor=floor,
         key=entry["key"],
     )
+
+
+def _fraction(value: object, name: str) -> float:
+    share = Capacity.parse(value, name).prompt
+    if not isinstance(share, float):
+        raise ValueError(f"{name}: a number above 0 and at most 1")
+    return share
 
 
 def _capacity(value: object, name: str) -> Capacity:

@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from service.answers import Json, Shape, counts_json, elasti_json, usage_json
 from service.desk import Placed
 from service.errors import UNEXPECTED, error_object, refusal_of
+from service.metrics import INTERNAL, NO_MODEL
 from service.orders import Done, Encoded, Event, Failed, Scored, Ticket
 from service.schemas import StreamOptions
 
@@ -91,6 +92,7 @@ async def stream(
         except Exception as error:
             if refusal_of(error) is UNEXPECTED:
                 log.exception("a stream failed")
+                request.app.state.hall.metrics.rejections.labels(NO_MODEL, INTERNAL).inc()
             yield _event(error_object(error))
 
 

@@ -27,7 +27,7 @@ from service.build import PACKAGE, version
 from service.desk import Placed, PlacedLabels
 from service.errors import refusal_of
 from service.items import PlacedItems
-from service.orders import Done, Failed, Summary, Ticket
+from service.orders import Done, Failed, Summary, Ticket, waited_before
 
 if TYPE_CHECKING:  # for their names only: nothing of it is loaded where tracing is off
     from fastapi.telemetry import TelemetryConfig
@@ -91,7 +91,8 @@ class Tracing:
 
     def follow(self, placed: AnyPlaced, ticket: Ticket) -> None:
         """Make an order's spans, below the current one, as soon as it has ended."""
-        parent, began = self._context.get_current(), time.time_ns()
+        parent = self._context.get_current()
+        began = time.time_ns() - round(waited_before.get() * 1e9)
 
         def tell(ending: Done | Failed) -> None:
             clock = _Clock(began, ending.summary)

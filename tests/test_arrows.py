@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from elastiformer import kernels
+
 ROOT = Path(__file__).resolve().parent.parent
 
 LOW_TO_HIGH = """
@@ -25,9 +27,9 @@ LOW_TO_HIGH = """
         drawing sampling inputs images encoder_inputs picture_inputs elastic model sharded led vlm
         encoder __init__
 
-    service: __init__ errors build settings schemas scheduler pace metrics knob orders energy rows
-        bench ledger middleware engine encoder_engine led served zero_shot items desk tracing logs
-        answers readings streams routes app server __main__
+    service: __init__ errors build hosts settings schemas fetching scheduler pace metrics load knob
+        orders energy rows bench ledger middleware engine encoder_engine led served zero_shot items
+        reach desk tracing logs answers readings streams routes app server __main__
 
     training: __init__ files options signals progress processes packages data start stream examples
         exchanges choosers image_draws losses lessons student encoder_student picture_student
@@ -35,8 +37,8 @@ LOW_TO_HIGH = """
         corpora sentiment canvas_tower canvas_sets canvas_answers canvas_model build quality
         encoder_quality picture_quality allotment tuning sensitivity regression picking
         channel_choices channel_sizes learnt ablation_rows baselines repaired pictures stopwatch
-        reports encoder_reports loop encoder_calibrate encoder_evaluate picture_reports
-        picture_evaluate path_search picture_meter picture_calibrate overlap subjects domain_data
+        reports encoder_reports loop encoder_calibrate encoder_evaluate picture_reports path_search
+        lent_paths picture_evaluate picture_meter picture_calibrate overlap subjects domain_data
         domain_report
         recipe_report ablation_report distill repair ranks ablation calibrate evaluate ablate
         domains recipe reconstruct summarize goals seeds synthesize __main__
@@ -96,6 +98,7 @@ DOORS = {
     "llvmlite": _COMPILED - {"elastiformer.kernels"},
     "matplotlib": {"training.pictures", "training.progress"},
     "fastapi": {"service"},
+    "httpx": {"service.fetching"},
     "opentelemetry": {"service.tracing"},
     "pynvml": {"service.energy"},
     "fastapi_offline": {"service.app"},
@@ -111,7 +114,7 @@ DOORS = {
 WITHOUT_TORCH = {
     "elastiformer": "errors tasks capacity usage accounting calibration calibration_reading card "
     "inputs",
-    "service": "errors build settings scheduler pace metrics knob middleware zero_shot",
+    "service": "errors build hosts settings scheduler pace metrics load knob middleware zero_shot",
     "training": "files signals packages allotment",
 }
 
@@ -194,6 +197,15 @@ def test_a_file_without_torch_meets_none_on_any_way():
         others = {name for name in IMPORTS[module] if name in MODULES}
         assert others <= pure, f"{module} imports {sorted(others - pure)}"
         assert not {name for name in IMPORTS[module] if name.partition(".")[0] == "torch"}, module
+
+
+def test_a_change_of_any_compiled_file_compiles_all_anew():
+    found = {
+        module
+        for module, path in MODULES.items()
+        if "\n@compiled(" in path.read_text(encoding="utf-8")
+    }
+    assert found == {f"elastiformer.{name.removesuffix('.py')}" for name in kernels._FILES}
 
 
 def test_the_library_exports_what_it_says():

@@ -206,10 +206,10 @@ def tiny_word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_image_processor(family: str = "vit") -> object:
-    size = {"height": SIDE, "width": SIDE}
+def tiny_image_processor(family: str = "vit", height: int = SIDE, width: int = SIDE) -> object:
+    size = {"height": height, "width": width}
     if family.startswith("clip"):
-        return CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
+        return CLIPImageProcessorPil(size={"shortest_edge": max(height, width)}, crop_size=size)
     if family == "deit":
         return DeiTImageProcessorPil(size=size, crop_size=size)
     return (SiglipImageProcessorPil if family.startswith("siglip") else ViTImageProcessorPil)(

@@ -12,6 +12,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
     ViTConfig,
     ViTImageProcessorPil,
 )
@@ -66,6 +68,23 @@ def tiny_vlm(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
+        draw_parameters(model)
+    return model.eval()
+
+
+def tiny_vip_vlm(tower: str = "clip", language: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """A random ViP-LLaVA, which reads several layers of its tower."""
+    kind, settings = _TOWERS[tower]
+    config = VipLlavaConfig(
+        vision_config=kind(**(_VISION | settings)),
+        text_config=tiny(language, vocab_size=VOCAB + 1).config,
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=PATCHES,
+        vision_feature_layers=[-1, 1],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = VipLlavaForConditionalGeneration(config)
         draw_parameters(model)
     return model.eval()
 

@@ -21,7 +21,8 @@
 BASE: a model folder, a Hub id, or the name of an embedded model. DATA: a .txt or .jsonl file, a
 folder of them, or hub:NAME[:split]. `python -m training COMMAND --help` names every option.
 
-Progress goes to stderr. The last line of stdout is one JSON object, for scripts.
+`distill` runs under torchrun in several processes; every other command runs in one, and refuses
+more. Progress goes to stderr. The last line of stdout is one JSON object, for scripts.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 
 from elastiformer.errors import ElastiError
+from training.files import RunError
 
 # Each a module of this package.
 COMMANDS = (
@@ -51,6 +54,7 @@ COMMANDS = (
     "summarize",
     "goals",
 )
+SHARED = ("distill",)  # what several processes of torchrun do together
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -64,6 +68,19 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{said} (default: %(default)s)".strip()
 
 
+def check_alone(command: str) -> None:
+    """Raises RunError for several processes where each would do the same work."""
+    told = os.environ.get("WORLD_SIZE", "1")
+    if not (told.isascii() and told.isdigit() and int(told) >= 1):
+        raise RunError(f"WORLD_SIZE: a whole number of processes, at least 1; got {told!r}")
+    if int(told) > 1 and command not in SHARED:
+        raise RunError(
+            f"{command}: runs in 1 process, and WORLD_SIZE says {told}: each would do all of the "
+            f"work and write the same files. Start it without torchrun, which is for "
+            f"{', '.join(SHARED)}"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     top = argparse.ArgumentParser(
@@ -74,17 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     top.add_argument("command", choices=COMMANDS)
     command = top.parse_args(given[:1]).command
 
-    # Only the command asked for is loaded: each brings libraries that the others do without.
-    module = importlib.import_module(f"training.{command}")
-    parser = argparse.ArgumentParser(
-        prog=f"python -m training {command}",
-        description=module.__doc__,
-        formatter_class=Help,
-    )
-    module.add_arguments(parser)
-    args = parser.parse_args(given[1:])
     try:
-        report = module.run(args)
+        check_alone(command)
+        # Only the command asked for is loaded: each brings libraries that the others do without.
+        module = importlib.import_module(f"training.{command}")
+        parser = argparse.ArgumentParser(
+            prog=f"python -m training {command}",
+            description=module.__doc__,
+            formatter_class=Help,
+        )
+        module.add_arguments(parser)
+        report = module.run(parser.parse_args(given[1:]))
     except ElastiError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

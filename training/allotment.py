@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from elastiformer.accounting import ModelShape
-from elastiformer.calibration import Step, unit_of
-from elastiformer.capacity import WHOLE_LAYER, LayerPlan, Plan, Unit, dense_plan
+from elastiformer.calibration import Step, unit_of, walk
+from elastiformer.capacity import WHOLE_LAYER, LayerPlan, Plan, Unit
 
 TOKEN_FIELDS = ("attention_tokens", "mlp_tokens")
 INSIDE = {
@@ -145,9 +145,10 @@ class Allotment:
             for name in fields
         }
 
-    def path(self) -> tuple[Step, ...]:
-        """Steps from the dense plan down to where nothing is left to give."""
-        plans: list[LayerPlan] = list(dense_plan(self._layers))
+    def path(self, after: Sequence[Step] = ()) -> tuple[Step, ...]:
+        """Steps from where these lead, the dense plan, down to where nothing is left to give."""
+        *_, reached = walk(after, self._layers)
+        plans: list[LayerPlan] = list(reached)
         best = [self._best(layer, plans) for layer in range(self._layers)]
         steps: list[Step] = []
         while True:

@@ -20,13 +20,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from elastiformer import AdapterError, Calibration, ElasticModel
 from elastiformer.calibration import DataRecord, Measured
 from elastiformer.vlm_weights import is_vlm
 from training.channel_sizes import channel_quantiles
-from training.data import Corpus, Windows, pack, read_corpus
+from training.data import read_corpus, two_sets
 from training.encoder_calibrate import (
     FOR_ITEMS,
     add_item_arguments,
@@ -58,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, help="folder, Hub id or embedded name")
     parser.add_argument("--adapter", required=True, type=Path, help="folder; written into")
     parser.add_argument("--data", required=True, help="held-out text that no training saw")
+    parser.add_argument(
+        "--text",
+        help="held-out text beside the exchanges of a vision-language model, on which its layers "
+        "are calibrated along --keep-paths: image tokens give first, and they what is left",
+    )
     parser.add_argument("--capacities", type=capacities, default=capacities(CAPACITIES))
     add_item_arguments(parser)
     parser.add_argument(
@@ -114,13 +117,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         refuse_unused(
             args,
             add_arguments,
-            ("task", "seen", "one_by_one", "keep_paths", *_FOR_TEXTS),
+            ("task", "seen", "one_by_one"),
             "a vision-language model",
         )
+        if args.keep_paths is None:
+            refuse_unused(args, add_arguments, _FOR_TEXTS, "it without --keep-paths")
+        else:
+            refuse_unused(args, add_arguments, _FOR_PROBES, "an adapter that keeps its paths")
         return calibrate_pictures(args)
     if args.keep_paths is not None:
         refuse_unused(args, add_arguments, _FOR_PROBES, "an adapter that keeps its paths")
-    refuse_unused(args, add_arguments, ("image_spread",), "what routes no image tokens")
+    refuse_unused(args, add_arguments, ("image_spread", "text"), "what routes no image tokens")
     if (task := task_asked(args)) is not None:
         refuse_unused(args, add_arguments, _FOR_TEXTS, "an encoder")
         return calibrate_items(args, task)
@@ -134,7 +141,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompt_tokens = args.prompt_tokens or args.window * 2 // 3
     if not 2 <= prompt_tokens < args.window:
         raise DataError(f"--prompt-tokens: from 2 to below --window; got {prompt_tokens}")
-    probe_WT, check_WT = two_sets(corpus, model, args)
+    probe_WT, check_WT = two_sets(
+        corpus, model.tokenizer, args.window, args.windows, args.check_windows, args.seed
+    )
     kept = kept_paths(args, model)
     recalibrate(model, None)  # what an earlier one said must not count
     meter = Meter(model, probe_WT, prompt_tokens)
@@ -195,23 +204,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "measured": [asdict(row) for row in rows],
         "seconds": round(time.monotonic() - started, 1),
     }
-
-
-def two_sets(
-    corpus: Corpus, model: ElasticModel, args: argparse.Namespace
-) -> tuple[Tensor, Tensor]:
-    """Windows to probe with and others to check on, from different documents."""
-    assert model.tokenizer is not None
-    chosen = []
-    for part, wanted in zip(corpus.split(0.5), (args.windows, args.check_windows), strict=True):
-        ids_WT = pack(part, model.tokenizer, args.window)
-        if len(ids_WT) < wanted:
-            raise DataError(
-                f"{corpus.source}: {len(ids_WT)} windows of {args.window} tokens in one half of "
-                f"it, {wanted} wanted; give more text or a smaller --window"
-            )
-        chosen.append(Windows(ids_WT, args.seed).take(wanted))
-    return chosen[0], chosen[1]
 
 
 def check(

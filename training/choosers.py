@@ -44,12 +44,14 @@ def by_class_attention(model: ElasticVlm, exchanges: Sequence[Exchange], seed: i
     config: Any = model.vlm.whole.config
     tower: Any = model.vlm.tower
     batch = collated(exchanges, model)
-    layer = config.vision_feature_layer
+    # ViP-LLaVA reads several layers, and no class token.
+    layer = getattr(config, "vision_feature_layer", None)
+    strategy = getattr(config, "vision_feature_select_strategy", "default")
     with eager(tower):
         attended = tower(batch.pixels_NCHW, output_attentions=True).attentions
     read = layer if isinstance(layer, int) and layer < 0 else -1
     attention_BTT: Tensor = attended[read].float().mean(1)
-    if config.vision_feature_select_strategy == "default":
+    if strategy == "default":
         return attention_BTT[:, 0, 1:]
     return attention_BTT.mean(1)[:, -model.sight.tokens :]
 

@@ -327,6 +327,31 @@ class Windows:
         return torch.randperm(len(self.ids_WT), generator=generator)
 
 
+def two_sets(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    probed: int,
+    checked: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Windows to probe with and others to check on, from different documents.
+
+    Raises:
+        DataError: one half of the corpus holds fewer than are wanted.
+    """
+    chosen = []
+    for part, wanted in zip(corpus.split(0.5), (probed, checked), strict=True):
+        ids_WT = pack(part, tokenizer, window)
+        if len(ids_WT) < wanted:
+            raise DataError(
+                f"{corpus.source}: {len(ids_WT)} windows of {window} tokens in one half of "
+                f"it, {wanted} wanted; give more text or a smaller --window"
+            )
+        chosen.append(Windows(ids_WT, seed).take(wanted))
+    return chosen[0], chosen[1]
+
+
 def seed_of(*parts: str | int) -> int:
     """A seed for one purpose: unrelated to that of any other, the same on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()

@@ -66,7 +66,7 @@ class Examples:
             def item() -> Item:
                 pixels_CHW = example.item().pixels_CHW
                 assert pixels_CHW is not None, "an image without pixels"
-                patches = model.context - model.encoder.class_tokens
+                patches = model.encoder.patch_count(*pixels_CHW.shape[1:])
                 chance = torch.Generator().manual_seed(seed_of("shown", example.digest.hex()))
                 order = torch.randperm(patches, generator=chance).tolist()
                 return model.image(pixels_CHW, order[: max(1, int(share * patches))])

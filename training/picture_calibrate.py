@@ -5,7 +5,9 @@ that stay. The paths of the layers' units are found as those of a language model
 few image tokens stay before the layers give anything is measured at each capacity, through the
 form that is served: of several floors the one whose answers are nearest to the pretrained model's.
 
-An adapter for image tokens alone has no paths: they give all that a number asks for.
+With the paths of another adapter (lent_paths.py) image tokens give first at every capacity, and the
+layers what is left, which is all of it where a prompt holds no image. An adapter for image tokens
+alone has no paths: they give all that a number asks for.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from elastiformer.vlm import ElasticVlm
 from training.allotment import LEAST_KL
 from training.exchanges import Exchange, Exchanges, read_exchanges
 from training.files import DataError
+from training.lent_paths import LentPaths
 from training.path_search import PathSearch, thresholds, trimmed, units_asked
 from training.picture_meter import PictureMeter
 from training.picture_quality import answers_at, loaded, prompt_at, quality, reached, some_of
@@ -52,7 +55,8 @@ def calibrate_pictures(args: argparse.Namespace) -> dict[str, Any]:
         adapter.spread_images(args.image_spread)
     exchanges = read_exchanges(args.data, model)
     units = _of_layers(units_asked(args, adapter.units))
-    asked_of_layers = any(units.values()) or args.prompt_units == ()
+    lent = LentPaths(model, args) if args.keep_paths is not None or args.text else None
+    asked_of_layers = lent is None and (any(units.values()) or args.prompt_units == ())
     probe, check = exchanges, exchanges
     if asked_of_layers:
         probe, check = exchanges.split(0.5)
@@ -73,8 +77,13 @@ def calibrate_pictures(args: argparse.Namespace) -> dict[str, Any]:
         job = _Joint(model, args, some_of(probe, args.items), units, started)
         draft = job.joined(draft)
         told = job.told()
+    asked = args.capacities
+    if lent is not None:
+        lowest = lent.lowest(asked)
+        asked = [each for each in asked if each >= lowest]
+        draft = lent.calibrated(replace(draft, lowest=lowest))
     recalibrate(model, draft)
-    served = [each for each in args.capacities if reached(model, some, each)]
+    served = [each for each in asked if reached(model, some, each)]
     least = min(served)
     if asked_of_layers:
         draft = replace(
@@ -93,11 +102,16 @@ def calibrate_pictures(args: argparse.Namespace) -> dict[str, Any]:
     dense = answers_at(model, some, 1.0)
     rows = [quality(model, some, capacity, dense) for capacity in track(served, label="measuring")]
     measured = tuple(row.measured() for row in rows)
+    worst = max(row.missed or 0.0 for row in rows)
+    if lent is not None:
+        windows = lent.windows()
+        texts = [lent.row(windows, each) for each in track(served, label="measuring on text")]
+        measured = tuple(text.measured(row) for text, row in zip(texts, measured, strict=True))
+        worst = max(worst, *(text.missed for text in texts))
     recalibrate(model, replace(draft, measured=measured))
     adapter.save(args.adapter)
-    worst = max(row.missed or 0.0 for row in rows)
     if worst > TOLERANCE:
-        print(f"warning: a prompt with its answer missed by {worst:.3f}", file=sys.stderr)
+        print(f"warning: a request missed its capacity by {worst:.3f}", file=sys.stderr)
     return {
         "adapter": str(args.adapter),
         "lowest": least,

@@ -22,6 +22,7 @@ from elastiformer.calibration import DataRecord
 from elastiformer.vlm import ElasticVlm
 from training.choosers import CHOOSERS
 from training.exchanges import Exchange, Exchanges, read_exchanges
+from training.lent_paths import beside_text
 from training.picture_quality import (
     Answers,
     PictureQuality,
@@ -84,7 +85,11 @@ def evaluate_pictures(args: argparse.Namespace) -> dict[str, Any]:
     files = write_pictures(args.out, report, model, some, args.seed)
     if args.update_adapter:
         assert model.adapter is not None
-        rows = tuple(row.measured(times.get(row.capacity)) for row in ours)
+        of_text = {row.capacity: row for row in calibration.measured}
+        rows = tuple(
+            beside_text(row.measured(times.get(row.capacity)), of_text.get(row.capacity))
+            for row in ours
+        )
         data = DataRecord(
             Path(exchanges.source).name,
             exchanges.sha256,

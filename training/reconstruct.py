@@ -173,7 +173,8 @@ class Painter:
 
 def places(batch: Batch) -> Tensor:
     """For every patch, its place among those that the encoder saw, and then the others, [B, P]."""
-    return batch.inputs["noise"].argsort(stable=True, dim=1).argsort(dim=1)
+    noise_BP: Tensor = batch.inputs["noise"]
+    return noise_BP.argsort(stable=True, dim=1).argsort(dim=1)
 
 
 def hidden(batch: Batch) -> Tensor:

@@ -18,7 +18,7 @@ from grafana_foundation_sdk.models.heatmap import HeatmapColorMode, HeatmapColor
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 from deploy.dashboards.panels import Board, Kind, Panel, Query, Row, placed
-from deploy.dashboards.queries import VARIABLES, Variable
+from deploy.dashboards.queries import PRICE, VARIABLES, Amount, Variable
 
 TAG = "elastiformer"
 SOURCE = dashboard.DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -43,6 +43,9 @@ def as_json(board: Board, others: Sequence[Board]) -> str:
     built.with_variable(source)
     for variable in VARIABLES:
         built.with_variable(_choice(variable))
+    exprs = (query.expr for row in board.rows for panel in row.panels for query in panel.queries)
+    if any(f"${PRICE.name}" in expr for expr in exprs):
+        built.with_variable(_written(PRICE))
     for other in others:
         built.link(
             builders.DashboardLink(other.title)
@@ -87,6 +90,18 @@ def _choice(variable: Variable) -> builders.QueryVariable:
         .multi(True)
         .include_all(True)
         .current(dashboard.VariableOption(selected=True, text=["All"], value=["$__all"]))
+    )
+
+
+def _written(amount: Amount) -> builders.TextBoxVariable:
+    value = dashboard.VariableOption(selected=True, text=amount.default, value=amount.default)
+    return (
+        builders.TextBoxVariable(amount.name)
+        .label(amount.title)
+        .description(amount.question)
+        .default_value(amount.default)
+        .current(value)
+        .options([value])
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deploy.dashboards.panels import Board, Kind, Panel, Query, Row, Scale
-from deploy.dashboards.queries import grown, level, over, rate, series
+from deploy.dashboards.queries import grown, level, or_none, over, rate, series
 
 ENDED = "elasti_request_success_total"
 REFUSED = "elasti_admission_rejections_total"
@@ -11,10 +11,14 @@ OVERRIDDEN = "elasti_capacity_override_total"
 RUNNING, WAITING = "elasti_num_requests_running", "elasti_num_requests_waiting"
 CACHE = "elasti_kv_cache_usage_perc"
 LOOKED_FOR, FOUND = "elasti_prefix_cache_queries_total", "elasti_prefix_cache_hits_total"
+ERROR = 'finished_reason="error"'
+INTERNAL, FORESEEN = 'reason="internal"', 'reason!="internal"'  # a mistake of ours, a refusal
 UP = 'up{job=~"$job",instance=~"$instance"}'
 
 REQUESTS = "elasti_e2e_request_latency_seconds_count"  # one for each request that ended
 _ASKED_FOR = f"({grown(REQUESTS)} + {grown(REFUSED, without_model=True)})"
+_MISTAKES = or_none(grown(REFUSED, only=INTERNAL, without_model=True))
+_FAILED = f"({grown(ENDED, only=ERROR)} + {_MISTAKES})"
 
 _NOW = Row(
     "Now, and in the time shown",
@@ -54,19 +58,21 @@ _NOW = Row(
         ),
         Panel(
             "Ended in an error",
-            "Which share of the sequences that ended in the time shown failed by our fault?",
+            "Which share of what ended in the time shown failed by our fault: sequences in the "
+            "engine, and requests on an error that nobody foresaw, of whichever model?",
             Kind.STAT,
             Scale.SHARE,
-            (Query(over(grown(ENDED, only='finished_reason="error"'), grown(ENDED))),),
+            (Query(over(_FAILED, f"({grown(ENDED)} + {_MISTAKES})")),),
             width=4,
             alarm=0.01,
         ),
         Panel(
             "Refused",
-            "Which share of all requests in the time shown was refused before any work?",
+            "Which share of all requests in the time shown was refused before any work? Without "
+            "those that failed on an error of ours.",
             Kind.STAT,
             Scale.SHARE,
-            (Query(over(grown(REFUSED, without_model=True), _ASKED_FOR)),),
+            (Query(over(grown(REFUSED, only=FORESEEN, without_model=True), _ASKED_FOR)),),
             width=4,
             alarm=0.05,
         ),
@@ -114,12 +120,22 @@ _ERRORS = Row(
             (
                 Query(
                     over(
-                        rate(ENDED, "model_name", 'finished_reason="error"'),
+                        rate(ENDED, "model_name", ERROR),
                         rate(ENDED, "model_name"),
                     ),
                     "{{model_name}}",
                 ),
             ),
+            width=12,
+        ),
+        Panel(
+            "Failed on an error that nobody foresaw",
+            "Does the server itself make mistakes, before an engine is asked or while an answer is "
+            "written? The caller gets 500, the log has the stack. No model is known here.",
+            Kind.LINES,
+            Scale.PER_SECOND,
+            (Query(rate(REFUSED, "reason", INTERNAL, without_model=True), "{{reason}}"),),
+            width=12,
         ),
         Panel(
             "Refused by a model, by why",
@@ -133,6 +149,7 @@ _ERRORS = Row(
                     "{{model_name}}: {{reason}}",
                 ),
             ),
+            width=12,
         ),
         Panel(
             "Refused at the door, by why",
@@ -140,7 +157,13 @@ _ERRORS = Row(
             "value, too much at once? No model is known here, so the choice of model is not used.",
             Kind.LINES,
             Scale.PER_SECOND,
-            (Query(rate(REFUSED, "reason", 'model_name=""', without_model=True), "{{reason}}"),),
+            (
+                Query(
+                    rate(REFUSED, "reason", f'model_name="",{FORESEEN}', without_model=True),
+                    "{{reason}}",
+                ),
+            ),
+            width=12,
         ),
     ),
 )

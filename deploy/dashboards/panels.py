@@ -39,6 +39,7 @@ class Scale(Enum):
     JOULES = "joule"
     WATTS = "watt"
     CAPACITY = "none"
+    MONEY = "locale"  # of whichever currency
 
 
 @dataclass(frozen=True, slots=True)

@@ -338,6 +338,8 @@ def shown(value: float, scale: Scale) -> str:
         return f"{1000 * value:.3g} ms" if 0 < value < 1 else f"{value:.3g} s"
     if scale is Scale.CAPACITY:
         return f"{value:.3g}"
+    if scale is Scale.MONEY:
+        return f"{value:,.6g}" if abs(value) >= 1000 else f"{value:.3g}"
     unit = {
         Scale.FLOPS: "FLOP",
         Scale.FLOPS_PER_SECOND: "FLOP/s",

@@ -17,7 +17,8 @@ RANGE = "$__range"
 _SCOPE = 'job=~"$job",instance=~"$instance",model_name=~"$model{none}"'
 
 
-ALWAYS_THERE = "elasti_num_requests_running"  # from a server's start, for each of its models
+# From a server's start for each of its models, and of a fleet also for what has none yet.
+ALWAYS_THERE = "elasti_num_requests_waiting"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +38,34 @@ VARIABLES = (JOB, MODEL, INSTANCE)
 
 
 @dataclass(frozen=True, slots=True)
+class Amount:
+    """A number that a reader of a dashboard writes in."""
+
+    name: str
+    title: str
+    question: str
+    default: str
+
+
+PRICE = Amount("price", "Price of an exaFLOP", "What do you pay for 10^18 FLOPs?", "1")
+_EXAFLOP, _HOUR_SECONDS = "1e18", 3600
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """What Grafana would write for the variables, over so much time."""
 
     range_seconds: int
     rate_seconds: int
     chosen: Mapping[str, Sequence[str]]  # values, by the variable's name
+    price: str = PRICE.default
 
     def filled(self, expr: str) -> str:
         """The query with its variables written out."""
         values = {
             RATE: f"{self.rate_seconds}s",
             RANGE: f"{self.range_seconds}s",
+            f"${PRICE.name}": self.price,
             **{f"${name}": _any_of(values) for name, values in self.chosen.items()},
         }
         for variable, value in values.items():
@@ -83,6 +100,11 @@ def level(name: str, by: str = "", only: str = "") -> str:
     return f"{_sum(by)}({series(name, only)})"
 
 
+def some(expr: str) -> str:
+    """Without the series that are at 0: tiers that nobody uses are there too."""
+    return f"({expr} > 0)"
+
+
 def or_none(expr: str) -> str:
     """0 where nothing was ever counted; for a sum without labels."""
     return f"({expr} or vector(0))"
@@ -97,10 +119,25 @@ def left_of(part: str, whole: str) -> str:
     return f"1 - {part} / {whole}"
 
 
+def money(flops: str) -> str:
+    """What so many FLOPs cost, at the price that is written in."""
+    return f"({flops}) / {_EXAFLOP} * ${PRICE.name}"
+
+
+def money_per_hour(flops_per_second: str) -> str:
+    return money(f"({flops_per_second}) * {_HOUR_SECONDS}")
+
+
+def per_request(expr: str, requests: str) -> str:
+    """Each of some series, over one sum without labels."""
+    return f"{expr} / scalar({requests})"
+
+
 def quantile(share: float, histogram: str, by: str = "") -> str:
     """Below which value this share of the observations lies."""
     buckets = rate(f"{histogram}_bucket", by=f"le,{by}" if by else "le")
-    return f"histogram_quantile({share:g}, {buckets})"
+    # No comparison holds for the NaN of a tier that nobody used.
+    return f"histogram_quantile({share:g}, {buckets}) >= 0"
 
 
 def quantile_of_all(share: float, histogram: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deploy.dashboards.money import DENSE_FLOPS, FLOPS, MONEY
 from deploy.dashboards.panels import Board, Kind, Panel, Query, Row, Scale
 from deploy.dashboards.queries import (
     buckets,
@@ -10,16 +11,23 @@ from deploy.dashboards.queries import (
     mean,
     or_none,
     over,
+    per_request,
     rate,
+    some,
 )
 
-FLOPS, DENSE_FLOPS = "elasti_flops_total", "elasti_dense_flops_total"
 PARAMETERS, DENSE_PARAMETERS = "elasti_parameters_used_total", "elasti_dense_parameters_total"
 DECISIONS, LEFT_OUT = "elasti_router_tokens_total", "elasti_router_tokens_skipped_total"
 REQUESTS = "elasti_e2e_request_latency_seconds_count"  # one for each request that ended
 ENERGY, GENERATED = "elasti_energy_joules_total", "elasti_generation_tokens_total"
-TOKENS = 'unit=~"attention_tokens|mlp_tokens"'
+TOKENS = 'unit=~"attention_tokens|mlp_tokens|image_tokens"'
 BELOW = 'tier!~"1[.]0|auto"'
+
+_NOT_BY_UNIT = (
+    "Not by unit: units lie inside each other (a head of a token that is left out costs nothing "
+    "already), so a unit's part would hang on which of them is taken first. What each unit left "
+    "out is counted in decisions, below."
+)
 
 _TOTALS = Row(
     "In the time shown",
@@ -83,7 +91,7 @@ _SHARES = Row(
     (
         Panel(
             "FLOPs saved, by model",
-            "Which model saves which share of its dense FLOPs?",
+            f"Which model saves which share of its dense FLOPs? {_NOT_BY_UNIT}",
             Kind.LINES,
             Scale.SHARE,
             (
@@ -99,7 +107,7 @@ _SHARES = Row(
             "last layer count too, so no tier is exactly on its number.",
             Kind.LINES,
             Scale.SHARE,
-            (Query(left_of(rate(FLOPS, "tier"), rate(DENSE_FLOPS, "tier")), "{{tier}}"),),
+            (Query(left_of(rate(FLOPS, "tier"), some(rate(DENSE_FLOPS, "tier"))), "{{tier}}"),),
         ),
         Panel(
             "Parameters left out, by model",
@@ -174,46 +182,45 @@ _TOKENS = Row(
             Scale.SHARE,
             (
                 Query(
-                    over(rate(LEFT_OUT, "unit,phase"), f"({rate(DECISIONS, 'unit,phase')} > 0)"),
+                    over(rate(LEFT_OUT, "unit,phase"), some(rate(DECISIONS, "unit,phase"))),
                     "{{unit}}, {{phase}}",
                 ),
             ),
         ),
         Panel(
-            "Tokens left out per second, by model",
-            "Which model skips how many tokens around attention and MLP, once per layer?",
+            "Tokens left out per second, by model and unit",
+            "Which model skips how many tokens around attention and around the MLP, once per "
+            "layer, and how many image tokens?",
             Kind.LINES,
             Scale.PER_SECOND,
-            (Query(rate(LEFT_OUT, "model_name", TOKENS), "{{model_name}}"),),
+            (Query(rate(LEFT_OUT, "model_name,unit", TOKENS), "{{model_name}}: {{unit}}"),),
         ),
         Panel(
-            "Tokens left out per request, by unit",
-            "How many tokens does an average request leave out around attention and around the "
-            "MLP, once per layer?",
+            "Left out per request, by unit",
+            "How much of each unit does an average request leave out, counted in decisions as on "
+            "the left above?",
             Kind.LINES,
             Scale.COUNT,
-            (Query(mean("elasti_tokens_skipped_per_request", "unit"), "{{unit}}"),),
+            (Query(per_request(rate(LEFT_OUT, "unit"), rate(REQUESTS)), "{{unit}}"),),
+            logarithmic=True,
         ),
         Panel(
-            "Tokens left out per request, by model",
-            "How many tokens does an average request to each model leave out, both units "
-            "together, once per layer?",
+            "Tokens left out per request, by model and unit",
+            "How many tokens does an average request to each model leave out around attention and "
+            "around the MLP, once per layer, and how many image tokens?",
             Kind.LINES,
             Scale.COUNT,
             (
                 Query(
-                    over(
-                        rate("elasti_tokens_skipped_per_request_sum", "model_name"),
-                        rate(REQUESTS, "model_name"),
-                    ),
-                    "{{model_name}}",
+                    mean("elasti_tokens_skipped_per_request", "model_name,unit"),
+                    "{{model_name}}: {{unit}}",
                 ),
             ),
         ),
         Panel(
             "Tokens left out in a request",
             "Is it a few requests that leave out much, or all of them a little? Each request is "
-            "counted once per unit: around attention, and around the MLP.",
+            "counted once per unit of tokens: around attention, around the MLP, and image tokens.",
             Kind.HEATMAP,
             Scale.COUNT,
             (Query(buckets("elasti_tokens_skipped_per_request"), "{{le}}"),),
@@ -226,7 +233,7 @@ _PARAMETERS = Row(
     (
         Panel(
             "Parameters left out per second, by model",
-            "How much of each model's weights is not worked with, once per token?",
+            f"How much of each model's weights is not worked with, once per token? {_NOT_BY_UNIT}",
             Kind.LINES,
             Scale.PER_SECOND,
             (
@@ -288,7 +295,7 @@ _ASKED = Row(
             "phase, or keep shares.",
             Kind.AREAS,
             Scale.PER_SECOND,
-            (Query(rate(REQUESTS, "tier"), "{{tier}}"),),
+            (Query(some(rate(REQUESTS, "tier")), "{{tier}}"),),
             width=12,
         ),
         Panel(
@@ -325,7 +332,7 @@ _ENERGY = Row(
             "Which requests take the energy?",
             Kind.AREAS,
             Scale.WATTS,
-            (Query(rate(ENERGY, "tier"), "{{tier}}"),),
+            (Query(some(rate(ENERGY, "tier")), "{{tier}}"),),
         ),
         Panel(
             "Energy per generated token, by model",
@@ -347,5 +354,5 @@ SAVINGS = Board(
     "savings",
     "Elastiformer: Savings",
     "What was left out, what dense would have cost, and whether callers got what they asked for.",
-    (_TOTALS, _SHARES, _BILL, _TOKENS, _PARAMETERS, _ASKED, _ENERGY),
+    (_TOTALS, _SHARES, _BILL, MONEY, _TOKENS, _PARAMETERS, _ASKED, _ENERGY),
 )

@@ -23,6 +23,7 @@ from ray.serve.schema import LoggingConfig
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deploy.ray.arrivals import Waited
 from deploy.ray.fleet import LISTENER, REPLICA, Fleet
 from deploy.ray.targets import BEAT_SECONDS, Target, Targets, open_page
 from service.app import create_app
@@ -63,6 +64,7 @@ class Server:
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app(self._settings, self._catalogue, self._metrics, self._keys, self._tracing)
         app.add_middleware(Signed, name=self._name)
+        app.add_middleware(Waited)
         return app
 
     def check_health(self) -> None:
@@ -131,8 +133,17 @@ def build(args: dict[str, Any]) -> serve.Application:
     return server.bind(settings, fleet.metrics_port)
 
 
+def machines() -> list[str]:
+    """Where each machine of the cluster shows Ray's own metrics."""
+    return [
+        f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
 # The list of the replicas: an application of its own, so that it answers beside a full queue. It
 # must be there, under the name LISTENER, before a replica is.
 listener: serve.Application = serve.deployment(
     Targets, name="targets", ray_actor_options={"num_cpus": 0}, logging_config=SILENT
-).bind()
+).bind(machines)

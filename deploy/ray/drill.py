@@ -4,8 +4,9 @@
 
 One machine, the loopback address, a tiny model, one or two replicas on the CPU. While callers
 stream all the time, one replica is killed, then far too many call, then few. What each caller was
-told is compared with what should have been. A real Prometheus, where there is one, finds the
-replicas by their list. It takes some three minutes, and needs the extra `ray`.
+told is compared with what should have been. A real Prometheus, where there is one, finds replicas
+and proxies by their lists, with the configuration beside this file, and fires the alerts of
+deploy/prometheus, made shorter by 60. It takes some five minutes, and needs the extra `ray`.
 
 Progress goes to stderr. The last line of stdout is one JSON object; 1 is returned where something
 was not as it should be.
@@ -16,32 +17,43 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
-import secrets
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from benchmarks.results import Table
 from benchmarks.server import totals
 from deploy.dashboards.prometheus import Prometheus
-from deploy.ray import refusals
 from deploy.ray.callers import Call, Callers
-from deploy.ray.fleet import LISTENER, TARGETS, Fleet
+from deploy.ray.fleet import TARGETS
+from deploy.ray.stage import HOST, ONGOING, jobs, running, small_fleet
+from deploy.record import setting, write
 from deploy.stage import NAME, free_port, make_model, say
-from deploy.watch import scraping
+from deploy.watch import firing, scraping
 
-MAX_RUNNING, ONGOING, QUEUED = 4, 5, 12
-SOME, MANY, FEW = 8, 40, 2  # callers
+SOME, MANY, FEW = 8, 60, 2  # callers
+SPEED = 60.0  # by which the rules' durations are shorter
+AT_THE_PROXY = 'model_name="any model"'
+ALERTS = frozenset(
+    {
+        "ElastiQueueGrowing",
+        "ElastiQueueFull",
+        "ElastiErrorRate",
+        "ElastiFirstTokenBudgetBurnsFast",
+    }
+)
 FLOOD_SECONDS, CALM_SECONDS, AFTER_SECONDS = 10.0, 5.0, 15.0
 WAIT_SECONDS = 180.0  # for a replica to come or go
 ENDED = "elasti_request_success_total"
@@ -186,10 +198,11 @@ class Drill:
         }
 
     async def flood(self) -> dict[str, Any]:
-        """Far more than fit: the queue is bounded, and who does not fit is told at once."""
+        """Far more than fit: the queue is bounded, who does not fit is told at once, it alerts."""
         before = len(self.callers.calls)
         await self.callers.number(MANY)
         await asyncio.sleep(FLOOD_SECONDS)
+        seen = await self.alerts() if self.prometheus else {}
         asked = time.monotonic()
         listed = len(await self.targets())
         listing = time.monotonic() - asked
@@ -202,7 +215,9 @@ class Drill:
         self.hold(all(_is_ours(call, "queue_full") for call in away), "in our words")
         self.hold(not lost, f"nobody else loses anything: {lost}")
         slowest = max((call.ended - call.began for call in away), default=0.0)
-        return {
+        if self.prometheus:
+            seen |= await self.calm()
+        return seen | {
             "turned_away": len(away),
             "statuses": dict(Counter(str(call.status) for call in away)),
             "told": sorted({call.told for call in away})[:1],
@@ -211,24 +226,75 @@ class Drill:
             "answers": sum(call.whole for call in calls),
         }
 
+    async def alerts(self) -> dict[str, Any]:
+        """What waits at the proxy fires the alerts, and it waits there: not in the replicas."""
+        fired: dict[str, float] = {}
+        began = time.monotonic()
+
+        async def all_fire() -> bool:
+            for alert in sorted(await firing(str(self.prometheus)) & ALERTS - fired.keys()):
+                fired[alert] = round(FLOOD_SECONDS + time.monotonic() - began, 1)
+            return fired.keys() >= ALERTS
+
+        await self.until(all_fire, f"{', '.join(sorted(ALERTS))} fire")
+        waiting = self.measured(
+            f"avg_over_time(job_model:elasti_num_requests_waiting:sum{{{AT_THE_PROXY}}}[10s])"
+        )
+        inside = self.measured(
+            'max(max_over_time(elasti_num_requests_waiting{model_name!="any model"}[10s]))'
+        )
+        own = "histogram_quantile(0.5, sum by (le) (rate({}_bucket[30s])))"
+        queue = self.measured(own.format("elasti_request_queue_time_seconds"))
+        first = self.measured(own.format("elasti_time_to_first_token_seconds"))
+        self.hold(waiting > 16, f"the queue is seen at the proxy: {waiting:g}")
+        self.hold(inside <= ONGOING, f"and not in the replicas: {inside:g}")
+        self.hold(queue > 1, f"a request's waiting there is in the queue's time: {queue:.2f} s")
+        return {
+            "fired_seconds": fired,
+            "seen_waiting_at_the_proxy": round(waiting, 1),
+            "seen_waiting_in_a_replica": inside,
+            "median_queue_seconds": round(queue, 2),
+            "median_first_token_seconds": round(first, 2),
+        }
+
+    async def calm(self) -> dict[str, Any]:
+        """The alerts clear, and every refusal of the proxy was counted."""
+
+        async def clear() -> bool:
+            return not await firing(str(self.prometheus)) & ALERTS
+
+        taken = await self.until(clear, "the alerts clear")
+        told = sum(call.turned_away for call in self.callers.calls)
+        refused = f'elasti_admission_rejections_total{{{AT_THE_PROXY},reason="queue_full"}}'
+        counted = self.measured(f"sum({refused})")
+        self.hold(counted == told, f"all {told} refusals are counted: {counted:g}")
+        lost = sum(not call.whole and not call.turned_away for call in self.callers.calls)
+        failed = self.measured(f"sum({refused.replace('queue_full', 'internal')})")
+        self.hold(failed == lost, f"all {lost} lost answers are counted: {failed:g}")
+        return {
+            "cleared_seconds": taken,
+            "refusals_counted": counted,
+            "lost_answers_counted": failed,
+        }
+
+    def measured(self, query: str) -> float:
+        """What Prometheus answers now; NaN where that is nothing."""
+        with httpx.Client(trust_env=False) as client:
+            found = Prometheus(client, str(self.prometheus)).now(query, time.time())
+        return found[0].values[-1] if found else math.nan
+
     async def watch(self) -> dict[str, Any]:
         """Prometheus finds both replicas by their list, under the names that one server has."""
         if self.prometheus is None:
             return {"skipped": "prometheus is not installed"}
-        with httpx.Client(trust_env=False) as client:
-            ask = Prometheus(client, self.prometheus)
 
-            async def both() -> bool:
-                up = ask.now('sum(up{job="elastiformer"})', time.time())
-                return bool(up) and up[0].values[-1] == 2
+        async def both() -> bool:
+            return self.measured('sum(up{job="elastiformer"})') == 2
 
-            taken = await self.until(both, "Prometheus sees two servers")
-            await asyncio.sleep(3)
-            query = "count(sum by (replica) (rate(elasti_generation_tokens_total[5s])) > 0)"
-            working = ask.now(query, time.time())
-            self.hold(
-                bool(working) and working[0].values[-1] == 2, "both are seen to generate tokens"
-            )
+        taken = await self.until(both, "Prometheus sees two servers")
+        await asyncio.sleep(3)
+        working = "count(sum by (replica) (rate(elasti_generation_tokens_total[5s])) > 0)"
+        self.hold(self.measured(working) == 2, "both are seen to generate tokens")
         return {"seconds_to_two": taken}
 
     async def shrink(self) -> dict[str, Any]:
@@ -259,44 +325,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, help="file for what was seen, as JSON")
+    parser.add_argument("--out", type=Path, help="JSON of what was seen; a page comes beside it")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="fleet-") as name:
         folder, port = Path(name), free_port()
         make_model(folder)
-        address = f"http://127.0.0.1:{port}"
-        listed = {"url": f"{address}{TARGETS}", "refresh_interval": "1s"}
+        address = f"http://{HOST}:{port}"
         watching = (
-            scraping(folder, free_port(), {"http_sd_configs": [listed]})
+            scraping(folder, free_port(), jobs(address), SPEED)
             if shutil.which("prometheus")
             else nullcontext(None)
         )
-        with running(_fleet(folder), port, folder), watching as prometheus:
+        with running(small_fleet(folder), port, folder), watching as prometheus:
             drill = Drill(address, Callers(address, NAME), prometheus)
             report = asyncio.run(play(drill))
+    report = {"setting": setting(["-m", "deploy.ray.drill"]), **report}
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        write(args.out, "A fleet on Ray Serve, in a drill", report, [table(report["scenes"])])
     print(json.dumps(report))
     return int(not report["well"])
 
 
-def _fleet(folder: Path) -> Fleet:
-    return Fleet(
-        replicas=1,
-        most_replicas=2,
-        ongoing=ONGOING,
-        queued=QUEUED,
-        target=3,
-        upscale_seconds=1,
-        downscale_seconds=2,
-        settings={
-            "models": f"{NAME}={folder / 'base'},adapter={folder / 'adapter'}",
-            "threads": 1,
-            "max_running": MAX_RUNNING,
-            "drain_seconds": 20,
-            "log_level": "critical",
-        },
-    )
+def table(scenes: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Everything that was seen, one row each."""
+    rows = [
+        [scene, what.replace("_", " "), _told(value)]
+        for scene, seen in scenes.items()
+        for what, value in seen.items()
+    ]
+    return Table("Seen", ("scene", "what", "seen"), rows)
+
+
+def _told(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {each}" for name, each in value.items())
+    if isinstance(value, list):
+        return "; ".join(f"`{each}`" for each in value) or "nothing"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 async def play(drill: Drill) -> dict[str, Any]:
@@ -315,35 +380,6 @@ async def play(drill: Drill) -> dict[str, Any]:
         "scenes": seen,
         "seconds": round(time.monotonic() - begun, 1),
     }
-
-
-@contextmanager
-def running(fleet: Fleet, port: int, folder: Path) -> Iterator[None]:
-    """A Ray of our own on this machine, with the fleet on it, until the block is left."""
-    # A token for this cluster alone; without one, Ray would keep one in the home folder.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
-    os.environ[refusals.VARIABLE] = refusals.PATH
-    import ray
-    from ray import serve
-
-    from deploy.ray.app import build, listener
-
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        namespace="drill",
-        _temp_dir=str(folder / "ray"),
-    )
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(listener, name=LISTENER, route_prefix=TARGETS)
-        serve.run(build(fleet.model_dump()), name="drill", route_prefix="/")
-        yield
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from service.settings import Settings
 
 REPLICA = "X-Elasti-Replica"  # the header that says which replica answered
 LISTENER, TARGETS = "targets", "/targets"  # the application that lists them, and its route
+PROXIES = f"{TARGETS}/proxies"  # below it, where the proxies' metrics are
 ELSEWHERE = {"host", "port"}  # the proxies' own: http_options in serve.yaml
 
 

@@ -1,8 +1,9 @@
-"""Where Prometheus finds the replicas: each tells its address again and again, and one listens.
+"""Where Prometheus finds replicas and proxies: replicas tell their address, and one listens.
 
 Every replica opens a port of its own for its metrics, under the names that a single server has.
-Who has been silent for some time, since it ended or was killed, is left out. The answer is that
-of Prometheus' HTTP service discovery. Ray is not known here.
+It tells its address again and again; who has been silent for some time, since it ended or was
+killed, is left out. What the proxies count, Ray shows on a page of each machine. The answers are
+those of Prometheus' HTTP service discovery. Ray is not known here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import start_http_server
+from starlette.requests import Request
 
+from deploy.ray.fleet import PROXIES
 from service.metrics import Metrics
 
 BEAT_SECONDS, FORGOTTEN_SECONDS = 3.0, 10.0
@@ -31,14 +34,24 @@ class Target:
 
 
 class Targets:
-    """The replicas that were heard of a moment ago."""
+    """The replicas that were heard of a moment ago, and the pages of the machines."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, machines: Callable[[], list[str]], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Nobody was heard of yet.
+
+        Args:
+            machines: host:port of the page of Ray's own metrics, on each machine.
+        """
+        self._machines = machines
         self._clock = clock
         self._heard: dict[str, tuple[float, Target]] = {}
 
-    def __call__(self, request: object) -> list[dict[str, Any]]:
-        """The answer to HTTP, whatever is asked."""
+    def __call__(self, request: Request) -> list[dict[str, Any]]:
+        """The answer to HTTP: where the proxies are counted, or else the replicas."""
+        if request.url.path.rstrip("/") == PROXIES:
+            return [{"targets": [page]} for page in self._machines()]
         return self.listed()
 
     def beat(self, target: Target) -> None:

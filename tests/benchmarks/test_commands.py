@@ -146,8 +146,11 @@ def test_serving_tells_what_every_mode_got_at_every_rate(run):
     )
     check(written, "serving")
     points = written["results"]["load"]
-    assert len(points) == 6  # three modes
+    assert len(points) == 8  # four modes
     for point in points:
+        assert 0 < point["capacity_spent"] <= 1
+        if point["mode"] == "all at 1.0":
+            assert point["capacity_spent"] == 1
         assert 0 < point["finished"] <= point["sent"] and point["failed"] == 0
         assert point["output_tokens_per_second"] == 4 * point["finished"] / point["seconds"]
         assert 0 < point["first_token_ms"][0] <= point["first_token_ms"][-1]

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,15 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from deploy.dashboards.__main__ import BOARDS, JSON, files, main, write
 from deploy.dashboards.panels import WIDTH, Scale
 from deploy.dashboards.pictures import shown
-from deploy.dashboards.queries import RANGE, RATE, VARIABLES, Window
+from deploy.dashboards.queries import (
+    PRICE,
+    RANGE,
+    RATE,
+    VARIABLES,
+    Window,
+    money,
+    money_per_hour,
+)
 from tests.deploy.promql import exported, names_in
 from tests.deploy.test_rules import needs_promtool
 
@@ -22,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = sorted((ROOT / JSON).glob("*.json"))
 NAMES = [path.stem for path in FILES]
 WINDOW = Window(3600, 60, {variable.name: ("a.b", "c|d") for variable in VARIABLES})
+AMOUNTS = {"savings": ["price"]}
 ENERGY = "elasti_energy_joules_total"
 PROMETHEUS_OWN = {"up"}
 
@@ -95,13 +105,35 @@ def test_a_picture_of_each_lies_in_the_docs_and_is_small():
     assert "(docs/dashboards/savings.png)" in (ROOT / "README.md").read_text("utf-8")
 
 
-def test_the_variables_are_source_job_model_and_instance(committed):
+def test_the_variables_are_source_job_model_and_instance_and_in_savings_a_price(committed):
     variables = committed["templating"]["list"]
-    assert [each["name"] for each in variables] == ["datasource", "job", "model", "instance"]
-    for each in variables[1:]:
+    chosen = ["datasource", "job", "model", "instance"]
+    written = AMOUNTS.get(committed["uid"].removeprefix("elastiformer-"), [])
+    assert [each["name"] for each in variables] == [*chosen, *written]
+    for each in variables[1:4]:
         assert each["multi"] and each["includeAll"]
         assert each["datasource"]["uid"] == "${datasource}"
         assert names_in(each["query"]["query"].split("(")[1].split(",")[0]) <= exported()
+    for each in variables[4:]:
+        assert each["type"] == "textbox" and each["query"] == each["current"]["value"] == "1"
+        assert each["label"] == "Price of an exaFLOP"
+    used = {name for name in re.findall(r"\$(\w+)", " ".join(queries(committed)))}
+    assert used - {name.removeprefix("$") for name in (RATE, RANGE)} == {*chosen[1:], *written}
+
+
+def test_money_is_flops_at_the_price_of_an_exaflop():
+    filled = replace(WINDOW, price="2.5").filled(money("a - b"))
+    assert filled == "(a - b) / 1e18 * 2.5"
+    assert WINDOW.filled(money_per_hour("a")) == f"((a) * 3600) / 1e18 * {PRICE.default}"
+
+
+def test_what_savings_are_not_parted_by_unit_the_panels_say():
+    (board,) = (json.loads(path.read_text("utf-8")) for path in FILES if path.stem == "savings")
+    told = {panel["title"]: panel["description"] for panel in panels(board)}
+    for title in ("FLOPs saved, by model", "Parameters left out per second, by model"):
+        assert "Not by unit: " in told[title]
+    by_unit = [title for title in told if re.search(r"by (model and )?unit", title)]
+    assert len(by_unit) == 5
 
 
 def test_every_panel_says_which_question_it_answers(committed):
@@ -147,7 +179,7 @@ def test_every_query_can_be_narrowed_to_a_job_and_an_instance(committed):
 
 
 def test_every_metric_in_a_query_is_exported_by_the_service(committed):
-    for expr in queries(committed):
+    for expr in map(WINDOW.filled, queries(committed)):
         names = names_in(expr)
         assert names, expr
         assert names <= exported() | PROMETHEUS_OWN, expr
@@ -187,6 +219,8 @@ def test_what_is_chosen_is_written_as_grafana_would():
         (0.0, Scale.COUNT, "0"),
         (0.65, Scale.CAPACITY, "0.65"),
         (1234.0, Scale.JOULES, "1.23 kJ"),
+        (0.0123, Scale.MONEY, "0.0123"),
+        (12345.6, Scale.MONEY, "12,345.6"),
     ],
 )
 def test_a_picture_names_units_and_three_digits(value, scale, text):

@@ -23,14 +23,15 @@ import uvicorn
 from PIL import Image
 
 from deploy.dashboards.__main__ import BOARDS, JSON
+from deploy.dashboards.health import ENDED, ERROR
 from deploy.dashboards.panels import WIDTH, Board, Kind, Panel, Row, placed
 from deploy.dashboards.pictures import Span, draw
 from deploy.dashboards.prometheus import Prometheus, PrometheusError
-from deploy.dashboards.queries import VARIABLES, Window
+from deploy.dashboards.queries import VARIABLES, Window, grown, over
 from service.energy import Meter
 from service.settings import Key
 from tests.deploy.test_dashboards import panels
-from tests.service.conftest import Watched, build
+from tests.service.conftest import UNITS, Watched, build
 
 pytestmark = pytest.mark.skipif(
     not shutil.which("prometheus"), reason="prometheus is not installed"
@@ -42,16 +43,22 @@ JOB, LOAD_SECONDS, LEAST_ROUNDS = "elastiformer", 9.0, 8
 FREE, LIMITED = "free-key", "limited-key"
 KEYS = (Key("free", key=FREE), Key("limited", ceiling=0.6, key=LIMITED))
 BROKEN = [7, 7, 7]  # a prompt that the model fails on
+UNFORESEEN = [8, 8, 8, 8, 8]  # one that fails before the engine has it
 SHARED = "Once upon a time there was a model that nobody had to pay in full. " * 2
 
 
 class Brittle(Watched):
-    """A real model, at a pace of its own, that fails on one prompt."""
+    """A real model, at a pace of its own, that fails on one prompt, and on another before that."""
 
     def step(self, chunks):
         if any(list(chunk.ids[: len(BROKEN)]) == BROKEN for chunk in chunks):
             raise RuntimeError("this step fails on purpose")
         return super().step(chunks)
+
+    def blocks_for(self, capacity, prompt_tokens, most_tokens, scored=False):
+        if (prompt_tokens, most_tokens) == (len(UNFORESEEN), len(UNFORESEEN) + 1):
+            raise RuntimeError("this prompt fails on purpose")
+        return super().blocks_for(capacity, prompt_tokens, most_tokens, scored)
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,7 @@ async def load(address):
         ("/v1/completions", LIMITED, text | {"capacity": 0.9}),
         ("/v1/classify", FREE, labels | {"capacity": 0.8}),
         ("/v1/completions", FREE, text | {"prompt": BROKEN}),
+        ("/v1/completions", FREE, text | {"prompt": UNFORESEEN, "max_tokens": 1}),
         ("/v1/completions", FREE, text | {"capacity": 1.5}),
         ("/v1/completions", "wrong-key", text),
     ]
@@ -225,13 +233,24 @@ def test_the_numbers_are_those_of_the_load(scraped):
     assert 0.05 < saved < 0.4
     by_tier = answer_of(scraped, "savings", "FLOPs saved, by capacity tier")
     assert by_tier[("0.6",)] > by_tier[("0.8",)] > by_tier[("1.0",)] >= 0
+    dense, spent, unspent = (
+        answer_of(scraped, "savings", f"{title}, in money")[()]
+        for title in ("Dense would have cost", "Spent", "Not spent")
+    )
+    assert dense == pytest.approx(answer_of(scraped, "savings", "Dense would have cost")[()] / 1e18)
+    assert unspent == pytest.approx(dense - spent) and unspent / dense == pytest.approx(saved)
+    units = {unit for (unit,) in answer_of(scraped, "savings", "Left out per request, by unit")}
+    assert units == {unit.value for unit in UNITS}
     (below,) = answer_of(scraped, "savings", "Requests below 1.0").values()
     # Of eight that run, those at 1.0 and 'auto' and the broken one (1.0 by default) are not.
     assert below == pytest.approx(5 / 8, abs=0.08)
-    assert answer_of(scraped, "health", "Ended in an error")[()] > 0
-    assert answer_of(scraped, "health", "Refused")[()] == pytest.approx(2 / 10, abs=0.05)
+    in_engine = number(scraped, over(grown(ENDED, only=ERROR), grown(ENDED)))
+    assert answer_of(scraped, "health", "Ended in an error")[()] > in_engine > 0
+    assert answer_of(scraped, "health", "Refused")[()] == pytest.approx(2 / 11, abs=0.05)
+    mistakes = answer_of(scraped, "health", "Failed on an error that nobody foresaw")
+    assert mistakes[("internal",)] > 0
     doors = answer_of(scraped, "health", "Refused at the door, by why")
-    assert doors[("invalid",)] > 0 and doors[("unauthorized",)] > 0
+    assert doors[("invalid",)] > 0 and doors[("unauthorized",)] > 0 and ("internal",) not in doors
     overrides = answer_of(scraped, "health", "Overrides per second, by whose limit")
     assert overrides[("key",)] > 0 == overrides[("server",)]
     assert answer_of(scraped, "health", "Prefix hits, by model")[("tiny",)] > 0.3

@@ -1,6 +1,6 @@
 """Promises of the fleet on Ray Serve. What needs no Ray is tested everywhere.
 
-The rest runs where the extra `ray` is installed; the whole drill takes some three minutes:
+The rest runs where the extra `ray` is installed; the whole drill takes some five minutes:
 `python -m deploy.ray.drill`, or `ELASTI_TEST_DRILL=1 pytest --timeout 0 tests/deploy/test_ray.py`.
 """
 
@@ -18,10 +18,11 @@ import httpx
 import pytest
 import yaml
 from pydantic import ValidationError
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
 from deploy.ray import refusals
-from deploy.ray.fleet import LISTENER, REPLICA, TARGETS, Fleet
+from deploy.ray.fleet import LISTENER, PROXIES, REPLICA, TARGETS, Fleet
 from deploy.ray.targets import FORGOTTEN_SECONDS, Target, Targets, open_page
 from service.metrics import Metrics
 from tests.deploy.test_rules import PROMETHEUS, needs_promtool, promtool
@@ -66,16 +67,30 @@ def test_a_replica_gets_a_little_more_than_it_runs_and_the_rest_waits_at_the_pro
 
 def test_replicas_are_listed_while_they_are_heard_of():
     now = 100.0
-    targets = Targets(clock=lambda: now)
+    targets = Targets(list, clock=lambda: now)
     targets.beat(Target("b", "10.0.0.2:9100", 7))
     now += FORGOTTEN_SECONDS - 1
     targets.beat(Target("a", "10.0.0.1:9100", 8))
-    assert [each["targets"] for each in targets(None)] == [["10.0.0.1:9100"], ["10.0.0.2:9100"]]
+    listed = targets(asked(TARGETS))
+    assert [each["targets"] for each in listed] == [["10.0.0.1:9100"], ["10.0.0.2:9100"]]
     assert targets.listed()[0]["labels"] == {"replica": "a", "__meta_elasti_process": "8"}
     now += 2
     assert [each["labels"]["replica"] for each in targets.listed()] == ["a"]
     now += FORGOTTEN_SECONDS
     assert targets.listed() == []
+
+
+@pytest.mark.parametrize("path", [PROXIES, f"{PROXIES}/"])
+def test_below_the_list_of_replicas_is_that_of_the_machines_on_which_proxies_are_counted(path):
+    targets = Targets(lambda: ["10.0.0.1:8080", "10.0.0.2:8080"])
+    targets.beat(Target("b", "10.0.0.2:9100", 7))
+    assert targets(asked(path)) == [{"targets": ["10.0.0.1:8080"]}, {"targets": ["10.0.0.2:8080"]}]
+
+
+def asked(path):
+    """As Ray hands it on: what stands before an application's route is its root."""
+    headers = [(b"host", b"ray:8000")]
+    return Request({"type": "http", "path": path, "root_path": TARGETS, "headers": headers})
 
 
 def test_each_replica_has_a_page_of_its_own_at_the_first_free_port():
@@ -95,17 +110,21 @@ def test_each_replica_has_a_page_of_its_own_at_the_first_free_port():
 
 
 @pytest.mark.parametrize(
-    ("status", "headers", "code"),
+    ("status", "headers", "code", "reason"),
     [
-        (503, {"retry-after": "1"}, "queue_full"),
-        (503, {}, "internal_error"),
-        (500, {}, "internal_error"),
-        (408, {}, "timeout"),
-        (404, {}, "invalid_value"),
+        (503, {"retry-after": "1"}, "queue_full", "queue_full"),
+        (503, {}, "internal_error", "internal"),
+        (500, {}, "internal_error", "internal"),
+        (408, {}, "timeout", "internal"),
+        (404, {}, "invalid_value", "invalid"),
     ],
 )
-def test_what_ray_refuses_itself_is_told_as_the_server_would(status, headers, code):
-    answer = through_refusals(PlainTextResponse("Traceback …", status, headers))
+def test_what_ray_refuses_itself_is_told_as_the_server_would_and_counted(
+    status, headers, code, reason
+):
+    counted = []
+    answer = through_refusals(PlainTextResponse("Traceback …", status, headers), counted)
+    assert counted == [reason]
     assert answer.status_code == status
     assert answer.json()["error"]["code"] == code and "Traceback" not in answer.text
     assert answer.headers["content-type"] == "application/json"
@@ -114,7 +133,9 @@ def test_what_ray_refuses_itself_is_told_as_the_server_would(status, headers, co
 
 @pytest.mark.parametrize(("status", "headers"), [(200, {}), (400, {REPLICA: "one"})])
 def test_what_a_replica_answers_passes_the_proxy_as_it_is(status, headers):
-    answer = through_refusals(PlainTextResponse("as it is", status, headers))
+    counted = []
+    answer = through_refusals(PlainTextResponse("as it is", status, headers), counted)
+    assert counted == []  # by the proxy; a replica counts its own
     assert (answer.status_code, answer.text) == (status, "as it is")
 
 
@@ -122,8 +143,9 @@ def test_a_proxy_that_fails_before_it_answers_says_so_as_the_server_would():
     async def fail(scope, receive, send):
         raise RuntimeError("the replica is gone")
 
-    answer = through_refusals(fail)
-    assert answer.status_code == 500
+    counted = []
+    answer = through_refusals(fail, counted)
+    assert answer.status_code == 500 and counted == ["internal"]
     assert answer.json()["error"]["code"] == "internal_error" and "replica" not in answer.text
 
 
@@ -132,13 +154,55 @@ def test_a_proxy_that_fails_in_its_answer_does_not_begin_another():
         await send({"type": "http.response.start", "status": 200, "headers": []})
         raise RuntimeError("the replica is gone")
 
+    counted = []
     with pytest.raises(RuntimeError, match="is gone"):
-        through_refusals(fail, raises=True)
+        through_refusals(fail, counted, raises=True)
+    assert counted == ["internal"]
 
 
-def through_refusals(response, raises=False):
-    (middleware,) = refusals.middlewares()
-    app = middleware.cls(response)
+def test_a_proxy_that_returns_without_a_word_says_so_as_the_server_would():
+    async def return_at_once(scope, receive, send):
+        pass
+
+    counted = []
+    answer = through_refusals(return_at_once, counted)
+    assert answer.status_code == 500 and counted == ["internal"]
+    assert answer.json()["error"]["code"] == "internal_error"
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_an_answer_that_breaks_off_is_counted_unless_its_caller_left(left):
+    async def break_off(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        await receive()
+
+    assert counted_of(break_off, left) == ([] if left else ["internal"])
+
+
+def test_who_leaves_before_an_answer_is_no_failure():
+    async def wait(scope, receive, send):
+        await receive()
+
+    assert counted_of(wait, left=True) == []
+
+
+def counted_of(app, left):
+    counted, sent = [], []
+
+    async def receive():
+        return {"type": "http.disconnect" if left else "http.request"}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "headers": []}
+    asyncio.run(refusals.Refusals(app, counted.append)(scope, receive, send))
+    return counted
+
+
+def through_refusals(response, counted, raises=False):
+    app = refusals.Refusals(response, counted.append)
 
     async def get():
         transport = httpx.ASGITransport(app, raise_app_exceptions=raises)
@@ -162,10 +226,12 @@ def test_the_files_agree_with_the_program():
     # What others rest on comes first.
     assert list(APPLICATIONS) == [LISTENER, "elastiformer"]
     read = yaml.safe_load((RAY / "prometheus.yml").read_text("utf-8"))
-    (job,) = read["scrape_configs"]
-    assert job["job_name"] == "elastiformer"
-    port = CONFIG["http_options"]["port"]
-    assert [each["url"] for each in job["http_sd_configs"]] == [f"http://ray:{port}{TARGETS}"]
+    at = f"http://ray:{CONFIG['http_options']['port']}"
+    jobs = {each["job_name"]: each["http_sd_configs"] for each in read["scrape_configs"]}
+    assert {name: [each["url"] for each in found] for name, found in jobs.items()} == {
+        "elastiformer": [f"{at}{TARGETS}"],
+        "elastiformer-proxies": [f"{at}{PROXIES}"],
+    }
 
 
 def test_every_argument_and_what_it_adds_is_in_the_guide():
@@ -175,7 +241,7 @@ def test_every_argument_and_what_it_adds_is_in_the_guide():
         name: json.dumps(field.get_default(call_default_factory=True))
         for name, field in Fleet.model_fields.items()
     }
-    assert REPLICA in told and TARGETS in told
+    assert REPLICA in told and TARGETS in told and PROXIES in told
 
 
 @needs_promtool
@@ -203,7 +269,7 @@ def test_ray_understands_the_files_and_builds_the_application():
 
 @needs_ray
 @pytest.mark.skipif(
-    "ELASTI_TEST_DRILL" not in os.environ, reason="ELASTI_TEST_DRILL is not set: three minutes"
+    "ELASTI_TEST_DRILL" not in os.environ, reason="ELASTI_TEST_DRILL is not set: five minutes"
 )
 def test_a_fleet_loses_only_what_was_in_flight(tmp_path):
     from deploy.ray.drill import main

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 
 from elastiformer import (
     Capacity,
@@ -36,9 +37,12 @@ def elastic(
     tower: str = "vit", language: str = "llama", scorer: str = "linear", **options: object
 ) -> ElasticVlm:
     """A tiny model whose routers are noise, so that no two tokens score alike."""
-    model = ElasticVlm(
-        tiny_vlm(tower, language), tokenizer=tiny_image_tokenizer(), images=tiny_vlm_processor()
-    )
+    return routed(tiny_vlm(tower, language), scorer, **options)
+
+
+def routed(base: PreTrainedModel, scorer: str = "linear", **options: object) -> ElasticVlm:
+    """The same of this base."""
+    model = ElasticVlm(base, tokenizer=tiny_image_tokenizer(), images=tiny_vlm_processor())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         adapter = model.blank_adapter(UNITS, image_scorer=scorer, lora_rank=1, **options)

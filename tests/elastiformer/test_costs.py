@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from elastiformer.costs import Trial
+from elastiformer.costs import ROWS, SHARES, Trial, compare
 
 
 def went(trial: Trial, work: str, seconds: dict[bool, float], times: int) -> list[bool]:
@@ -42,3 +44,27 @@ def test_kinds_of_work_are_tried_apart():
     assert went(trial, "few", {True: 1.0, False: 2.0}, 3)[-1] is True
     assert went(trial, "many", {True: 2.0, False: 1.0}, 3)[-1] is False
     assert trial.goes_first_way("few")
+
+
+def test_ways_that_differ_clearly_are_told_apart_by_rows_and_share():
+    def by_row(share: float, rows: int) -> None:
+        time.sleep(1e-4 * (rows if share < 0.9 else 4 * rows))
+
+    def at_once(share: float, rows: int) -> None:
+        time.sleep(1e-4 * 24)
+
+    few = compare(by_row, at_once, 0.2)
+    assert [few.rows(share) for share in SHARES] == [16] * 4 + [4] * 2
+
+
+def test_shares_that_take_equally_long_are_measured_once_and_whole_rows_apart():
+    seen = set()
+
+    def way(share: float, rows: int) -> None:
+        seen.add(share)
+        time.sleep(1e-4)
+
+    few = compare(way, way, 0.1, shares_alike=True)
+    assert seen == {0.9, 1.0}
+    assert len({few.rows(share) for share in SHARES[:-1]}) == 1
+    assert few.rows(0.3) in (0, *ROWS)

@@ -162,3 +162,34 @@ def test_more_capacity_is_measured_as_no_worse(model):
     assert len(rows) >= 4
     losses = [row.kl for row in rows]
     assert all(more <= less + 0.01 for less, more in pairwise(losses))
+
+
+# What README states, with room for other processors: KL in nats per token, by capacity.
+MOST_BY_ROUNDING = {1.0: 0.001, 0.8: 0.03, 0.65: 0.3, 0.5: 1.0}
+
+
+def test_in_bfloat16_batch_mates_move_a_request_by_no_more_than_rounding_does():
+    model = ElasticModel.load(BASE, ADAPTER, dtype="bfloat16")
+    ids = model.tokenizer(FRESH_TEXT + " " + PROMPT_TEXT)["input_ids"]
+    prompt, tokens = 64, 8
+
+    def forced(capacities):
+        """The logits of the last prompt token and of those after it, of all in the same steps."""
+        sequences = [model.sequence(Capacity(c, c), prompt, prompt + tokens) for c in capacities]
+        parts = [ids[:prompt], *([token] for token in ids[prompt : prompt + tokens])]
+        steps = [model.step([Chunk(each, part) for each in sequences]) for part in parts]
+        for sequence in sequences:
+            sequence.release()
+        return [
+            torch.stack([logits[row][-1] for logits in steps]) for row in range(len(capacities))
+        ]
+
+    together = forced([*MOST_BY_ROUNDING] * 2)
+    for place, (capacity, most) in enumerate(MOST_BY_ROUNDING.items()):
+        (alone,) = forced([capacity])
+        mixed, alone = (x.double().log_softmax(-1) for x in (together[place], alone))
+        kl = float((alone.exp() * (alone - mixed)).sum(-1).mean())
+        assert 0 <= kl <= most, (capacity, kl)
+        if capacity == 1.0:
+            assert (alone - mixed).abs().max() <= 0.5
+            assert torch.equal(together[0], together[len(MOST_BY_ROUNDING)])

@@ -65,7 +65,8 @@ def test_a_token_takes_what_reaches_the_rung_that_its_grant_and_its_debt_say():
     x_RI, debt = rows(40), 0
     counts_R, least_R, debts_O = taken(x_RI, 70)
     for x_I, count, least in zip(x_RI, counts_R, least_R, strict=True):
-        rung = np.floor(32 * (70 - debt / 16) / INPUTS + 0.5)
+        due = debt / 16 + (debt - np.clip(debt, -70, 70)) / 4
+        rung = np.floor(32 * (70 - due) / INPUTS + 0.5)
         assert least == LADDER[int(np.clip(rung, 1, 32))]
         assert count == (np.abs(x_I) * NORMS >= least).sum()
         debt += count - 70
@@ -81,6 +82,15 @@ def test_whatever_the_text_the_mean_is_what_was_granted(scale, granted, seed):
     assert abs(debt) <= 0.05 * 128 * INPUTS
     nearer_R, _, (debt,) = taken(rows(128, 1.0, seed), granted)
     assert abs(debt) <= 0.02 * 128 * INPUTS and nearer_R.std() > 0
+
+
+@pytest.mark.parametrize("scale", [0.4, 0.6])
+@pytest.mark.parametrize("granted", [50, 70])
+def test_a_token_again_and_again_owes_little_more_than_one_grant(scale, granted):
+    same_RI = np.repeat(rows(1, scale, seed=3), 128, axis=0)
+    counts_R, _, (debt,) = taken(same_RI, granted)
+    assert len(set(counts_R.tolist())) > 1  # it is far from what the ladder was made of
+    assert granted < abs(debt) <= 2.5 * granted
 
 
 def test_rows_of_other_requests_between_change_nothing():

@@ -37,6 +37,7 @@ from tests.elastiformer.sighted import (
     elastic,
     ids_of,
     pixels,
+    routed,
     run,
 )
 from tests.tiny import CONTEXT, LAYERS, tiny
@@ -44,6 +45,7 @@ from tests.tiny_vlms import (
     PATCHES,
     TOWERS,
     save_tiny_vlm,
+    tiny_vip_vlm,
     tiny_vlm,
     tiny_vlm_processor,
 )
@@ -69,6 +71,31 @@ def test_packed_rows_at_capacity_1_are_the_pretrained_model_to_rounding(tower, l
     sequence, actual = run(model, asked(model, DENSE, images=2), cuts=(5, 21))
     torch.testing.assert_close(actual, expected, **CLOSE)
     assert sequence.usage.routed == {}
+
+
+@pytest.mark.parametrize("tower", ["clip", "vit"])
+def test_vip_llava_reads_several_layers_of_its_tower_and_is_the_pretrained_model(tower):
+    model, batch = routed(tiny_vip_vlm(tower)), batch_of(2)
+    with torch.inference_mode():
+        expected = tiny_vip_vlm(tower)(
+            input_ids=batch.ids_BT, pixel_values=batch.pixels_NCHW
+        ).logits
+        masked = model.masked_images(batch, [(dense_plan(LAYERS), dense_plan(LAYERS))])
+        few = model.masked_images(batch, [(dense_plan(LAYERS), dense_plan(LAYERS))], shares=0.4)
+    assert torch.equal(masked.logits_BSV, expected)
+    _, actual = run(model, asked(model, DENSE, images=2), cuts=(5, 21))
+    torch.testing.assert_close(actual, expected[batch.output_BT], **CLOSE)
+    _, actual = run(model, asked(model, HALF, images=2), cuts=(9,))
+    output_BS = batch.output_BT.gather(1, few.original_BS)
+    torch.testing.assert_close(actual, few.logits_BSV[output_BS], **CLOSE)
+
+
+def test_vip_llava_loads_from_a_folder(tmp_path):
+    save_tiny_vlm(tmp_path / "base", tiny_vip_vlm())
+    model = ElasticVlm.load(str(tmp_path / "base"), dtype="float32")
+    _, expected = run(routed(tiny_vip_vlm()), asked(model, DENSE))
+    _, actual = run(model, asked(model, DENSE))
+    torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

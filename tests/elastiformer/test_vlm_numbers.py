@@ -123,6 +123,29 @@ def test_generated_tokens_spend_what_they_were_asked_though_their_keys_are_fewer
     assert spent / dense == pytest.approx(0.7, abs=0.02)
 
 
+def test_an_answer_begins_with_whole_tokens_that_image_tokens_pay_for():
+    model = calibrated({Phase.PROMPT: (), Phase.OUTPUT: LEANER}, 0.3)
+    prompt, apart = long_prompt(model, 0.6), long_prompt(model, 0.6, 0.61)
+    assert prompt.opening > 1 and apart.opening == 0
+    assert len(prompt.ids) < len(apart.ids)
+    sequence = model.imaged_sequence(prompt, 3 * prompt.opening)
+    last = len(prompt.ids) - 1
+    dense = [sequence.plan_at(last + at).is_dense for at in range(2 * prompt.opening)]
+    assert dense == [True] * prompt.opening + [False] * prompt.opening
+    model.step([Chunk(sequence, list(prompt.ids))])
+    for token in range(3 * prompt.opening - 1):
+        assert sequence.usage.capacity_spent == pytest.approx(0.6, abs=0.02)
+        model.step([Chunk(sequence, [token])])
+    assert sequence.usage.capacity_spent == pytest.approx(0.6, abs=0.02)
+
+
+def test_a_share_of_what_is_generated_is_refused_where_none_can_be_given():
+    model = calibrated(dict.fromkeys(Phase, ()), 0.5)
+    with pytest.raises(CapacityError, match=r"capacity.output: .* got 0.7"):
+        long_prompt(model, 0.6, 0.7)
+    assert long_prompt(model, 0.6).capacity.output == 1.0
+
+
 def test_a_numbers_image_tokens_and_layers_in_both_forms_agree():
     """What a number asks of both at once, token by token as it is served."""
     model = floored(FLOORS)

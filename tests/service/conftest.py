@@ -104,7 +104,7 @@ class House:
         """The sum of a metric's samples with these labels."""
         return sum(
             sample.value
-            for family in self.hall.metrics.registry.collect()
+            for family in self.hall.metrics.registry.restricted_registry([name]).collect()
             for sample in family.samples
             if sample.name == name and labels.items() <= sample.labels.items()
         )

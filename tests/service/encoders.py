@@ -11,7 +11,7 @@ from PIL import Image
 from elastiformer.encoder import ElasticEncoder
 from tests.elastiformer.test_encoders import calibrated, elastic_encoder
 from tests.service.conftest import in_house
-from tests.tiny_encoders import tiny_encoder, tiny_image_processor, tiny_word_tokenizer
+from tests.tiny_encoders import SIDE, tiny_encoder, tiny_image_processor, tiny_word_tokenizer
 
 
 def of_text(task: str = "text-classification", family: str = "bert", **changes) -> ElasticEncoder:
@@ -19,8 +19,11 @@ def of_text(task: str = "text-classification", family: str = "bert", **changes) 
     return ElasticEncoder(base, tokenizer=tiny_word_tokenizer())
 
 
-def of_images(family: str = "vit", task: str = "image-classification") -> ElasticEncoder:
-    return ElasticEncoder(tiny_encoder(family, task), images=tiny_image_processor(family))
+def of_images(
+    family: str = "vit", task: str = "image-classification", side: int = SIDE
+) -> ElasticEncoder:
+    processor = tiny_image_processor(family, side, side)
+    return ElasticEncoder(tiny_encoder(family, task), images=processor)
 
 
 def routed(task: str | None = None, family: str = "bert") -> ElasticEncoder:

@@ -18,6 +18,7 @@ from tests.service.conftest import House, build, elastic_model, in_house
 from tests.service.encoders import content, of_images, of_text, picture, routed, uri, visit
 from tests.tiny_encoders import (
     LABELS,
+    PATCH,
     TEXT_FAMILIES,
     TEXT_TOKENS,
     WIDTH,
@@ -128,6 +129,25 @@ def test_images_are_classified_as_the_pipeline_classifies_them(family):
             assert got == pytest.approx(scores, **CLOSE)
         assert {e["label"]: e["score"] for e in predicted} == pytest.approx(expected[0], **CLOSE)
         assert answer["usage"]["prompt_tokens"] == 3 * model.context
+
+    visit(model, talk)
+
+
+@pytest.mark.parametrize("side", [12, 28])
+@pytest.mark.parametrize("family", ["vit", "dinov2"])
+def test_a_processor_of_another_size_than_its_model_is_served_with_interpolated_positions(
+    family, side
+):
+    model, image = of_images(family, side=side), picture(2)
+    pixels = model.images(images=image, return_tensors="pt").pixel_values
+    told = {} if family == "dinov2" else {"interpolate_pos_encoding": True}
+    with torch.inference_mode():
+        expected = model.base(pixels, **told).logits[0].softmax(-1)
+
+    async def talk(house: House) -> None:
+        answer = (await house.post("/v1/classify", input={"image": uri(content(image))})).json()
+        assert answer["data"][0]["probs"] == pytest.approx(expected.tolist(), **CLOSE)
+        assert answer["usage"]["prompt_tokens"] == 1 + (side // PATCH) ** 2
 
     visit(model, talk)
 

@@ -88,6 +88,8 @@ def test_answers_and_the_metric_hold_what_the_counter_showed():
     counter = Ticking()
 
     async def visit(house):
+        page = (await house.client.get("/metrics")).text
+        assert 'elasti_energy_joules_total{model_name="tiny",tier="0.6"} 0.0' in page
         steps = []
         step = house.engine.model.step
         house.engine.model.step = lambda chunks: steps.append(len(chunks)) or step(chunks)

@@ -9,7 +9,7 @@ import pytest
 from elastiformer import Capacity, ElasticModel
 from service.errors import MOST_CHARACTERS
 from service.settings import Key
-from tests.service.conftest import elastic_model, in_house
+from tests.service.conftest import Watched, elastic_model, in_house
 from tests.tiny import CONTEXT, VOCAB, tiny, tiny_tokenizer
 
 COMPLETION = {"prompt": "Once upon a time", "max_tokens": 3, "ignore_eos": True}
@@ -236,6 +236,56 @@ def test_a_full_queue_says_so_and_health_still_answers():
         assert reply.status_code == 400 and "at most 2" in reply.text
 
     in_house(visit, max_waiting=2, max_running=2)
+
+
+class Mistaken(Watched):
+    """Fails outside of every step, where nobody foresees it."""
+
+    def blocks_for(self, *args, **named):
+        raise RuntimeError("a mistake of ours")
+
+
+def test_an_error_that_nobody_foresaw_is_counted_and_is_no_refusal():
+    async def visit(house):
+        for asked in ({}, {"stream": True}):
+            reply = await house.post("/v1/completions", **COMPLETION, **asked)
+            assert reply.status_code == 500
+            assert reply.json()["error"]["code"] == "internal_error"
+            assert "mistake of ours" not in reply.text
+        counted = "elasti_admission_rejections_total"
+        assert house.value(counted, reason="internal", model_name="") == 2 == house.value(counted)
+        assert house.value("elasti_request_success_total") == 0
+
+    in_house(visit, models={"tiny": Mistaken()})
+
+
+def test_an_unforeseen_error_in_the_midst_of_a_stream_is_counted(monkeypatch):
+    def fail(self, batch):
+        raise RuntimeError("a mistake of ours")
+
+    async def visit(house):
+        reply = await house.post("/v1/completions", **COMPLETION, stream=True)
+        assert reply.status_code == 200 and '"internal_error"' in reply.text
+        await house.until_idle()
+        assert house.value("elasti_admission_rejections_total", reason="internal") == 1
+
+    monkeypatch.setattr("service.streams._Writer.write", fail)
+    in_house(visit)
+
+
+def test_what_the_model_fails_on_is_counted_once_as_its_ending():
+    class Broken(Watched):
+        def step(self, chunks):
+            raise RuntimeError("this step fails")
+
+    async def visit(house):
+        for asked in ({}, {"stream": True}):
+            reply = await house.post("/v1/completions", **COMPLETION, **asked)
+            assert reply.status_code == 500 and "step_failed" in reply.text
+        assert house.value("elasti_request_success_total", finished_reason="error") == 2
+        assert house.value("elasti_admission_rejections_total") == 0
+
+    in_house(visit, models={"tiny": Broken()})
 
 
 def test_a_draining_server_takes_no_new_work_and_finishes_the_old():

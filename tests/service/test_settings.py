@@ -9,6 +9,7 @@ import pytest
 
 from elastiformer import Capacity
 from service.__main__ import flag, listen, main, parser
+from service.hosts import Hosts
 from service.settings import ModelSpec, Settings, read_keys
 
 GIVEN = {
@@ -21,6 +22,10 @@ GIVEN = {
     "default_capacity": ("0.7", Capacity(0.7, 0.7)),
     "effort": ('{"low": 0.5}', {"low": Capacity(0.5, 0.5)}),
     "capacity_ceiling": ("0.9", 0.9),
+    "load_limits": ("unnamed", "unnamed"),
+    "load_patience_seconds": ("0.5", 0.5),
+    "load_floor": ("0.7", 0.7),
+    "image_hosts": ("a.example, 10.0.0.0/8", Hosts.parse("10.0.0.0/8,A.example")),
     "cors_origins": ("https://a.example, *", ("https://a.example", "*")),
     "max_waiting": ("5", 5),
     "max_decode_delay_seconds": ("0.1", 0.1),
@@ -83,6 +88,7 @@ def test_without_models_the_embedded_ones_are_served_each_with_its_adapter():
         (["--effort", "[]"], "--effort: an object"),
         (["--max-decode-delay-seconds", "0"], "--max-decode-delay-seconds: .*greater than 0"),
         (["--prefix-cache", "perhaps"], "--prefix-cache: .*boolean"),
+        (["--image-hosts", "a.example:80"], "--image-hosts: a host is a name.*'a.example:80'"),
         (["--capacity-ceiling", "nan"], "--capacity-ceiling: .*finite"),
         (["--keys-file", "/nowhere.json"], "keys_file /nowhere.json: .*No such file"),
         (["--host", "203.0.113.7"], "cannot listen on 203.0.113.7 port 8000"),
@@ -108,6 +114,13 @@ def test_a_key_file_names_everything_that_is_wrong(tmp_path):
     assert full.capacity is None and full.ceiling == 1.0
     assert low.capacity == Capacity(0.6, 0.6)
     assert "'a'" not in repr(full)  # a secret does not end in a log
+
+    floors = [good | {"ceiling": 0.6, "floor": floor} for floor in (0.5, 0.7)]
+    path.write_text(json.dumps(floors))
+    with pytest.raises(ValueError, match=r"entry 1: floor: at most the ceiling, 0\.6; got 0\.7"):
+        read_keys(path)
+    path.write_text(json.dumps(floors[:1]))
+    assert read_keys(path)[0].floor == 0.5 and full.floor is None
 
     path.write_text(json.dumps([good, good, {"key": 5}, 7, good | {"ceiling": 2}, good | {"x": 1}]))
     with pytest.raises(ValueError) as caught:

@@ -9,10 +9,13 @@ import torch
 from openai import OpenAI
 from transformers import LlavaProcessor
 
+from elastiformer import Phase
 from elastiformer.vlm import ElasticVlm
 from service.served import load_model
 from service.settings import ModelSpec, Settings
+from service.zero_shot import QUESTION, QUESTION_OF_IMAGE
 from tests.elastiformer.test_vlm import elastic
+from tests.elastiformer.test_vlm_numbers import calibrated
 from tests.service.conftest import House, build, elastic_model
 from tests.service.encoders import content, picture, uri, visit
 from tests.service.test_images import WRONG_IMAGES
@@ -29,6 +32,7 @@ from tests.tiny_vlms import (
 )
 
 NEW = 12
+LABELS = ["cat", "catfish", "a bag"]
 HALF = {"image_tokens": 0.4}
 _MODEL = elastic()
 KEPT = round(0.4 * PATCHES)
@@ -58,9 +62,9 @@ def told(answer: dict) -> str:
     return str(answer["choices"][0]["message"]["content"])
 
 
-def generated(images: list, text: str) -> tuple[str, int]:
-    """What Transformers answers to images and a text, and how long its prompt is."""
-    model, tokenizer = tiny_vlm(), tiny_image_tokenizer()
+def processed(images: list, text: str) -> dict:
+    """What Transformers' own processor makes of a message with images and a text."""
+    tokenizer = tiny_image_tokenizer()
     processor = LlavaProcessor(
         tiny_vlm_processor(),
         tokenizer,
@@ -71,13 +75,32 @@ def generated(images: list, text: str) -> tuple[str, int]:
         chat_template=tokenizer.chat_template,
     )
     prompt = f"<|im_start|>user\n{IMAGE * len(images)}{text}<|im_end|>\n<|im_start|>assistant\n"
-    given = processor(images=images, text=prompt, return_tensors="pt")
+    return processor(images=images or None, text=prompt, return_tensors="pt")
+
+
+def generated(images: list, text: str) -> tuple[str, int]:
+    """What Transformers answers to images and a text, and how long its prompt is."""
+    given = processed(images, text)
     with torch.inference_mode():
-        made = model.generate(
+        made = tiny_vlm().generate(
             **given, max_new_tokens=NEW, do_sample=False, eos_token_id=TURN_END, pad_token_id=0
         )
     length = given["input_ids"].shape[1]
-    return tokenizer.decode(made[0, length:], skip_special_tokens=True), length
+    return tiny_image_tokenizer().decode(made[0, length:], skip_special_tokens=True), length
+
+
+def likelihoods(images: list, text: str) -> dict[str, float]:
+    """By Transformers: how likely each label is as the whole answer, among the labels."""
+    model, tokenizer, given = tiny_vlm(), tiny_image_tokenizer(), processed(images, text)
+    scores = []
+    for label in LABELS:
+        answer = [*tokenizer.encode(label, add_special_tokens=False), TURN_END]
+        ids = torch.cat([given["input_ids"], torch.tensor([answer])], 1)
+        with torch.inference_mode():
+            shown = {"pixel_values": given["pixel_values"]} if images else {}
+            logits = model(input_ids=ids, **shown).logits[0, -len(answer) - 1 : -1]
+        scores.append(logits.log_softmax(-1)[range(len(answer)), answer].sum())
+    return dict(zip(LABELS, torch.stack(scores).softmax(0).tolist(), strict=True))
 
 
 def test_the_openai_client_gets_what_transformers_generates(street):
@@ -142,6 +165,90 @@ def test_mates_of_any_capacity_and_stored_beginnings_do_not_change_an_answer():
     visit(elastic(), alone, prefix_cache=False)
     assert len(set(expected)) > 2
     visit(elastic(), together)
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_labels_are_chosen_for_images_and_texts_by_what_transformers_says_of_them(prefix_cache):
+    shown = ", ".join(LABELS)
+    of_image = [picture(4), picture(5)]
+    expected = [likelihoods([image], QUESTION_OF_IMAGE.format(labels=shown)) for image in of_image]
+    expected.append(likelihoods([], QUESTION.format(labels=shown, text="a fish")))
+
+    async def talk(house: House) -> None:
+        given = [*({"image": uri(content(image))} for image in of_image), "a fish"]
+        answer = (await house.post("/v1/classify", input=given, labels=LABELS)).json()
+        listed = (await house.post("/predict", inputs=given[0], labels=LABELS)).json()
+        for entry, scores in zip(answer["data"], expected, strict=True):
+            got = dict(zip(entry["labels"], entry["probs"], strict=True))
+            assert got == pytest.approx(scores, abs=1e-4)
+            assert entry["label"] == max(scores, key=scores.get)
+        assert {each["label"]: each["score"] for each in listed} == pytest.approx(
+            expected[0], abs=1e-4
+        )
+        half = (
+            await house.post("/v1/classify", input=given[0], labels=LABELS, capacity=HALF)
+        ).json()
+        compute = half["usage"]["compute"]
+        skipped, routed = compute["tokens_skipped"], compute["tokens_routed"]
+        assert skipped["image_tokens"] * PATCHES == routed["image_tokens"] * (PATCHES - KEPT) > 0
+        prompt = processed([of_image[0]], QUESTION_OF_IMAGE.format(labels=shown))["input_ids"]
+        answers = sum(len(label) + 1 for label in LABELS)  # a token each, and their ends
+        assert half["usage"]["prompt_tokens"] == prompt.shape[1] + answers
+        assert half["data"][0]["probs"] != answer["data"][0]["probs"]
+
+    visit(elastic(), talk, prefix_cache=prefix_cache)
+
+
+def test_what_no_label_can_be_chosen_for_is_refused_by_name():
+    image = {"image": uri(content(picture(1)))}
+    cases = [
+        ({"input": image}, "labels: 'tiny' is a causal model"),
+        ({"input": [image, {"image": "data:,"}], "labels": LABELS}, "input.1: an image is a data"),
+        ({"input": image, "labels": [IMAGE, "b"]}, f"input: they hold 1 images, and '{IMAGE}'"),
+        ({"input": f"spell {IMAGE}", "labels": LABELS}, "a text must not spell it"),
+        ({"input": {"text": "a", "text_pair": "b"}, "labels": LABELS}, "input: this model reads"),
+        ({"input": image, "labels": ["x" * 900]}, "context"),
+    ]
+
+    async def talk(house: House) -> None:
+        for body, told in cases:
+            answer = await house.post("/v1/classify", **body)
+            error = answer.json()["error"]
+            assert answer.status_code == 400 and told in error["message"], answer.text
+
+    visit(_MODEL, talk)
+
+
+def test_a_ceiling_that_text_cannot_go_down_to_is_lifted_and_the_answer_says_so():
+    """An adapter of image tokens alone has nothing to leave out of text, or of what follows."""
+    asked = {"messages": shown(text="Long ago. " * 9), "max_completion_tokens": 3}
+    bodies = {
+        "/v1/chat/completions": asked,
+        "/v1/completions": {"prompt": "Long ago. " * 9, "max_tokens": 3},
+        "/v1/classify": {"input": "Long ago.", "labels": ["now", "then"]},
+    }
+
+    async def talk(house: House) -> None:
+        for path, body in bodies.items():
+            answer = await house.post(path, **body)
+            assert answer.status_code == 200, answer.text
+            told = answer.json()["elasti"]
+            assert told["limited_by"] == "model" and told["capacity_applied"] > 0.9
+            named = await house.post(path, **body, capacity=0.7)
+            assert named.status_code == 400
+            assert "below the calibrated range" in named.json()["error"]["message"]
+            above = await house.post(path, **body, capacity=1.0)
+            assert above.status_code == 200 and above.json()["elasti"]["limited_by"] == "model"
+        pictures = await chat(house, shown(*range(5)))
+        assert pictures["elasti"]["capacity_applied"] == {"prompt": 0.6, "output": 1.0}
+        assert pictures["elasti"]["limited_by"] == "model"
+        refused = await house.post(
+            "/v1/chat/completions", messages=shown(1, 2), capacity={"prompt": 0.6, "output": 0.55}
+        )
+        assert refused.status_code == 400
+        assert "capacity.output" in refused.json()["error"]["message"]
+
+    visit(calibrated(dict.fromkeys(Phase, ()), 0.5), talk, capacity_ceiling=0.6)
 
 
 @pytest.mark.parametrize("wrong", WRONG_IMAGES)

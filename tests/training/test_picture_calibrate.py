@@ -6,8 +6,11 @@ import json
 
 import pytest
 
-from elastiformer import SavedAdapter, Unit
+from elastiformer import Calibration, Capacity, Phase, SavedAdapter, Step, Unit
 from elastiformer.calibration import ImageFloor
+from elastiformer.vlm import ElasticVlm
+from tests.tiny import LAYERS
+from tests.training.test_calibrate import prose
 from tests.training.test_exchanges import commands, data  # noqa: F401
 from training.__main__ import main
 from training.picture_calibrate import floors_of
@@ -59,6 +62,44 @@ def test_an_adapter_of_image_tokens_can_lend_its_model_channels(tmp_path, data, 
 
     assert main(["calibrate", *given, "--output-units", "heads"]) == 1
     assert f"has no routers for {Unit.HEADS}" in capsys.readouterr().err
+
+
+def test_layers_give_along_lent_paths_what_image_tokens_do_not(tmp_path, data, capsys):  # noqa: F811
+    """Then text without images has every capacity, too, and the table says what it loses."""
+    base, adapter = commands(tmp_path, data, "--steps", "2")
+    given = ["--base", base, "--adapter", adapter, "--data", str(data), "--dtype", "float32"]
+    steps = [Step(layer, "mlp_out", 0.5) for layer in range(LAYERS)]
+    late = (Step(LAYERS - 1, "attention_tokens", 0.0), Step(LAYERS - 1, "mlp_tokens", 0.0))
+    paths = {Phase.OUTPUT: tuple(steps), Phase.PROMPT: late}
+    calibration = Calibration(0.9, 64, paths, {phase: {} for phase in Phase}, ())
+    (tmp_path / "lender").mkdir()
+    for file in ("adapter.json", "routers.safetensors"):
+        (tmp_path / "lender" / file).write_bytes((tmp_path / "adapter" / file).read_bytes())
+    (tmp_path / "lender" / "calibration.json").write_text(json.dumps(calibration.as_json()))
+    (tmp_path / "text.jsonl").write_text(prose())
+    lent = ["--keep-paths", str(tmp_path / "lender"), "--text", str(tmp_path / "text.jsonl")]
+    lent += ["--windows", "2", "--check-windows", "2", "--window", "160"]
+    capsys.readouterr()
+    assert main(["calibrate", *given, *lent, "--capacities", "0.8,0.6", "--check-items", "6"]) == 0
+    table = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert table["lowest"] == 0.6 and table["runs_whole"] == []
+    assert all(row["kl_text"] is not None for row in table["measured"])
+    model = ElasticVlm.load(base, adapter, dtype="float32")
+    kept = model.calibration
+    assert kept.paths[Phase.OUTPUT][:LAYERS] == tuple(steps) and not kept.image_floors
+    assert len(kept.paths[Phase.OUTPUT]) > LAYERS and len(kept.channel_quantiles) == LAYERS
+    for tokens in (1, 40, model.context):
+        model.blocks_for(Capacity(0.6, 0.6), tokens, tokens)
+
+    report = ["--items", "4", "--repeats", "0", "--baselines", "none", "--out", str(tmp_path / "r")]
+    update = ["--capacities", "1.0,0.6", "--update-adapter"]
+    assert main(["evaluate", *given, *update, *report]) == 0
+    rows = SavedAdapter.load(adapter).calibration.measured
+    assert all(row.accuracy is not None and row.kl_text is not None for row in rows)
+
+    capsys.readouterr()
+    assert main(["calibrate", *given, *lent[:2]]) == 1
+    assert "--keep-paths and --text" in capsys.readouterr().err
 
 
 def test_floors_lose_least_and_do_not_rise_as_capacity_falls():
