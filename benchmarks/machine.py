@@ -24,6 +24,7 @@ _SETS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "
 _PACKAGES = ("torch", "transformers", "fastapi", "uvicorn", "numpy")
 _VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")
 _UNTOLD = ("ELASTI_CACHE", "ELASTI_KEYS_FILE")  # where things lie on this machine
+_ROWS = (64, 512)  # of products with a weight, beside the square one
 _BLOCK, _SIDE = 64 * 1024 * 1024, 1536  # bytes to read, and a square product's side
 
 
@@ -71,18 +72,33 @@ class Limits:
     bytes_per_second: float
     flops_per_second: float
 
+    def or_better(self, other: Limits) -> Limits:
+        """What was reached once, in either of two measurements."""
+        return Limits(
+            max(self.bytes_per_second, other.bytes_per_second),
+            max(self.flops_per_second, other.flops_per_second),
+        )
+
 
 def limits(dtype: torch.dtype, device: torch.device) -> Limits:
-    """Measured now: the best of several tries, since a limit is what was reached once."""
+    """Measured now: the best of several tries, since a limit is what was reached once.
+
+    Of multiplying, too, the best of several shapes: which one is fastest depends on the library.
+    """
     size = torch.empty(0, dtype=dtype).element_size()
     columns = 8192
     block = torch.ones(4 * _BLOCK // size // columns, columns, dtype=dtype, device=device)
     row = torch.ones(1, columns, dtype=dtype, device=device)
     square = torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)
+    weight = torch.ones(2 * _SIDE, 2 * _SIDE, dtype=dtype, device=device)
     by_product = _best(lambda: F.linear(row, block), device)
     by_sum = _best(lambda: block.sum(), device)
-    multiplied = _best(lambda: square @ square, device)
-    return Limits(4 * _BLOCK / min(by_product, by_sum), 2 * _SIDE**3 / multiplied)
+    flops_per_second = 2 * _SIDE**3 / _best(lambda: square @ square, device)
+    for rows in _ROWS:
+        some = torch.ones(rows, 2 * _SIDE, dtype=dtype, device=device)
+        taken = _best(lambda some=some: F.linear(some, weight), device)
+        flops_per_second = max(flops_per_second, 2 * rows * weight.numel() / taken)
+    return Limits(4 * _BLOCK / min(by_product, by_sum), flops_per_second)
 
 
 def synchronize(device: torch.device) -> None:

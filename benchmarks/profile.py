@@ -1,12 +1,13 @@
-"""Where a decode step's time goes: dense and at 0.65, at batch 1 and 16.
+"""Where a step's time goes, dense and at 0.65: of decoding, of a prompt, of texts.
 
 PyTorch's profiler sees every operator, and here our compiled kernels, too; each belongs to one
 family: whole layers in one call, products, picking and gathering, attention, norms and elementwise,
 the rest. What none of them accounts for is Python and dispatch. The profiler slows a step down,
 most of all between operators, so the same steps are timed without it as well, and Python is what
-that time leaves when the operators are taken off.
+that time leaves when the operators are taken off. Decode steps that are one call for whole layers
+say nothing of what is in it: `--works parts` runs the same steps part by part.
 
-Takes about half a minute on two cores with the default model.
+Takes about half a minute on two cores with the default model and the default works.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
@@ -25,13 +26,16 @@ from torch.profiler import profile as profiled
 from benchmarks import machine, models
 from benchmarks.results import Report, Table, write
 from benchmarks.runs import Decoding
+from benchmarks.saving import TEXT_TOKENS, TEXTS, batches
 from benchmarks.timing import Spread
+from benchmarks.works import Texts
 from elastiformer import (
     Capacity,
     ElasticModel,
     allowances,
     amx,
     attention,
+    decoding,
     lanes,
     largest,
     pairs,
@@ -44,6 +48,8 @@ from training.progress import track
 
 CAPACITIES = (1.0, 0.65)
 BATCHES = (1, 16)
+WARM_UP = 3
+WORKS = ("decode", "parts", "prefill", "classification", "scoring")
 PYTHON = "Python and dispatch"
 OTHER = "other operators"
 # The first pattern that an operator's name meets says where it belongs.
@@ -84,8 +90,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help=f"repeatable (default: {', '.join(map(str, CAPACITIES))})",
     )
+    parser.add_argument(
+        "--works",
+        type=works,
+        default=("decode",),
+        metavar="LIST",
+        help=f"of {', '.join(WORKS)} (default: decode)",
+    )
+    parser.add_argument("--batches", type=batches, default=BATCHES, help="of decoding")
+    parser.add_argument("--prompt", type=whole(2), default=512, help="tokens of a prefill")
     parser.add_argument("--context", type=whole(2), default=128, help="tokens before decoding")
     parser.add_argument("--steps", type=whole(1), default=30, help="of each kind, timed and seen")
+
+
+def works(text: str) -> tuple[str, ...]:
+    found = tuple(text.split(","))
+    if strange := [name for name in found if name not in WORKS]:
+        raise argparse.ArgumentTypeError(f"works: of {', '.join(WORKS)}; got {', '.join(strange)}")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +124,9 @@ class Operator:
 class Measured:
     """One step at one capacity and batch, in milliseconds."""
 
+    work: str
     capacity: object
-    rows: int
+    rows: int  # that decode; 0 where none do
     step: Spread  # without the profiler
     profiled_step: float  # median, with it
     families: dict[str, float]  # the parts of the step without the profiler
@@ -114,8 +137,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = models.load(args)
     default = [Capacity(share, share) for share in CAPACITIES]
     capacities = list(dict.fromkeys(args.capacity or default))
-    ids = models.text_ids(model, args.context + 37 * max(BATCHES) + 256)
-    cases = [(capacity, rows) for capacity in capacities for rows in BATCHES]
+    needed = max(args.context + 37 * max(args.batches) + 256, args.prompt, TEXTS * TEXT_TOKENS)
+    ids = models.text_ids(model, needed)
+    cases = [
+        (work, capacity, rows)
+        for work in args.works
+        for capacity in capacities
+        for rows in (args.batches if work in ("decode", "parts") else (0,))
+    ]
     measured = [_measure(args, model, ids, *case) for case in track(cases, label="profile")]
     return write(_report(args, model, measured), args.out)
 
@@ -129,25 +158,61 @@ def family_of(operator: str) -> str:
 
 
 def _measure(
-    args: argparse.Namespace, model: ElasticModel, ids: list[int], capacity: Capacity, rows: int
+    args: argparse.Namespace,
+    model: ElasticModel,
+    ids: list[int],
+    work: str,
+    capacity: Capacity,
+    rows: int,
 ) -> Measured:
-    warm_up = 3
-    most = warm_up + 2 * args.steps
-    running = Decoding(model, capacity, ids, rows, args.context, most)
-    for _ in range(warm_up):
-        running.step(rows)
-    plain = Spread.of([running.step(rows) for _ in range(args.steps)]).scaled(1000)
+    if rows:
+        most = WARM_UP + 2 * args.steps
+        running = Decoding(model, capacity, ids, rows, args.context, most)
+        with part_by_part() if work == "parts" else nullcontext():
+            found = _seen(args, model, work, capacity, rows, lambda: running.step(rows))
+        running.release()
+        return found
+    texts = [ids[: args.prompt]]
+    if work != "prefill":
+        texts = [ids[at * TEXT_TOKENS : (at + 1) * TEXT_TOKENS] for at in range(TEXTS)]
+    label = ids[-1] if work == "classification" else None
+    of_texts = Texts(work, model, texts, scored=work == "scoring", label=label)
+    return _seen(args, model, work, capacity, rows, lambda: of_texts.turn(capacity))
+
+
+@contextmanager
+def part_by_part() -> Iterator[None]:
+    """For a while no decode step is one call for whole layers."""
+    fits = decoding.Decoding.fits
+    decoding.Decoding.fits = lambda self, packed: False  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        decoding.Decoding.fits = fits  # type: ignore[method-assign]
+
+
+def _seen(
+    args: argparse.Namespace,
+    model: ElasticModel,
+    work: str,
+    capacity: Capacity,
+    rows: int,
+    step: Callable[[], float],
+) -> Measured:
+    for _ in range(WARM_UP):
+        step()
+    plain = Spread.of([step() for _ in range(args.steps)]).scaled(1000)
     on_gpu = model.device.type == "cuda"
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     with kernels_seen(), profiled(activities=kinds) as seen:
-        watched = [running.step(rows) for _ in range(args.steps)]
-    running.release()
+        watched = [step() for _ in range(args.steps)]
     operators = _operators(seen.key_averages(), args.steps, on_gpu)
     families: dict[str, float] = dict.fromkeys((*FAMILIES, OTHER), 0.0)
     for operator in operators:
         families[operator.family] += operator.milliseconds
     families[PYTHON] = max(0.0, plain.median - sum(families.values()))
     return Measured(
+        work=work,
         capacity=capacity.as_json(),
         rows=rows,
         step=plain,
@@ -206,8 +271,9 @@ def _report(args: argparse.Namespace, model: ElasticModel, measured: list[Measur
     ]
     rows = [
         [
+            each.work,
             f"`{_label(each)}`",
-            str(each.rows),
+            str(each.rows or ""),
             f"{each.step.median:.2f}",
             f"{each.profiled_step:.2f}",
             *(f"{each.families.get(name, 0.0):.2f}" for name in names),
@@ -216,7 +282,7 @@ def _report(args: argparse.Namespace, model: ElasticModel, measured: list[Measur
     ]
     dearest = [
         Table(
-            f"Dearest operators: capacity {_label(each)}, batch {each.rows}",
+            f"Dearest operators: {_named(each)}",
             ("operator", "family", "ms per step", "calls per step"),
             [
                 [f"`{o.name}`", o.family, f"{o.milliseconds:.2f}", f"{o.calls:.0f}"]
@@ -228,16 +294,17 @@ def _report(args: argparse.Namespace, model: ElasticModel, measured: list[Measur
     shape = getattr(args, "shape", None)
     return Report(
         name="profile" if not shape else f"profile-{shape}",
-        title=f"Where a decode step's time goes: {models.name_of(args)}",
+        title=f"Where a step's time goes: {models.name_of(args)}",
         setting=machine.setting(model, args.command_line),
         parameters={
             "model": models.name_of(args),
             "context_tokens": args.context,
+            "prompt_tokens": args.prompt,
             "steps": args.steps,
         },
         results=[asdict(each) for each in measured],
         tables=[
-            Table("ms per step", ("capacity", "batch", "step", "profiled", *names), rows),
+            Table("ms per step", ("work", "capacity", "batch", "step", "profiled", *names), rows),
             *dearest,
         ],
         notes=(
@@ -254,9 +321,14 @@ def _label(each: Measured) -> str:
     return models.label_of(Capacity.parse(each.capacity))
 
 
+def _named(each: Measured) -> str:
+    batch = f", batch {each.rows}" if each.rows else ""
+    return f"{each.work}, {_label(each)}{batch}"
+
+
 def _draw(figure: Any, measured: Sequence[Measured], names: Sequence[str]) -> None:
     axis = figure.subplots()
-    labels = [f"{_label(each)}, batch {each.rows}" for each in measured]
+    labels = [_named(each) for each in measured]
     left = [0.0] * len(measured)
     for name in names:
         widths = [each.families.get(name, 0.0) for each in measured]

@@ -66,6 +66,11 @@ class Allowances:
         np.cumsum(np.diff(self._start_S)[at_R], out=start_S[1:])
         return start_S, self._least_R[at_R]
 
+    @property
+    def beyond(self) -> tuple[np.ndarray, np.ndarray]:
+        """What each row took beyond its grants: multiply-adds and channels, [N]."""
+        return self.grants.products_N, self.grants.channels_N
+
     def settle(self) -> None:
         """Leave each request with what it owes now."""
         debts_OLT = np.ascontiguousarray(self.grants.debts_LTO.transpose(2, 0, 1))

@@ -14,7 +14,7 @@ Shape letters: N packed queries   Q queries of a request   K keys   A query head
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -27,6 +27,8 @@ from torch.nn.attention.varlen import varlen_attn
 from elastiformer.cache import Held
 from elastiformer.families import Layer
 from elastiformer.single_queries import Singles, attend
+
+Masks = dict[tuple[int, int, int, int | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class Read:
     sees_all: bool  # a single query, after which there is no key
     held: Held
     positions_K: Tensor | None
+    masks: Masks = field(default_factory=dict)  # of the step's other layers, too
 
     @property
     def count(self) -> int:
@@ -174,7 +177,7 @@ class Portable:
                 )
                 return out_GMH.view(1, heads, size).to(working)
         elif not (read.is_square and layer.window is None and layer.softcap is None):
-            seen_QK = _seen(position_N[read.queries], read, layer.window)
+            seen_QK = _seen_in_step(position_N[read.queries], read, layer.window)
         query_AQH = query_QAH.transpose(0, 1)
         if layer.softcap is not None:
             out_AQH = _softcapped(query_AQH, keys_GKH, values_GKH, seen_QK, layer)
@@ -229,7 +232,7 @@ class Varlen:
     """PyTorch's variable-length attention (FlashAttention): all requests in one call, on CUDA.
 
     It needs every query's keys in order and up to the last query's position, which holds with
-    `kv: complete`; other reads, and capped scores, are the portable back end's.
+    `kv: complete`; other reads, capped scores and odd heads are the portable back end's.
     """
 
     name = "varlen"
@@ -243,9 +246,13 @@ class Varlen:
             return False
         return torch.cuda.get_device_capability(device) >= (8, 0)
 
+    @staticmethod
+    def _takes_heads(size: int) -> bool:
+        return size % 8 == 0 and size <= 256  # as FlashAttention does
+
     def attend(self, query_NAH: Tensor, position_N: Tensor, reads: Reads, layer: Layer) -> Tensor:
         fits = all(read.positions_K is None and read.in_order for read in reads.each)
-        if not fits or layer.softcap is not None:
+        if not fits or layer.softcap is not None or not self._takes_heads(query_NAH.shape[2]):
             return self._portable.attend(query_NAH, position_N, reads, layer)
         keys_SGH = torch.cat([read.held.keys_GKH.transpose(0, 1) for read in reads.each])
         values_SGH = torch.cat([read.held.values_GKH.transpose(0, 1) for read in reads.each])
@@ -350,6 +357,16 @@ def _bounds(counts: Sequence[int], device: torch.device) -> Tensor:
     bounds = torch.zeros(len(counts) + 1, dtype=torch.int32)
     bounds[1:] = torch.tensor(counts).cumsum(0)
     return bounds.to(device, non_blocking=True)
+
+
+def _seen_in_step(positions_Q: Tensor, read: Read, window: int | None) -> Tensor:
+    """`_seen`, made once a step where every layer asks the same."""
+    if read.positions_K is not None or read.last - read.first + 1 != read.count:
+        return _seen(positions_Q, read, window)
+    key = (read.first, read.last, read.held.length, window)
+    if key not in read.masks:
+        read.masks[key] = _seen(positions_Q, read, window)
+    return read.masks[key]
 
 
 def _seen(positions_Q: Tensor, read: Read, window: int | None) -> Tensor:

@@ -91,19 +91,21 @@ def compare(
     at_once: Callable[[float, int], None],
     seconds: float,
     shares_alike: bool = False,
+    finish: Callable[[], None] = lambda: None,
 ) -> FewRows:
     """Time both ways; each is called with a share and a number of rows, and runs one product.
 
     Args:
         seconds: to spend in all, about.
         shares_alike: whether rows that leave channels out take equally long, however many.
+        finish: returns when what was called has run; a device computes after the call.
     """
     measured = SHARES[-2:] if shares_alike else SHARES
     each = seconds / (len(measured) * len(ROWS).bit_length())
     most = []
     for share in measured:
         slower = bisect_left(
-            ROWS, True, key=lambda rows: not _is_faster(by_row, at_once, share, rows, each)
+            ROWS, True, key=lambda rows: not _is_faster(by_row, at_once, share, rows, each, finish)
         )
         most.append(ROWS[slower - 1] if slower else 0)
     most = most[:1] * (len(SHARES) - len(most)) + most
@@ -116,6 +118,7 @@ def _is_faster(
     share: float,
     rows: int,
     seconds: float,
+    finish: Callable[[], None],
 ) -> bool:
     """Compare the least of each: whatever else runs here only adds. The two take turns.
 
@@ -125,8 +128,10 @@ def _is_faster(
     until = time.perf_counter() + seconds
     while len(taken[False]) < 3 or time.perf_counter() < until:
         for is_first, run in ((True, first), (False, second)):
+            finish()
             begun = time.perf_counter()
             run(share, rows)
+            finish()
             taken[is_first].append(time.perf_counter() - begun)
     return min(taken[True]) < _MARGIN * min(taken[False])
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from elastiformer import sub_layers
 from elastiformer.capacity import Phase, Site
+from elastiformer.device_allowances import DeviceAllowances
 from elastiformer.families import Layer
 from elastiformer.packed import Packed
 from elastiformer.placing import Placing
@@ -61,6 +62,7 @@ class Decoding:
             and all(kind.phase is Phase.OUTPUT for kind in kinds)
             and not torch._C._len_torch_dispatch_stack()  # nobody counts operators
             and self._runs is not None
+            and not isinstance(packed.allowances, DeviceAllowances)
             and packed.count <= (_MOST_ROWS if self._may_run_many else self._few_rows)
             and max(packed.positions) < self._window
             and all(self._workshop.repair_name(self._last, kind) is None for kind in kinds)
@@ -199,6 +201,7 @@ class Decoding:
 
 def _grants(packed: Packed) -> Grants:
     """The channels granted to the rows of a step, a row a request."""
+    assert not isinstance(packed.allowances, DeviceAllowances), "a step that does not fit"
     if packed.allowances is not None:
         return packed.allowances.grants
     channels_LTK, kind_N = packed.channels_LTK, packed.kind_N

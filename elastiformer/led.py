@@ -46,6 +46,7 @@ class _Made:
     most_tokens: int
     scored: bool
     prompt: tuple[int, ...] | None
+    shared: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +89,12 @@ class LedModel(ShardedModel):
         most_tokens: int,
         scored: bool = False,
         prompt: Many[int] | None = None,
+        shared: bool = False,
     ) -> Sequence:
         self._made += 1
         number, known = self._made, None if prompt is None else tuple(prompt)
-        self._say(_Made(number, capacity, prompt_tokens, most_tokens, scored, known))
-        made = super().sequence(capacity, prompt_tokens, most_tokens, scored, prompt)
+        self._say(_Made(number, capacity, prompt_tokens, most_tokens, scored, known, shared))
+        made = super().sequence(capacity, prompt_tokens, most_tokens, scored, prompt, shared)
         self._numbers[made] = number
         made.on_release = lambda: self._let_go(made)
         return made
@@ -140,10 +142,10 @@ class LedModel(ShardedModel):
             match order:
                 case _Opened(tokens, prefixes):
                     super().open_cache(tokens, prefixes)
-                case _Made(number, capacity, prompt_tokens, most_tokens, scored, prompt):
+                case _Made(number, capacity, prompt_tokens, most_tokens, scored, prompt, shared):
                     with suppress(ElastiError):  # refused there as here
                         sequences[number] = super().sequence(
-                            capacity, prompt_tokens, most_tokens, scored, prompt
+                            capacity, prompt_tokens, most_tokens, scored, prompt, shared
                         )
                 case _Ran(chunks):
                     super().step([Chunk(sequences[number], ids) for number, ids in chunks])

@@ -113,6 +113,7 @@ class ElasticModel(Elastic):
         most_tokens: int,
         scored: bool = False,
         prompt: Many[int] | None = None,
+        shared: bool = False,
     ) -> Sequence:
         """A new request.
 
@@ -121,6 +122,7 @@ class ElasticModel(Elastic):
             scored: the logits of every prompt token are needed, so all are of phase output.
             prompt: its tokens. Given, they may go on from a stored beginning: `length` of the
                 sequence says how many must not be fed again.
+            shared: whether others will come with the very same prompt.
 
         Raises:
             CapacityError: below the calibrated range, or a unit that the adapter lacks.
@@ -134,7 +136,7 @@ class ElasticModel(Elastic):
         plan_at = self._planner.plan_at(capacity, prompt_tokens)
         sequence = Sequence(plan_at, prompt_tokens, most_tokens, scored, cache)
         if prompt is not None and not scored:
-            self._adopt(sequence, tuple(prompt))
+            self._adopt(sequence, tuple(prompt), shared)
         return sequence
 
     def _check_context(self, tokens: int) -> None:
@@ -154,11 +156,11 @@ class ElasticModel(Elastic):
         pool = self.cache or self._growing
         return SequenceCache(pool, self._cache_shape, rooms, complete, self.device)
 
-    def _adopt(self, sequence: Sequence, keys: tuple[int, ...]) -> None:
+    def _adopt(self, sequence: Sequence, keys: tuple[int, ...], shared: bool) -> None:
         """Let a new sequence begin after what is stored under the keys of its prompt's tokens."""
         if self.prefixes is not None:
             assert len(keys) == sequence.prompt_tokens, "a prompt of another length"
-            sequence.prompt = keys
+            sequence.prompt, sequence.shares_prompt = keys, shared
             self.prefixes.adopt(sequence, keys)
 
     def step(self, chunks: Many[Chunk]) -> list[Tensor]:

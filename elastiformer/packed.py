@@ -19,6 +19,7 @@ from torch import Tensor
 
 from elastiformer.allowances import Allowances
 from elastiformer.capacity import Phase
+from elastiformer.device_allowances import DeviceAllowances
 from elastiformer.pointwise import Rotation
 from elastiformer.sequence import Chunk, Kind, Numbering
 from elastiformer.sequence import Sequence as Owner
@@ -125,7 +126,8 @@ class Packed:
         self._rows: dict[frozenset[Kind], Rows] = {}
         # Filled in by who knows:
         self.repaired: dict[int, list[tuple[str, Rows]]] = {}  # by layer
-        self.allowances: Allowances | None = None  # where rows take channels by thresholds
+        # Where rows take channels by thresholds:
+        self.allowances: Allowances | DeviceAllowances | None = None
         # By way of NumPy, which reads lists several times faster than PyTorch.
         self.ids_N, self.position_N = (
             torch.from_numpy(np.array(each, dtype=np.int64)).to(device)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastiformer.attention import Bounds, Read, Reads, Sides
+from elastiformer.attention import Bounds, Masks, Read, Reads, Sides
 from elastiformer.cache import Held
 from elastiformer.packed import Packed, Rows
 from elastiformer.row_kernels import on_host
@@ -44,6 +44,7 @@ class Placing:
         self._pool = self._caches[0].pool
         assert all(cache.pool is self._pool for cache in self._caches), "caches of two pools"
         self._parts: dict[Rows, list[_Part]] = {}
+        self._masks: Masks = {}
         self._single_parts: dict[Rows, np.ndarray] = {}
         # With complete caches every layer takes every row: all places are known at once.
         self._complete = self._caches[0].complete
@@ -121,6 +122,7 @@ class Placing:
                 part.ends_chunk,
                 self._caches[part.chunk].held(layer),
                 self._caches[part.chunk].positions_K(layer),
+                self._masks,
             )
             for part in self._parts_of(rows)
         ]

@@ -7,6 +7,9 @@ prompt. A hit copies into the sequence's own room: tens of kilobytes a token, in
 products. Stored pieces live in blocks of the pool that nobody needs, and give way when somebody
 does, the least recently used first.
 
+Pieces are multiples of PIECE_TOKENS. Of a prompt that several sequences are known to share, the
+rest before its last token is stored too; it serves that prompt and no longer one.
+
 Shape letters: L layers   G key/value heads
 """
 
@@ -31,7 +34,7 @@ _Key = tuple[tuple[int, ...], tuple[PricedPlan, ...]]  # of a piece: its tokens 
 
 @dataclass(eq=False, slots=True)
 class _Piece:
-    """Some multiple of PIECE_TOKENS, after its parent's tokens."""
+    """Some multiple of PIECE_TOKENS, or a prompt's rest, after its parent's tokens."""
 
     parent: _Piece | None
     key: _Key
@@ -71,17 +74,35 @@ class PrefixStore:
 
     def store(self, sequence: Sequence, prompt: Many[int]) -> None:
         """Keep what a sequence has computed of its prompt, as far as there is room."""
+        self._store_pieces(sequence, prompt)
+        if sequence.shares_prompt and sequence.length >= len(prompt) - 1:
+            self._store_rest(sequence, prompt)
+
+    def _store_pieces(self, sequence: Sequence, prompt: Many[int]) -> None:
         usable = min(sequence.length, len(prompt) - 1) // PIECE_TOKENS * PIECE_TOKENS
         if usable <= sequence.stored:
             return
-        simple = sequence.cache.complete and not sequence.has_debts
+        simple = not sequence.has_debts
         if not simple and sequence.length != usable:
             return  # how matters stood at `usable` is no longer known
         here = self._find(sequence, prompt, sequence.stored)
         step = PIECE_TOKENS if simple else usable - sequence.stored
         while here is not None and here.stop < usable:
-            here = self._add(here, sequence, prompt, here.stop + step, simple)
+            here = self._add(here, sequence, prompt, here.stop + step)
         sequence.stored = usable
+
+    def _store_rest(self, sequence: Sequence, prompt: Many[int]) -> None:
+        """Keep what comes after the last whole piece, once.
+
+        The prompt's last token and what follows are of phase output, which moves no prompt's
+        debts: so matters still stand as they did before that token.
+        """
+        stop = len(prompt) - 1
+        if sequence.stored < stop:
+            here = self._find(sequence, prompt, stop // PIECE_TOKENS * PIECE_TOKENS)
+            if here is not None:
+                self._add(here, sequence, prompt, stop)
+            sequence.stored = stop
 
     def _next(
         self, here: _Piece, sequence: Sequence, prompt: Many[int], usable: int
@@ -89,7 +110,7 @@ class PrefixStore:
         lengths = sorted({len(tokens) for tokens, _ in here.children}, reverse=True)
         for length in lengths:
             stop = here.stop + length
-            if stop <= usable:
+            if stop == usable or (stop < usable and length % PIECE_TOKENS == 0):
                 child = here.children.get(_key(sequence, prompt, here.stop, stop))
                 if child is not None:
                     return child
@@ -103,17 +124,17 @@ class PrefixStore:
         return here
 
     def _add(
-        self, parent: _Piece, sequence: Sequence, prompt: Many[int], stop: int, simple: bool
+        self, parent: _Piece, sequence: Sequence, prompt: Many[int], stop: int
     ) -> _Piece | None:
         key = _key(sequence, prompt, parent.stop, stop)
         if key in parent.children:
             return parent.children[key]
         cache = sequence.cache
         # By position: the parent may be another sequence's, whose routes rounding may have turned.
-        firsts_L = np.array(
-            [cache.tokens_before(layer, parent.stop) for layer in range(len(cache.length_L))]
+        firsts_L, stops_L = (
+            np.array([cache.tokens_before(layer, place) for layer in range(len(cache.length_L))])
+            for place in (parent.stop, stop)
         )
-        stops_L = np.full_like(firsts_L, stop) if simple else cache.length_L
         rows = [
             cache.held_rows(layer, first, end)
             for layer, (first, end) in enumerate(
@@ -130,8 +151,8 @@ class PrefixStore:
         if not cache.complete:
             held_L = [cache.positions_K(layer) for layer in range(len(rows))]
             piece.positions_L = [
-                held[first:].clone()
-                for held, first in zip(held_L, firsts_L, strict=True)
+                held[first:end].clone()
+                for held, first, end in zip(held_L, firsts_L, stops_L, strict=True)
                 if held is not None
             ]
         piece.debts = sequence.debts()

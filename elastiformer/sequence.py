@@ -83,6 +83,7 @@ class Sequence:
         self.prompt: tuple[int, ...] | None = None  # where its beginning may be stored
         self.length = 0
         self.cached_tokens = 0  # of the prompt, that came from the store of prefixes
+        self.shares_prompt = False  # with others to come: then all but its last token is stored
         self.stored = 0  # prompt tokens that the store of prefixes has seen
         self.usage = Usage()
         self._debts: dict[DebtKey, Debt] = {}

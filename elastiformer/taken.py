@@ -92,8 +92,7 @@ class Taken:
         if packed.allowances is None:
             return [0] * len(packed.chunks), [0] * len(packed.chunks)
         products_C, channels_C = (
-            np.add.reduceat(each_N, packed.starts[:-1])
-            for each_N in (packed.allowances.grants.products_N, packed.allowances.grants.channels_N)
+            np.add.reduceat(each_N, packed.starts[:-1]) for each_N in packed.allowances.beyond
         )
         return products_C.tolist(), channels_C.tolist()
 

@@ -27,9 +27,9 @@ from elastiformer.kernels import TURN, compiled
 SEARCHED = np.float32(-1)  # in place of a threshold: a row's channels are counted, not compared
 _ALONE = 4  # so few rows that take anything are faster in turn
 _COUNTED = 5  # rungs around the granted one, beyond which debts seldom lead
-_PATIENCE = 16  # tokens over which a debt is paid back
+PATIENCE = 16  # tokens over which a debt is paid back
 # By so much sooner beyond a grant: text unlike any other, a word again and again, stays in debt.
-_HASTE = 5
+HASTE = 5
 # Counts of ones are exact in any order.
 _ANY_ORDER: Any = {"fastmath": {"contract", "reassoc", "nsz"}}
 
@@ -134,8 +134,8 @@ def _count_five(x_I, norms_I, least_J, counts_J):  # type: ignore[no-untyped-def
 def _rung(rungs, inputs, granted, debt):  # type: ignore[no-untyped-def]
     """The one nearest to what is granted less the part of the debt that is due."""
     beyond = debt - min(max(debt, -granted), granted)
-    wanted = _PATIENCE * granted - debt - (_HASTE - 1) * beyond
-    rung = (2 * rungs * wanted + _PATIENCE * inputs) // (2 * _PATIENCE * inputs)
+    wanted = PATIENCE * granted - debt - (HASTE - 1) * beyond
+    rung = (2 * rungs * wanted + PATIENCE * inputs) // (2 * PATIENCE * inputs)
     return min(max(rung, 1), rungs)
 
 

@@ -242,8 +242,13 @@ class ElasticVlm(ElasticModel):
 
     # The sparse form.
 
-    def imaged_sequence(self, prompt: ImagedPrompt, most_new: int) -> ImagedSequence:
+    def imaged_sequence(
+        self, prompt: ImagedPrompt, most_new: int, shared: bool = False
+    ) -> ImagedSequence:
         """A new request whose prompt holds images; its `length` says what must not be fed again.
+
+        Args:
+            shared: whether others will come with the very same prompt.
 
         Raises:
             CapacityError: below the calibrated range, or a unit that the adapter lacks.
@@ -260,7 +265,7 @@ class ElasticVlm(ElasticModel):
             whole = self._planner.pricing[Phase.OUTPUT].dense
             plan_at = opened(plan_at, whole, tokens - 1 + prompt.opening)
         sequence = ImagedSequence(plan_at, tokens + most_new, cache, prompt)
-        self._adopt(sequence, prompt.keys)
+        self._adopt(sequence, prompt.keys, shared)
         return sequence
 
     def step(self, chunks: Many[Chunk]) -> list[Tensor]:

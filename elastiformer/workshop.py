@@ -22,6 +22,7 @@ from elastiformer.allowances import Allowances
 from elastiformer.attention import Backend, BothWays, Portable, backend
 from elastiformer.capacity import Site, Unit
 from elastiformer.costs import ROWS, CostTable, compare
+from elastiformer.device_allowances import DeviceAllowances
 from elastiformer.expert_table import ExpertTable
 from elastiformer.families import Layer, Layout, Projection
 from elastiformer.lora import LoraPair
@@ -110,15 +111,29 @@ class Workshop:
         is_whole = isinstance(granted, int) and granted >= len(norms_I)
         if packed.allowances is None or is_whole:
             return pick(x_RI, norms_I, granted, own)
+        if isinstance(packed.allowances, DeviceAllowances):
+            asked = (layer.index, place, rows.rows_R)
+            kept_RI = packed.allowances.take(*asked, x_RI, norms_I)
+            count = packed.allowances.granted(*asked, len(norms_I))
+            return Reading(x_RI, count, kept_RI=kept_RI, is_even=False)
         on_host = (x_RI.float().cpu().numpy(), norms_I.cpu().numpy())
         start_S, least_R = packed.allowances.take(layer.index, place, rows.rows_R, *on_host)
         return reading_of(x_RI, norms_I, start_S, least_R, own)
 
-    def allowances(self, packed: Packed) -> Allowances | None:
+    def allowances(self, packed: Packed) -> Allowances | DeviceAllowances | None:
         """What the rows of a step take of their channels; None: what they are granted."""
         if self.ladder_LTG is None or not packed.picks or not packed.takes_N.any():
             return None
         owners = [chunk.sequence for chunk in packed.chunks]
+        if self.takes_on_device and packed.count == len(owners) > self._rows_that_pick:
+            return DeviceAllowances(
+                owners,
+                packed.takes_N,
+                packed.channels_LTK,
+                packed.kind_N,
+                self._ladder_on_device_LTG,
+                self._outputs_LT,
+            )
         owner_N = np.where(packed.takes_N, packed.chunk_N, -1)
         return Allowances(
             owners,
@@ -137,6 +152,22 @@ class Workshop:
         if calibration is None or not self.layout.causal:
             return None
         return ladders(calibration.channel_quantiles)
+
+    @cached_property
+    def _ladder_on_device_LTG(self) -> Tensor:
+        assert self.ladder_LTG is not None, "rows that take by no thresholds"
+        return torch.from_numpy(self.ladder_LTG).to(self.device)
+
+    @property
+    def _rows_that_pick(self) -> int:
+        """Up to so many rows the products read picked weights alone; the host numbers the picks."""
+        return max(self.at_site(self.layout.layers[-1], site).few.most[0] for site in SITES)
+
+    @property
+    def takes_on_device(self) -> bool:
+        """Whether thresholds are compared where the rows are, and nobody waits for the counts."""
+        counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
+        return self.device.type != "cpu" and not counted
 
     @cached_property
     def _outputs_LT(self) -> np.ndarray:
@@ -233,6 +264,11 @@ class Workshop:
             ]
         return packed.repaired[layer.index]
 
+    def _finish(self) -> None:
+        """Wait until the device has done all that it was told: else launches are timed."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
     @property
     def bytes_per_weight(self) -> float:
         """On average over the layers' products, as they are stored for few rows."""
@@ -269,7 +305,8 @@ class Workshop:
 
             each = seconds / len(SITES)
             alike = first.pairs  # several rows go through all inputs
-            few_rows = compare(partial(run, True), partial(run, False), each, alike)
+            ways = partial(run, True), partial(run, False)
+            few_rows = compare(*ways, each, alike, self._finish)
             few[first.inputs, first.outputs] = few_rows
             for product, _ in pairs:
                 product.few = few_rows

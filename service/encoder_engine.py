@@ -17,7 +17,7 @@ from elastiformer.sequence import Item
 from service.engine import Engine
 from service.errors import StepFailed
 from service.orders import Encoded
-from service.scheduler import Job, Share
+from service.scheduler import Entry, Share
 
 
 class EncoderEngine(Engine):
@@ -32,7 +32,8 @@ class EncoderEngine(Engine):
         """The most tokens of one item."""
         return self.model.context
 
-    def _sequence(self, job: Job) -> Sequence:
+    def _sequence(self, entry: Entry) -> Sequence:
+        job = entry.job
         assert isinstance(job.item, Item), "a job of an encoder has an item"
         return self.encoder.sequence(job.capacity, job.item)
 

@@ -269,7 +269,7 @@ class Engine:
             self.load.waited(waited)
         self._metrics.queue_time.labels(self.name, request.order.resolved.tier).observe(waited)
         try:
-            sequence = self._sequence(job)
+            sequence = self._sequence(entry)
         except ElastiError as error:
             self._ledger.fail(request, error)
         except Exception as error:
@@ -289,10 +289,12 @@ class Engine:
                 stop=StopMatcher(request.order.stops),
             )
 
-    def _sequence(self, job: Job) -> Sequence:
+    def _sequence(self, entry: Entry) -> Sequence:
+        job, shared = entry.job, entry.group is not None
         if isinstance(job.imaged, ImagedPrompt):
             assert isinstance(self.model, ElasticVlm), "pictures for a model that reads none"
-            return self.model.imaged_sequence(job.imaged, job.most_tokens - len(job.prompt))
+            most_new = job.most_tokens - len(job.prompt)
+            return self.model.imaged_sequence(job.imaged, most_new, shared)
         assert isinstance(self.model, ElasticModel), "this engine writes texts"
         return self.model.sequence(
             job.capacity,
@@ -300,6 +302,7 @@ class Engine:
             most_tokens=job.most_tokens,
             scored=job.scored,
             prompt=None if job.scored else job.prompt,
+            shared=shared,
         )
 
     def _end_tokens(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ tokens pass through on their way to text. Only the engine writes to it.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from service.scheduler import Entry, Group, Job
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Many
+
+WORTH_WAITING = 8  # tokens of a prompt; fewer are computed again sooner than waited for
 
 
 @dataclass(eq=False, slots=True)
@@ -116,7 +119,10 @@ def draw_of(order: Order, job: Job) -> Draw:
 
 
 def grouped(jobs: Many[Job]) -> tuple[Entry, ...]:
-    """An entry per job; those of one prompt, pictures included, share a group."""
+    """An entry per job; several of one prompt, pictures included, share a group."""
     keys = [(job.prompt, id(job.imaged)) for job in jobs]
-    groups = {key: Group() for key, job in zip(keys, jobs, strict=True) if job.storable_tokens}
+    counts = Counter(
+        key for key, job in zip(keys, jobs, strict=True) if job.shared_tokens >= WORTH_WAITING
+    )
+    groups = {key: Group() for key, count in counts.items() if count > 1}
     return tuple(Entry(job, groups.get(key)) for key, job in zip(keys, jobs, strict=True))

@@ -76,6 +76,11 @@ class Job:
         return 0 if self.scored else (len(self.prompt) - 1) // RUN_TOKENS * RUN_TOKENS
 
     @property
+    def shared_tokens(self) -> int:
+        """How much of the prompt another job of the same prompt can take over: all but its end."""
+        return 0 if self.scored else len(self.prompt) - 1
+
+    @property
     def bills_prompt(self) -> bool:
         return self.billed_tokens >= len(self.prompt)
 
@@ -88,7 +93,7 @@ class Group:
 
     @property
     def waits(self) -> bool:
-        return self.first is not None and self.first.done < self.first.job.storable_tokens
+        return self.first is not None and self.first.done < self.first.job.shared_tokens
 
 
 @dataclass(eq=False, slots=True)

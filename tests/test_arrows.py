@@ -19,8 +19,9 @@ LOW_TO_HIGH = """
     elastiformer: errors tasks capacity usage accounting calibration calibration_reading card
         priced families encoders experts routers lora lora_files unpacking shipped originals
         weights encoder_weights vlms vlm_weights misfits adapter_files adapter kernels thresholds
-        masked pool cache sequence imaged prefixes memory row_kernels pointwise allowances packed
-        rotary taken costs lanes largest pairs amx single_queries sub_layers tiles readings products
+        masked pool cache sequence imaged prefixes memory row_kernels pointwise allowances
+        device_allowances packed rotary taken costs lanes largest pairs amx single_queries
+        sub_layers tiles readings products
         flop_formulas expert_table repair attention placing workshop keeping sparse_heads
         sparse_attention sparse_experts sparse_mlp decoding sparse encoding imaging sight planning
         drawing sampling inputs images encoder_inputs picture_inputs elastic model sharded led vlm

@@ -24,6 +24,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.devices import DEVICE
+
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, MLP_WIDTH = 3, 24, 4, 2, 10, 56
 CONTEXT, WINDOW = 512, 5
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -88,14 +90,17 @@ FAMILIES = tuple(_FAMILIES)
 
 
 def tiny(family: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
-    """A random model of one family: float32, in eval mode; `changes` go into its config."""
+    """A random model of one family: float32, in eval mode; `changes` go into its config.
+
+    Drawn on the CPU, so that every device gets the same weights.
+    """
     config_class, settings = _FAMILIES[family]
     config = config_class(**(_TOKENS | settings | changes))
     with torch.random.fork_rng(devices=[]):  # who calls keeps their own stream of numbers
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         draw_parameters(model)
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 @torch.no_grad()

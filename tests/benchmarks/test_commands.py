@@ -185,6 +185,19 @@ def test_a_profile_accounts_for_the_step(run):
         assert any(operator["name"].startswith("kernel: ") for operator in row["operators"])
 
 
+def test_a_profile_knows_every_work_and_what_is_in_a_call_for_whole_layers(run):
+    asked = ("--works", "decode,parts,prefill,classification,scoring", "--batches", "2")
+    small = ("--steps", "1", "--context", "8", "--prompt", "16", "--capacity", "1.0")
+    written = run("profile", *asked, *small)
+    rows = {row["work"]: row for row in written["results"]}
+    assert list(rows) == ["decode", "parts", "prefill", "classification", "scoring"]
+    assert [row["rows"] for row in rows.values()] == [2, 2, 0, 0, 0]
+    assert "whole layers in one call" in rows["decode"]["families"]
+    for name in ("parts", "prefill", "scoring"):
+        families = rows[name]["families"]
+        assert "whole layers in one call" not in families and families["products"] > 0
+
+
 def test_planning_says_what_each_mix_holds(run):
     written = run(
         "planning",

@@ -19,6 +19,7 @@ from benchmarks.profile import OTHER, family_of
 from benchmarks.results import Goal
 from benchmarks.roofline import Roofline
 from benchmarks.runs import generate
+from benchmarks.saving import Measured, _goals
 from benchmarks.sender import Sender
 from benchmarks.server import ServerError
 from benchmarks.serving import percentiles
@@ -154,3 +155,20 @@ def test_nothing_else_imports_the_benchmarks():
                 elif isinstance(node, ast.ImportFrom):
                     found = [node.module or ""]
                 assert not any(name.startswith("benchmarks") for name in found), path
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "of_roof", "bounded"),
+    [(12.0, 0.9, True), (9.0, 0.9, False), (12.0, 1.41, False), (12.0, None, True)],
+)
+def test_what_is_faster_than_its_roofline_has_none(milliseconds, of_roof, bounded):
+    time, ratio = Spread.of([milliseconds]), Spread.of([0.7])
+    work = ("decode, batch 16", 16, 0.65)
+    each = Measured(*work, time, ratio, 0.65, 0.7, 0.9, 0.9, 10.0, 0.75, of_roof)
+    assert each.is_bounded is bounded
+    (goal,) = (goal for goal in _goals([each], shaped=True) if "roofline" in goal.what)
+    assert goal.got == (of_roof if bounded else None)
+
+
+def test_a_limit_is_the_best_of_two_measurements():
+    assert Limits(2.0, 30.0).or_better(Limits(3.0, 20.0)) == Limits(3.0, 30.0)

@@ -23,6 +23,7 @@ from elastiformer import (
     Unit,
 )
 from elastiformer.capacity import DENSE
+from tests.devices import DEVICE
 from tests.tiny import LAYERS, VOCAB, tiny
 from training.channel_sizes import channel_quantiles
 
@@ -33,7 +34,8 @@ EVERY_UNIT = tuple(unit for unit in Unit if unit is not Unit.IMAGE_TOKENS)  # of
 
 def text(tokens: int = TOKENS, seed: int = 3) -> Tensor:
     """Token ids [1, tokens]."""
-    return torch.randint(VOCAB, (1, tokens), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(VOCAB, (1, tokens), generator=torch.Generator().manual_seed(seed))
+    return drawn.to(DEVICE)
 
 
 def elastic(
@@ -45,7 +47,7 @@ def elastic(
     adapter: Adapter = model.blank_adapter(units, **settings)  # type: ignore[arg-type]
     shaken = torch.Generator().manual_seed(5)
     for parameter in adapter.parameters().values():
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=shaken)
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=shaken).to(parameter.device)
     model.attach(adapter)
     return model
 
@@ -112,6 +114,6 @@ def run(model: ElasticModel, sequence: Sequence, pieces: Many[Many[int]]) -> Ten
 
 def masked_logits(model: ElasticModel, ids_BT: Tensor, plans: tuple[Plan, Plan]) -> Tensor:
     """The output rows of the masked form over the whole text, [output rows, vocabulary]."""
-    output_BT = torch.arange(ids_BT.shape[1])[None] >= PROMPT - 1
+    output_BT = torch.arange(ids_BT.shape[1], device=DEVICE)[None] >= PROMPT - 1
     with torch.no_grad():
         return model.masked(ids_BT, [plans], output_BT).logits_BTV[0, PROMPT - 1 :]

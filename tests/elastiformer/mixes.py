@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from elastiformer import DENSE, Capacity, Chunk, ElasticModel, Phase, Sequence, UnitShares
+from elastiformer.accounting import KVPolicy
 from elastiformer.errors import CacheFull
 from elastiformer.prefixes import PIECE_TOKENS
 from tests.elastiformer.elastic import text
 
 LOWEST = 0.5  # capacity that is drawn
+LOWEST_OF_CHANNELS = 0.6  # where nothing else is left out: attention scores are always paid
 LONGEST = 80  # tokens of a prompt
 NEW = 8  # tokens generated
 MOST_STEPS = 1000
@@ -62,20 +64,39 @@ class Room:
     prefixes: bool
 
 
+@dataclass(frozen=True)
+class Case:
+    """A mix, and the model that serves it."""
+
+    kv: KVPolicy
+    only_channels: bool  # an adapter that leaves nothing else out and repairs nothing
+    in_turn: bool  # only lone rows go row by row: more take turns at the ways they can go
+    room: Room | None
+    mix: list[Asked]
+
+
 @lru_cache
 def stem_ids(number: int) -> tuple[int, ...]:
     return tuple(text(600, seed=50 + number)[0].tolist())
 
 
 keep_shares = st.sampled_from((1.0, 0.75, 0.5, 0.3))
-shares = st.one_of(
-    st.just(1.0),
-    st.integers(round(100 * LOWEST), 100).map(lambda percent: percent / 100),
-    st.builds(UnitShares, keep_shares, keep_shares, keep_shares, keep_shares, keep_shares),
-)
-capacities = st.one_of(
-    shares.map(lambda share: Capacity(share, share)), st.builds(Capacity, shares, shares)
-)
+any_unit = st.builds(UnitShares, keep_shares, keep_shares, keep_shares, keep_shares, keep_shares)
+only_channels = st.builds(UnitShares, channels=keep_shares)
+
+
+def capacities(of_channels: bool) -> st.SearchStrategy[Capacity]:
+    lowest = LOWEST_OF_CHANNELS if of_channels else LOWEST
+    shares = st.one_of(
+        st.just(1.0),
+        st.integers(round(100 * lowest), 100).map(lambda percent: percent / 100),
+        only_channels if of_channels else any_unit,
+    )
+    return st.one_of(
+        shares.map(lambda share: Capacity(share, share)), st.builds(Capacity, shares, shares)
+    )
+
+
 lengths = st.integers(1, LONGEST) | st.integers(PIECE_TOKENS, LONGEST)
 aligned = st.sampled_from((PIECE_TOKENS, 2 * PIECE_TOKENS))  # so that there is much to store
 cuts = st.builds(
@@ -89,21 +110,31 @@ policies = st.sampled_from(("complete", "kept"))
 
 
 @st.composite
-def mixes(draw: st.DrawFn, alike: bool = False) -> list[Asked]:
+def mixes(draw: st.DrawFn, alike: bool = False, of_channels: bool = False) -> list[Asked]:
     """Requests of few capacities; those that are alike differ in little else than their length."""
-    asked = draw(st.lists(capacities, min_size=1, max_size=1 if alike else 2))
+    asked = draw(st.lists(capacities(of_channels), min_size=1, max_size=1 if alike else 2))
+    arrivals = st.integers(0, 3 if of_channels else 12)  # soon, so that they decode together
     request = st.builds(
         Asked,
         capacity=st.sampled_from(asked),
         prompt_tokens=st.integers(PIECE_TOKENS + 1, LONGEST) if alike else lengths,
-        new_tokens=st.integers(0, NEW),
+        new_tokens=st.integers(NEW, 3 * NEW) if of_channels else st.integers(0, NEW),
         scored=st.just(False) if alike else st.booleans(),
         stem=st.just(0) if alike else st.integers(0, 1),
-        arrives=st.sampled_from((0, 5, 10, 15)) if alike else st.integers(0, 12),
+        arrives=st.sampled_from((0, 5, 10, 15)) if alike else arrivals,
         leaves=st.none() | st.none() | st.integers(0, 8),
         cuts=st.tuples(aligned) if alike else cuts,
     )
     return draw(st.lists(request, min_size=2, max_size=5))
+
+
+@st.composite
+def cases(draw: st.DrawFn, of_channels: bool | None = None) -> Case:
+    if of_channels is None:
+        of_channels = draw(st.booleans())
+    kv = draw(st.sampled_from(("complete",) * 3 + ("kept",)) if of_channels else policies)
+    in_turn = draw(st.booleans()) if of_channels else False
+    return Case(kv, of_channels, in_turn, draw(rooms), draw(mixes(of_channels=of_channels)))
 
 
 # Requests together, and what they got.

@@ -9,7 +9,8 @@ masked form over its whole text (promises 4 and 5), against itself alone in the 
 from __future__ import annotations
 
 import copy
-from dataclasses import fields
+from collections import Counter
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import pytest
@@ -27,24 +28,31 @@ from elastiformer import (
     Phase,
     Plan,
     PlanGrid,
+    Site,
     Step,
     Unit,
     UnitShares,
     Usage,
     dense_plan,
 )
+from elastiformer.accounting import KVPolicy
 from elastiformer.calibration import output_context
+from elastiformer.costs import SINGLE_ROWS
+from elastiformer.decoding import Decoding
 from elastiformer.planning import prompt_context, prompt_ending
+from tests.devices import DEVICE, cpu_only
 from tests.elastiformer.elastic import by_thresholds, elastic
 from tests.elastiformer.mixes import (
     LOWEST,
+    LOWEST_OF_CHANNELS,
     NEW,
     Asked,
+    Case,
     Ran,
     Room,
+    cases,
     mixes,
     policies,
-    rooms,
     sizes,
     stem_ids,
     together,
@@ -79,6 +87,14 @@ PATHS = {
         *(Step(layer, "heads", 0.5) for layer in range(LAYERS)),
     ),
 }
+PATH_OF_CHANNELS = tuple(
+    Step(layer, site.value, share)
+    for share in (0.6, 0.3, 0.1)
+    for site in Site
+    for layer in range(LAYERS)
+)
+# Whose decode steps are one call where nothing but channels is left out (decoding.py).
+IN_ONE_CALL = ("llama", "qwen2", "phi3")
 QUANTILES = tuple((index - 16) / 4 for index in range(33))  # of the scores of shaken routers
 # Thresholds too high for prompts and too low for outputs: the controller has work to do.
 WRONG_BY = {Phase.PROMPT: 1.5, Phase.OUTPUT: -1.5}
@@ -87,11 +103,23 @@ WRONG_BY = {Phase.PROMPT: 1.5, Phase.OUTPUT: -1.5}
 # What each is held against.
 
 
-def calibrated(family: str, kv: str, rightly: bool = False) -> ElasticModel:
-    phases = "split" if kv == "complete" else "prompt"
+@dataclass(frozen=True)
+class Made:
+    """Which model: its family, and what its adapter leaves out."""
+
+    family: str
+    kv: KVPolicy
+    only_channels: bool = False  # by thresholds, and without a repair
+    rightly: bool = False  # the thresholds of its token routers are those of its scores
+
+
+def calibrated(made: Made) -> ElasticModel:
+    if made.only_channels:
+        return only_channels(made)
+    phases = "split" if made.kv == "complete" else "prompt"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)  # whatever was drawn before
-        model = elastic(family, kv=kv, lora_phases=phases)
+        model = elastic(made.family, kv=made.kv, lora_phases=phases)
     assert model.adapter is not None
     model.adapter.calibration = Calibration(
         lowest=LOWEST,
@@ -102,31 +130,39 @@ def calibrated(family: str, kv: str, rightly: bool = False) -> ElasticModel:
                 unit: dict.fromkeys(range(LAYERS), tuple(q + wrong for q in QUANTILES))
                 for unit in (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS)
             }
-            for phase, wrong in (dict.fromkeys(Phase, 0.0) if rightly else WRONG_BY).items()
+            for phase, wrong in (dict.fromkeys(Phase, 0.0) if made.rightly else WRONG_BY).items()
         },
         measured=(Measured(1.0, 1.0, kl=0.0), Measured(LOWEST, LOWEST, kl=0.7)),
     )
     return by_thresholds(model)
 
 
-@lru_cache
-def reference(family: str, kv: str) -> ElasticModel:
-    return calibrated(family, kv)
+def only_channels(made: Made) -> ElasticModel:
+    model = elastic(made.family, (Unit.CHANNELS,), kv=made.kv, lora_rank=0)
+    assert model.adapter is not None
+    model.adapter.calibration = Calibration(
+        lowest=LOWEST_OF_CHANNELS,
+        context=96,
+        paths=dict.fromkeys(Phase, PATH_OF_CHANNELS),
+        thresholds={phase: {} for phase in Phase},
+        measured=(),
+    )
+    return by_thresholds(model)
 
 
 @lru_cache
-def well_calibrated(family: str, kv: str) -> ElasticModel:
-    return calibrated(family, kv, rightly=True)
+def reference(made: Made) -> ElasticModel:
+    return calibrated(made)
 
 
 @lru_cache
-def jittered(family: str, kv: str, seed: int) -> ElasticModel:
+def jittered(made: Made, seed: int) -> ElasticModel:
     """The reference with an embedding that is off by about as much as rounding is."""
-    known = reference(family, kv)
+    known = reference(made)
     base = copy.deepcopy(known.base)
     draw = torch.Generator().manual_seed(seed)
     weight = base.get_input_embeddings().weight
-    weight.data *= 1 + ROUNDING * torch.randn(weight.shape, generator=draw)
+    weight.data *= 1 + ROUNDING * torch.randn(weight.shape, generator=draw).to(DEVICE)
     return ElasticModel(base, known.adapter)
 
 
@@ -157,13 +193,15 @@ def plan_at(model: ElasticModel, asked: Asked, position: int) -> Plan:
 def masked(model: ElasticModel, ran: Ran) -> tuple[Tensor, list[Tensor]]:
     """The masked form over the whole text: logits of its output rows, and all routes."""
     asked = ran.asked
-    ids_BT = torch.tensor([ran.ids[: ran.fed]])
+    ids_BT = torch.tensor([ran.ids[: ran.fed]], device=DEVICE)
     places = range(ran.fed)
     plans = [plan_at(model, asked, place) for place in places]
-    output_T = torch.tensor([asked.phase_at(place) is Phase.OUTPUT for place in places])
+    place_T = torch.arange(ran.fed, device=DEVICE)
+    phases = [asked.phase_at(place) for place in places]
+    output_T = torch.tensor([phase is Phase.OUTPUT for phase in phases], device=DEVICE)
     with torch.no_grad():
-        result = model.masked(ids_BT, PlanGrid(plans, torch.arange(ran.fed)[None]), output_T[None])
-    shown_T = output_T & (torch.arange(ran.fed) >= ran.cached)
+        result = model.masked(ids_BT, PlanGrid(plans, place_T[None]), output_T[None])
+    shown_T = output_T & (place_T >= ran.cached)
     return result.logits_BTV[0, shown_T], [route.kept for route in result.routes]
 
 
@@ -193,15 +231,15 @@ def minus(usage: Usage, before: Usage) -> Usage:
     return Usage(**left)
 
 
-def hangs_on_rounding(family: str, kv: str, ran: Ran) -> bool:
+def hangs_on_rounding(made: Made, ran: Ran) -> bool:
     """Whether noise little above rounding alone makes as large a difference to this request.
 
     Two channels of almost equal size, say: which one is the larger is nobody's promise.
     """
-    expected, routes = masked(reference(family, kv), ran)
+    expected, routes = masked(reference(made), ran)
     noise = 0.0
     for seed in range(8):
-        logits, others = masked(jittered(family, kv, seed), ran)
+        logits, others = masked(jittered(made, seed), ran)
         if not all(torch.equal(a, b) for a, b in zip(routes, others, strict=True)):
             return True
         noise = max(noise, float((logits - expected).abs().max()))
@@ -209,10 +247,10 @@ def hangs_on_rounding(family: str, kv: str, ran: Ran) -> bool:
     return not torch.allclose(ran.logits, expected, **CLOSE) and off < 2 * noise
 
 
-def misfits(family: str, kv: str, ran: Ran) -> list[str]:
+def misfits(made: Made, ran: Ran) -> list[str]:
     """Everything in which a request of a mix differs from what it should have got."""
     problems = []
-    model, asked = reference(family, kv), ran.asked
+    model, asked = reference(made), ran.asked
     expected, _ = masked(model, ran)
     if ran.logits.shape != expected.shape:
         return [f"logits of {len(ran.logits)} rows instead of {len(expected)}"]
@@ -228,14 +266,14 @@ def misfits(family: str, kv: str, ran: Ran) -> list[str]:
     if ran.sequence.usage != usage:
         problems.append(f"usage {ran.sequence.usage} instead of {usage}")
     if asked.capacity.is_dense and generated:
-        problems += _misfits_of_generate(family, ran, generated, expected)
+        problems += _misfits_of_generate(made.family, ran, generated, expected)
     return problems
 
 
 def _misfits_of_generate(
     family: str, ran: Ran, generated: list[int], expected: Tensor
 ) -> list[str]:
-    prompt_BT = torch.tensor([ran.asked.prompt])
+    prompt_BT = torch.tensor([ran.asked.prompt], device=DEVICE)
     with torch.inference_mode():
         ids = (
             untouched(family)
@@ -256,12 +294,12 @@ def _misfits_of_generate(
     return []
 
 
-def check(family: str, kv: str, over: list[Ran]) -> None:
+def check(made: Made, over: list[Ran]) -> None:
     for ran in over:
         if not ran.pieces:
             continue  # cancelled before its first step
-        problems = misfits(family, kv, ran)
-        if problems and hangs_on_rounding(family, kv, ran):
+        problems = misfits(made, ran)
+        if problems and hangs_on_rounding(made, ran):
             event("a request whose routes hang on rounding")
             continue
         for problem in problems:
@@ -269,19 +307,24 @@ def check(family: str, kv: str, over: list[Ran]) -> None:
         assert not problems, problems[0]
 
 
-def served(family: str, kv: str, room: Room | None) -> ElasticModel:
+def served(made: Made, room: Room | None, in_turn: bool = False) -> ElasticModel:
     """The reference's weights under a model of their own, whose cache is as drawn."""
-    known = reference(family, kv)
+    known = reference(made)
     model = ElasticModel(known.base, known.adapter)
     if room is not None:
         model.open_cache(room.tokens, prefixes=room.prefixes)
+    if in_turn:
+        workshop = model._sparse.workshop
+        for layer in model.layout.layers:
+            for site in Site:
+                workshop.at_site(layer, site).few = SINGLE_ROWS
     return model
 
 
-def run_mix(family: str, kv: str, room: Room | None, mix: list[Asked]) -> None:
-    model = served(family, kv, room)
+def run_mix(made: Made, room: Room | None, mix: list[Asked], in_turn: bool = False) -> None:
+    model = served(made, room, in_turn)
     over = together(model, mix)
-    check(family, kv, over)
+    check(made, over)
     if room is None:
         assert len(over) == len(mix)
         return
@@ -291,32 +334,61 @@ def run_mix(family: str, kv: str, room: Room | None, mix: list[Asked]) -> None:
     event("a beginning that another request left" if found else "no stored beginning")
 
 
+def run_case(family: str, case: Case) -> None:
+    made = Made(family, case.kv, case.only_channels)
+    run_mix(made, case.room, case.mix, case.in_turn)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @examples(6)
-@given(mix=mixes(), kv=policies, room=rooms)
-def test_any_mix_gives_each_request_what_it_gets_alone(family, mix, kv, room):
-    run_mix(family, kv, room, mix)
+@given(case=cases())
+def test_any_mix_gives_each_request_what_it_gets_alone(family, case):
+    run_case(family, case)
+
+
+@examples(12)
+@given(case=cases(of_channels=True), family=st.sampled_from(IN_ONE_CALL))
+def run_cases_of_channels(case, family):
+    run_case(family, case)
+
+
+@cpu_only  # where decode steps are one call
+def test_any_mix_of_channels_decodes_in_one_call_and_gives_each_request_its_own(monkeypatch):
+    run, steps = Decoding.run, Counter[str]()
+
+    def noted(self, h_ND, packed, *rest):
+        steps["all"] += 1
+        steps["of several requests"] += packed.count > 1
+        steps["with picks"] += packed.picks
+        steps["by thresholds"] += packed.allowances is not None
+        steps["of mixed kinds"] += packed.picks and len(packed.distinct_kinds) > 1
+        run(self, h_ND, packed, *rest)
+
+    monkeypatch.setattr(Decoding, "run", noted)
+    run_cases_of_channels()
+    assert min(steps.values()) >= 10, steps
 
 
 @examples(14)
 @given(mix=mixes(alike=True), family=st.sampled_from(FAMILIES), kv=policies, tokens=sizes)
 def test_a_stored_beginning_is_what_would_have_been_computed(mix, family, kv, tokens):
-    run_mix(family, kv, Room(tokens, prefixes=True), mix)
+    run_mix(Made(family, kv), Room(tokens, prefixes=True), mix)
 
 
 def test_what_is_wrong_is_seldom_put_down_to_rounding():
-    model = served("llama", "kept", None)
+    made = Made("llama", "kept")
+    model = served(made, None)
     mix = [
         Asked(Capacity(share, share), 20 + stem, NEW, stem=stem)
         for share in (0.5, 0.7, UnitShares(0.5, 0.5, 0.5, 0.5, 0.5))
         for stem in range(2)
     ]
     over = together(model, mix)
-    assert not any(misfits("llama", "kept", ran) for ran in over)
+    assert not any(misfits(made, ran) for ran in over)
     for ran in over:
         ran.rows[-1] = ran.rows[-1] + 0.02
-    assert all(misfits("llama", "kept", ran) for ran in over)
-    assert sum(hangs_on_rounding("llama", "kept", ran) for ran in over) <= 1
+    assert all(misfits(made, ran) for ran in over)
+    assert sum(hangs_on_rounding(made, ran) for ran in over) <= 1
 
 
 @examples(8)
@@ -332,7 +404,7 @@ def test_a_capacity_is_kept_from_128_tokens_on(
     share, prompt_tokens, new_tokens, scored, family, kv
 ):
     """The prompt runs whole: cut up, it meets fewer keys than its plan was chosen for."""
-    model, most = well_calibrated(family, kv), prompt_tokens + new_tokens
+    model, most = reference(Made(family, kv, rightly=True)), prompt_tokens + new_tokens
     ids = list(stem_ids(0)[:most])
     sequence = model.sequence(Capacity(share, share), prompt_tokens, most, scored)
     model.step([Chunk(sequence, ids[:prompt_tokens])])

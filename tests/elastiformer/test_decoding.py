@@ -12,6 +12,7 @@ from elastiformer import DENSE, Chunk, ElasticModel, Unit, dense_plan
 from elastiformer.costs import TRIAL_TURNS
 from elastiformer.decoding import Decoding
 from elastiformer.sparse import SparseForm
+from tests.devices import cpu_only
 from tests.elastiformer.elastic import (
     PROMPT,
     TOKENS,
@@ -23,6 +24,7 @@ from tests.elastiformer.elastic import (
 )
 from tests.tiny import LAYERS, WINDOW, tiny
 
+pytestmark = cpu_only  # where decode steps are one call
 ROWS = 3
 
 

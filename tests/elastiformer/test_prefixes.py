@@ -352,3 +352,30 @@ def test_pieces_of_two_sequences_fit_together_though_their_routes_differ():
             after = [place for place in found if place >= PIECE_TOKENS]
             computed_by = second.cache.positions_K(layer).tolist()
             assert after == [place for place in computed_by if place >= PIECE_TOKENS]
+
+
+@pytest.mark.parametrize("prompt_tokens", [PROMPT, PIECE_TOKENS - 4, 2 * PIECE_TOKENS + 1])
+@pytest.mark.parametrize("kv", ["complete", "kept"])
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_of_a_shared_prompt_only_the_last_token_is_computed_again(capacity, kv, prompt_tokens):
+    model, prompt = opened(kv=kv), IDS[:prompt_tokens]
+    most = prompt_tokens + 3
+    stops = range(PIECE_TOKENS, prompt_tokens, PIECE_TOKENS)
+    first = model.sequence(capacity, prompt_tokens, most, prompt=prompt, shared=True)
+    feed(model, first, prompt + OTHER[:2], *stops)  # the rest is stored after tokens that follow
+    second = model.sequence(capacity, prompt_tokens, most, prompt=prompt)
+    assert second.cached_tokens == prompt_tokens - 1
+    expected, usage = computed(model, prompt, capacity, prompt_tokens - 1)
+    torch.testing.assert_close(feed(model, second, prompt), expected, **CLOSE)
+    assert second.usage.flops == usage.flops
+
+
+def test_the_rest_of_a_shared_prompt_serves_no_longer_one():
+    model, prompt = opened(), IDS[: PIECE_TOKENS + 9]
+    shared = model.sequence(DENSE, len(prompt), len(prompt), prompt=prompt, shared=True)
+    feed(model, shared, prompt)
+    assert cached(model, prompt) == len(prompt) - 1
+    assert cached(model, IDS[: len(prompt) + 1]) == PIECE_TOKENS
+    assert cached(model, IDS[: 2 * PIECE_TOKENS + 1]) == PIECE_TOKENS
+    feed(model, begin(model, IDS), IDS)  # and does not stand in the way of what is stored of it
+    assert cached(model, IDS) == 2 * PIECE_TOKENS

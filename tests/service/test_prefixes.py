@@ -69,15 +69,15 @@ def test_the_choices_of_one_prompt_compute_it_once(capacity):
         answer = await house.complete(PROMPT, **body)
         assert cached(answer) == 0  # of what is billed, which is the prompt once
         assert answer["usage"]["prompt_tokens"] == 90
-        assert sum(map(sum, model.steps)) == 64 + 4 * (90 - 64) + 4 * 5
-        assert house.value("elasti_prefix_cache_hits_total") == 3 * 64
+        assert sum(map(sum, model.steps)) == 89 + 4 + 4 * 5
+        assert house.value("elasti_prefix_cache_hits_total") == 3 * 89
 
         alone = [
             await house.complete(PROMPT, **body | {"n": 1, "seed": 3}),
             await house.complete(PROMPT, **body),
         ]
         assert alone[0]["choices"][0]["text"] == answer["choices"][0]["text"]
-        assert alone[1]["choices"] == answer["choices"] and cached(alone[1]) == 64
+        assert alone[1]["choices"] == answer["choices"] and cached(alone[1]) == 89
 
     in_house(visit, models={"tiny": model})
 
@@ -102,6 +102,28 @@ def test_a_batch_of_labels_computes_each_text_once_in_few_steps():
     tokens = [sum(map(sum, steps)) for steps in (plain_steps, shared_steps)]
     assert tokens[1] < 0.45 * tokens[0]
     assert len(shared_steps) <= len(plain_steps)
+
+
+@pytest.mark.parametrize("capacity", [1.0, 0.6, {"mlp_tokens": 0.5, "heads": 0.75}])
+@pytest.mark.parametrize("kv", ["complete", "kept"])
+def test_each_further_label_runs_no_token_of_the_prompt_but_its_last(capacity, kv):
+    labels, found = ["good", "bad", "neither of the two"], {}
+    ask = {"input": "a fine text", "capacity": capacity}
+    for stored in (False, True):
+        model = Watched(kv=kv)
+
+        async def visit(house, stored=stored, model=model):
+            reply = await house.post("/v1/classify", labels=labels, **ask)
+            found[stored] = (reply.json(), [count for step in model.steps for count in step])
+
+        in_house(visit, models={"tiny": model}, prefix_cache=stored)
+    (alone, alone_tokens), (shared, shared_tokens) = found[False], found[True]
+    assert shared["data"][0]["probs"] == pytest.approx(alone["data"][0]["probs"], abs=1e-5)
+    # A byte is a token, and the one that ends an answer is only scored.
+    prompt = sum(alone_tokens) - sum(map(len, labels))
+    assert prompt % len(labels) == 0
+    prompt //= len(labels)
+    assert sum(shared_tokens) == prompt + len(labels[0]) + sum(1 + len(x) for x in labels[1:])
 
 
 def test_without_the_setting_nothing_is_stored():

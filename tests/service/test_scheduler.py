@@ -7,6 +7,7 @@ import pytest
 from elastiformer import Capacity
 from service.errors import QueueFull
 from service.pace import Pace
+from service.rows import WORTH_WAITING, grouped
 from service.scheduler import RUN_TOKENS, Entry, Group, Job, Limits, Scheduler, Share
 
 MANY = 10**9
@@ -152,8 +153,19 @@ def test_jobs_go_on_when_the_first_of_their_prompt_has_gone(done):
     queue.remove(first)
     assert queue.admit() == [second]  # now it computes the prompt, and the third one waits for it
     assert queue.admit() == []
-    second.done = 96
+    second.done = 99  # all but the last token, which everyone runs
     assert queue.admit() == [third]
+
+
+def test_only_several_jobs_of_one_prompt_that_is_worth_it_wait_for_each_other():
+    long, short = (1,) * WORTH_WAITING + (2,), (3,) * WORTH_WAITING
+    prompts = (long, short, long, short, (4,) * 99)
+    entries = grouped([Job(n, prompt, Capacity(), 1) for n, prompt in enumerate(prompts)])
+    assert entries[0].group is entries[2].group is not None
+    assert [entry.group for entry in (entries[1], *entries[3:])] == [None] * 3
+    assert all(
+        each.group is None for each in grouped([Job(0, long, Capacity(), 1, scored=True)] * 2)
+    )
 
 
 def test_short_and_scored_prompts_are_nobodys_to_take_over():
