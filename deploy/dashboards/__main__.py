@@ -2,15 +2,18 @@
 
     python -m deploy.dashboards write                     deploy/grafana/*.json, for Grafana
     python -m deploy.dashboards write --check             say whether those files are current
+    python -m deploy.dashboards load --server URL         mixed requests, so that there is something
     python -m deploy.dashboards render --prometheus URL   the same queries as pictures
 
-`render` needs a Prometheus that has scraped a server, and no Grafana: a PNG for each dashboard,
-over the last minutes. Progress goes to stderr. The last line of stdout is one JSON object.
+`load` is for a server of the embedded models. `render` needs a Prometheus that has scraped a
+server, and no Grafana: a PNG for each dashboard, over the last minutes. Progress goes to stderr.
+The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import sys
 import time
@@ -22,6 +25,7 @@ from deploy.dashboards.health import HEALTH
 from deploy.dashboards.latency import LATENCY
 from deploy.dashboards.prometheus import PrometheusError
 from deploy.dashboards.savings import SAVINGS
+from training.options import real
 
 BOARDS = (SAVINGS, LATENCY, HEALTH)
 JSON = Path("deploy/grafana")
@@ -31,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.command == "write":
         return write(args.out, args.check)
-    return render(args)
+    return load(args) if args.command == "load" else render(args)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +48,14 @@ def parser() -> argparse.ArgumentParser:
     writing = commands.add_parser("write", help="Grafana's JSON")
     writing.add_argument("--out", type=Path, default=JSON, help="folder (%(default)s)")
     writing.add_argument("--check", action="store_true", help="write nothing; fail if they differ")
+    loading = commands.add_parser("load", help="mixed requests to a server of the embedded models")
+    loading.add_argument("--server", required=True, metavar="URL")
+    loading.add_argument("--minutes", type=real(above=0, most=60), default=6.0)
+    loading.add_argument(
+        "--rate", type=real(above=0, most=100), default=1.0, help="requests a second (%(default)s)"
+    )
+    loading.add_argument("--key", help="of callers, where the server asks for one")
+    loading.add_argument("--limited-key", help="of one with a ceiling; unset: as the others")
     drawing = commands.add_parser("render", help="pictures of what a Prometheus holds")
     drawing.add_argument("--prometheus", required=True, metavar="URL")
     drawing.add_argument("--out", type=Path, default=Path("docs/dashboards"))
@@ -78,6 +90,15 @@ def write(folder: Path, check: bool) -> int:
                 (folder / name).unlink()
     print(json.dumps({"stale" if check else "written": stale}))
     return 1 if check and stale else 0
+
+
+def load(args: argparse.Namespace) -> int:
+    from deploy.dashboards.load import send
+
+    keys = (args.key, args.limited_key or args.key)
+    seen = asyncio.run(send(args.server, args.minutes, args.rate, keys))
+    print(json.dumps({"seen": seen}))
+    return 0 if seen.get("200") else 1
 
 
 def render(args: argparse.Namespace) -> int:

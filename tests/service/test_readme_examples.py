@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 from contextlib import redirect_stdout
 from io import StringIO
 
 import pytest
 
+from deploy.dashboards.load import LEFT, send
 from service.app import create_app
 from service.metrics import Metrics
 from service.served import load
@@ -81,3 +84,8 @@ def test_every_request_that_readme_shows_of_an_embedded_model_runs_as_it_stands(
     assert re.fullmatch(r"(?s).+ 0\.\d+\n", text)
     assert pictured.startswith("pullover {")
     assert time.monotonic() - begun < MOST_SECONDS
+
+    # The load that dashboards are drawn under, for a moment, on the same server.
+    monkeypatch.setattr(sys, "stderr", StringIO())
+    given = asyncio.run(send(f"http://{address}", minutes=0.05, rate=4, keys=(None, None)))
+    assert given["200"] > 0 and set(given) <= {"200", "400", LEFT}, given
