@@ -105,11 +105,12 @@ class SequenceCache:
         before_L = np.cumsum([0, *blocks_L[:-1]])
         self._offset_L = before_L * pool.block_rows
         self._first_rows: list[np.ndarray] = []  # none once it was moved; no cycle with the pool
-        self._positions_LC: list[Tensor] | None = None
+        # Of the tokens of all layers, layer after layer, each with room for as many as it may hold.
+        self._first_position_L = np.cumsum([0, *self.room_L[:-1]])
+        self._positions_P: Tensor | None = None
         if not complete:
-            self._positions_LC = [
-                torch.empty(int(room), dtype=torch.long, device=device) for room in self.room_L
-            ]
+            total = int(self.room_L.sum())
+            self._positions_P = torch.empty(total, dtype=torch.long, device=device)
         self._extent: Extent | None = pool.take(sum(blocks_L), self._first_rows.clear)
         self._dropped = weakref.finalize(self, pool.drop, self._extent)
 
@@ -139,9 +140,10 @@ class SequenceCache:
 
     def positions_K(self, layer: int) -> Tensor | None:
         """The position of each key; None where every token has one, in order."""
-        if self._positions_LC is None:
+        if self._positions_P is None:
             return None
-        return self._positions_LC[layer][: int(self.length_L[layer])]
+        first = int(self._first_position_L[layer])
+        return self._positions_P[first : first + int(self.length_L[layer])]
 
     def tokens_before(self, layer: int, position: int) -> int:
         """How many tokens a layer holds of those before a position."""
@@ -157,9 +159,19 @@ class SequenceCache:
 
     def note_positions(self, layer: int, positions_N: Tensor) -> None:
         """Where the tokens stand that the next `rows_for` of this layer are for."""
-        if self._positions_LC is not None:
-            length = int(self.length_L[layer])
-            self._positions_LC[layer][length : length + len(positions_N)] = positions_N
+        if self._positions_P is not None:
+            first = int(self._first_position_L[layer] + self.length_L[layer])
+            self._positions_P[first : first + len(positions_N)] = positions_N
+
+    def next_rows(self, position: int) -> np.ndarray:
+        """Where one more token of all layers goes among the pool's rows, [L, 2G]; they grow."""
+        assert (self.length_L < self.room_L).all(), "a token more than there is room for"
+        if self._positions_P is not None:
+            self._positions_P[torch.from_numpy(self._first_position_L + self.length_L)] = position
+        part_G = np.arange(self.shape.rows_per_token)
+        rows_LG: np.ndarray = (self.first_rows_L + self.length_L)[:, None]
+        self.length_L += 1
+        return rows_LG + self.room_L[:, None] * part_G
 
     def held_rows(self, layer: int, first: int, stop: int) -> np.ndarray:
         """Where a layer's tokens from `first` to `stop` lie among the pool's rows: [N x 2G]."""

@@ -154,9 +154,7 @@ class Decoding:
         closes = (layer.attention_close, layer.mlp_close)
         if any(module is not None for module in own + closes) or layer.softcap is not None:
             return False
-        if not tools.at_site(layer, Site.MLP_IN).has_tiles or tools.kv != "complete":
-            return False
-        return tools.layout.causal
+        return tools.layout.causal and tools.at_site(layer, Site.MLP_IN).has_tiles
 
     def _likeness(self, layer: Layer) -> Hashable:
         """Layers of which this is equal run in one call."""

@@ -67,16 +67,23 @@ class Placing:
         else:
             into_NH[index_RG] = keys_values_RMH.to(into_NH.dtype)
 
-    @property
+    @cached_property
     def cached(self) -> Cached:
-        """Where keys and values go and lie, if caches are complete and each chunk is one row."""
-        assert self._index_LNG is not None, "places that are known layer by layer"
+        """Where keys and values go and lie, of chunks of one row each that every layer takes.
+
+        Caches that are not complete have grown by them when this returns.
+        """
+        if self._index_LNG is not None:
+            index_LNG: np.ndarray = self._index_LNG.numpy()
+        else:
+            with_positions = zip(self._caches, self._packed.positions, strict=True)
+            index_LNG = np.stack([cache.next_rows(at) for cache, at in with_positions], axis=1)
         first_LC, room_LC = self._first_LC, self._room_LC
         value_LC = first_LC + self._caches[0].shape.kv_heads * room_LC
+        length_LC = np.stack([cache.length_L for cache in self._caches], axis=1)
         chunk_C = np.arange(len(self._caches))
         rows_PH = on_host(self._pool.rows)
-        index_LNG: np.ndarray = self._index_LNG.numpy()
-        return Cached(rows_PH, index_LNG, chunk_C, first_LC, value_LC, room_LC, self._length_C)
+        return Cached(rows_PH, index_LNG, chunk_C, first_LC, value_LC, room_LC, length_LC)
 
     def keys(self, layer: int) -> np.ndarray:
         """How many keys each chunk's cache holds in a layer: [C]."""

@@ -80,12 +80,13 @@ class Cached(NamedTuple):
     key_LQ: np.ndarray
     value_LQ: np.ndarray
     room_LQ: np.ndarray
-    length_Q: np.ndarray
+    length_LQ: np.ndarray
 
     def of(self, layers: slice) -> Cached:
         """What some of the layers need of it."""
-        of_layers = (self.key_LQ[layers], self.value_LQ[layers], self.room_LQ[layers])
-        return Cached(self.rows_PH, self.index_LNG[layers], self.query_Q, *of_layers, self.length_Q)
+        by_layer = (self.key_LQ, self.value_LQ, self.room_LQ, self.length_LQ)
+        of_layers = (array_LQ[layers] for array_LQ in by_layer)
+        return Cached(self.rows_PH, self.index_LNG[layers], self.query_Q, *of_layers)
 
 
 class Turns(NamedTuple):
@@ -194,7 +195,8 @@ def _attention(x_ND, front, heads, turns, cached, layer, out, grants, side):  # 
     out_NAH = np.empty((rows, heads.queries, size), dtype=np.float32)
     _attend(
         cached.rows_PH, out_NMH, cached.query_Q, cached.key_LQ[layer], cached.value_LQ[layer],
-        cached.room_LQ[layer], cached.length_Q, heads.queries, heads.kv, heads.scale, out_NAH,
+        cached.room_LQ[layer], cached.length_LQ[layer], heads.queries, heads.kv, heads.scale,
+        out_NAH,
     )  # fmt: skip
     return _product(out_NAH.reshape(rows, heads.queries * size), out, layer, grants, side)
 

@@ -84,6 +84,28 @@ def test_the_bits_are_those_of_the_parts(family, rows, dtype, thresholds, monkey
     assert none == [] and steps == [rows] * 4
 
 
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_where_layers_hold_keys_of_other_tokens_too(rows, monkeypatch):
+    """With `kv: kept`, a prompt's tokens that skip a layer's attention leave nothing there."""
+    model = elastic("llama", (Unit.ATTENTION_TOKENS, Unit.CHANNELS), kv="kept", lora_rank=0)
+    skipping = any_plan(5, LAYERS, (Unit.ATTENTION_TOKENS,))
+    plans = [(skipping, output) for _, output in channel_plans()]
+    with counting(monkeypatch, may=False) as none:
+        expected = decoded(model, plans, rows)
+    with counting(monkeypatch, may=True) as steps:
+        found = decoded(model, plans, rows)
+    assert torch.equal(found, expected)
+    assert none == [] and steps == [rows] * 4
+    sequence = planned(model, plans[0], PROMPT, TOKENS)
+    ids = text(PROMPT + 1)[0].tolist()
+    model.step([Chunk(sequence, ids[:PROMPT])])
+    held = sequence.cache.length_L.copy()
+    assert len(set(held.tolist())) > 1  # layers differ
+    model.step([Chunk(sequence, ids[PROMPT:])])
+    assert (sequence.cache.length_L == held + 1).all()
+    assert all(sequence.cache.positions_K(layer)[-1] == PROMPT for layer in range(LAYERS))
+
+
 def test_many_rows_try_both_ways_and_get_the_same_bits(monkeypatch):
     model = elastic("llama", (Unit.CHANNELS,), lora_rank=0)
     rows, steps = 12, 12  # more rows than a table without measurements sends row by row
