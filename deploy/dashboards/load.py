@@ -48,7 +48,8 @@ def visits(draw: random.Random) -> Iterator[Visit]:
     while True:
         capacity = draw.choice(CAPACITIES)
         tokens, kind = draw.randint(8, 48), draw.random()
-        asked = {"role": "user", "content": draw.choice(QUESTIONS)}
+        text = f"{draw.choice(QUESTIONS)} Think of the number {draw.randint(0, 9999)}."
+        asked = {"role": "user", "content": text}  # no two alike: a stored prompt costs nothing
         chat = {"model": "smollm2", "messages": [asked], "max_tokens": tokens}
         if kind < 0.5:
             yield Visit("/v1/chat/completions", chat | {"capacity": capacity})
@@ -59,8 +60,8 @@ def visits(draw: random.Random) -> Iterator[Visit]:
         elif kind < 0.65:
             yield Visit("/v1/chat/completions", chat | {"capacity": 1.5})
         elif kind < 0.78:
-            text = {"model": "sentiment", "input": [str(asked["content"])] * 4}
-            yield Visit("/v1/classify", text | {"capacity": draw.choice((1.0, 0.65, 0.5))})
+            texts = {"model": "sentiment", "input": [text] * 4}
+            yield Visit("/v1/classify", texts | {"capacity": draw.choice((1.0, 0.65, 0.5))})
         elif kind < 0.9:
             image = {"model": "fashion-mnist", "input": {"image": boot}}
             yield Visit("/v1/classify", image | {"capacity": draw.choice((1.0, 0.65, 0.5))})
