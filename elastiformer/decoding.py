@@ -86,7 +86,7 @@ class Decoding:
         assert self._runs is not None, "a step that does not fit"
         h = h_ND.numpy()
         nothing_NR = np.empty((packed.count, 0), dtype=np.float32)
-        grants, cached = _grants(packed), placing.cached
+        grants, cached = _grants(packed), placing.place_in_all_layers()
         for run in self._runs:
             rotation = rotations.get(run.layer_type, rotations.get(None))
             turns = Turns(nothing_NR, nothing_NR) if rotation is None else Turns(*rotation.on_host)

@@ -67,11 +67,10 @@ class Placing:
         else:
             into_NH[index_RG] = keys_values_RMH.to(into_NH.dtype)
 
-    @cached_property
-    def cached(self) -> Cached:
+    def place_in_all_layers(self) -> Cached:
         """Where keys and values go and lie, of chunks of one row each that every layer takes.
 
-        Caches that are not complete have grown by them when this returns.
+        Caches that are not complete grow by them here: once a step.
         """
         if self._index_LNG is not None:
             index_LNG: np.ndarray = self._index_LNG.numpy()
