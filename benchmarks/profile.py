@@ -38,6 +38,7 @@ from elastiformer import (
     decoding,
     lanes,
     largest,
+    many_queries,
     pairs,
     readings,
     row_kernels,
@@ -78,6 +79,7 @@ KERNELS: tuple[tuple[ModuleType, str], ...] = (
     (row_kernels, "gate"),
     (row_kernels, "turn"),
     (attention, "attend"),
+    (many_queries, "attend"),
 )
 
 

@@ -5,10 +5,10 @@ scaled dot product attention, one call a request, on any device. `Compiled` runs
 ask with one token in one call, on a CPU. `Varlen` runs PyTorch's variable-length
 attention, one call a layer, on CUDA devices that have it. Which one runs is decided once
 (`backend`), and what it cannot express (a capped score, some heads only) is the portable one's.
+Encoders, whose tokens see one another both ways, have one of their own (both_ways.py).
 
 Shape letters: N packed queries   Q queries of a request   K keys   A query heads
-    G key/value heads   H head size   S single queries   B requests of one call
-    C all requests   R rows with keys and values   M keys' heads and values' heads
+    G key/value heads   H head size   S single queries
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from elastiformer import many_queries
 from elastiformer.cache import Held
 from elastiformer.families import Layer
+from elastiformer.row_kernels import on_host
+from elastiformer.sides import Sides
 from elastiformer.single_queries import Singles, attend
 
 Masks = dict[tuple[int, int, int, int | None], Tensor]
@@ -60,71 +62,6 @@ class Read:
     def is_square(self) -> bool:
         """The queries are exactly the tokens whose keys there are."""
         return self.positions_K is None and self.count == self.held.length
-
-
-class Group(NamedTuple):
-    """Requests of like length as one call takes them: each padded to the longest."""
-
-    query_R: Tensor  # the rows of the queries,
-    queries: int  # so many of each request
-    real_R: Tensor  # which of them are no padding,
-    asked_R: Tensor  # and their rows
-    key_R: Tensor
-    keys: int
-    held_B11K: Tensor  # which keys are no padding
-
-
-class Bounds:
-    """Where the rows of each request begin among some rows, and the last ones end: [C + 1]."""
-
-    def __init__(self, starts: np.ndarray) -> None:
-        self.starts, self.counts_C = starts, np.diff(starts)
-        first = int(self.counts_C[0])
-        self.each = first if bool((self.counts_C == first).all()) else None  # as many of everyone
-        self._groups: dict[Bounds, list[Group]] = {}
-
-    def groups(self, keys: Bounds, device: torch.device) -> list[Group]:
-        """These queries with their keys, in calls; made once, as every layer asks."""
-        if keys not in self._groups:
-            # In a call the longest has less than twice the keys of the shortest.
-            octave_C = np.where(self.counts_C > 0, np.frexp(keys.counts_C)[1], -1)
-            self._groups[keys] = [
-                self._group(keys, octave_C == octave, device)
-                for octave in np.unique(octave_C[octave_C >= 0])
-            ]
-        return self._groups[keys]
-
-    def _group(self, keys: Bounds, among_C: np.ndarray, device: torch.device) -> Group:
-        def on_device(each: np.ndarray) -> Tensor:
-            return torch.from_numpy(each).to(device)
-
-        query_BQ, real_BQ = self._side_by_side(among_C)
-        key_BK, held_BK = keys._side_by_side(among_C)
-        real_R = np.flatnonzero(real_BQ)
-        return Group(
-            on_device(query_BQ.ravel()),
-            query_BQ.shape[1],
-            on_device(real_R),
-            on_device(query_BQ.ravel()[real_R]),
-            on_device(key_BK.ravel()),
-            key_BK.shape[1],
-            on_device(held_BK[:, None, None]),
-        )
-
-    def _side_by_side(self, among_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of some requests, padded with their first ones, and which are no padding."""
-        count_B1 = self.counts_C[among_C, None]
-        place_T = np.arange(count_B1.max())
-        real_BT = place_T < count_B1
-        return self.starts[:-1][among_C, None] + np.where(real_BT, place_T, 0), real_BT
-
-
-class Sides(NamedTuple):
-    """The keys and values of whole requests side by side."""
-
-    keys_values_RMH: Tensor  # of each row first its keys' heads, then its values'
-    keys: Bounds
-    queries: Bounds
 
 
 class Reads:
@@ -197,7 +134,8 @@ class Portable:
 class Compiled:
     """All requests that ask with one token in one call (single_queries.py), on a CPU.
 
-    Longer asks, windows that hide a key, and capped scores are the portable back end's.
+    Where it has tile registers, longer asks go there (many_queries.py). Other asks, windows that
+    hide a key, and capped scores are the portable back end's.
     """
 
     name = "compiled"
@@ -214,9 +152,12 @@ class Compiled:
         if layer.window is not None:
             singles = singles.before(layer.window)
         counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
-        if not len(singles) or layer.softcap is not None or counted:
+        if layer.softcap is not None or counted:
             return self._portable.attend(query_NAH, position_N, reads, layer)
-        query_NAH = query_NAH.contiguous()
+        if not len(singles):
+            outs = [self._one(query_NAH, position_N, read, layer) for read in reads.each]
+            return outs[0] if len(outs) == 1 else torch.cat(outs)
+        query_NAH = query_NAH.float().contiguous()
         out_NAH = torch.empty_like(query_NAH)
         attend(singles, query_NAH.numpy(), layer.scale, out_NAH.numpy())
         if len(singles) < len(query_NAH):
@@ -224,8 +165,29 @@ class Compiled:
             for read in reads.each:
                 if read.queries.start not in done:
                     at = read.queries
-                    out_NAH[at] = self._portable.one(query_NAH, position_N, read, layer)
+                    out_NAH[at] = self._one(query_NAH, position_N, read, layer)
         return out_NAH
+
+    def _one(self, query_NAH: Tensor, position_N: Tensor, read: Read, layer: Layer) -> Tensor:
+        """The attention output of one request's queries."""
+        held, is_hidden = read.held, layer.window is not None and read.last >= layer.window
+        fits = read.in_order and read.positions_K is None and read.count > 1 and not is_hidden
+        if not (
+            fits and held.rows_NH.dtype == torch.bfloat16 and many_queries.takes(query_NAH.shape[2])
+        ):
+            return self._portable.one(query_NAH, position_N, read, layer)
+        query_QAH = query_NAH[read.queries].to(torch.bfloat16).contiguous()
+        out_QAH = torch.empty_like(query_QAH)
+        many_queries.attend(
+            on_host(query_QAH),
+            on_host(held.rows_NH),
+            (held.key, held.value, held.room, held.length),
+            read.first,
+            held.kv_heads,
+            layer.scale,
+            on_host(out_QAH),
+        )
+        return out_QAH.to(query_NAH.dtype)
 
 
 class Varlen:
@@ -274,78 +236,6 @@ class Varlen:
         return out_NAH
 
 
-class BothWays:
-    """An encoder's attention: every query sees all keys of its request, or a window both ways.
-
-    Requests with as many queries and keys are one call, as images are, and so are others of like
-    length, padded. Where a window hides keys, each request is a call.
-    """
-
-    name = "sdpa, both ways"
-
-    def attend(self, query_NAH: Tensor, position_N: Tensor, reads: Reads, layer: Layer) -> Tensor:
-        sides = reads.sides
-        assert sides is not None, "whole requests"
-        if layer.window is not None and sides.keys.counts_C.max() > layer.window:
-            outs = [self.one(query_NAH, position_N, read, layer) for read in reads.each]
-            return torch.cat(outs)
-        working, keys_values_RMH = query_NAH.dtype, sides.keys_values_RMH
-        if sides.queries.each == 1 and working == torch.bfloat16 and query_NAH.is_cpu:
-            # For lone queries PyTorch's kernel takes twice as long in bfloat16.
-            query_NAH, keys_values_RMH = query_NAH.float(), keys_values_RMH.float()
-        if sides.queries.each is not None and sides.keys.each is not None:
-            sizes = sides.queries.each, sides.keys.each
-            return _together(query_NAH, keys_values_RMH, *sizes, layer.scale).to(working)
-        out_NAH = torch.empty_like(query_NAH)
-        for group in sides.queries.groups(sides.keys, query_NAH.device):
-            out_RAH = _together(
-                query_NAH.index_select(0, group.query_R),
-                keys_values_RMH.index_select(0, group.key_R),
-                group.queries,
-                group.keys,
-                layer.scale,
-                group.held_B11K,
-            )
-            out_NAH.index_copy_(0, group.asked_R, out_RAH.index_select(0, group.real_R))
-        return out_NAH.to(working)
-
-    def one(self, query_NAH: Tensor, position_N: Tensor, read: Read, layer: Layer) -> Tensor:
-        """The attention output of one request's queries."""
-        seen_QK = None
-        if layer.window is not None and read.held.length > layer.window:
-            seen_QK = _near(position_N[read.queries], read, layer.window)
-        out_AQH = F.scaled_dot_product_attention(
-            query_NAH[read.queries].transpose(0, 1)[None],
-            read.held.keys_GKH[None],
-            read.held.values_GKH[None],
-            attn_mask=seen_QK,
-            scale=layer.scale,
-        )[0]
-        return out_AQH.transpose(0, 1)
-
-
-def _together(
-    query_NAH: Tensor,
-    keys_values_RMH: Tensor,
-    queries: int,
-    keys: int,
-    scale: float,
-    held_B11K: Tensor | None = None,
-) -> Tensor:
-    """The attention output of requests of one size, each with all keys that it holds: [N, A, H]."""
-    query_BQAH = query_NAH.view(-1, queries, *query_NAH.shape[1:])
-    keys_values_BKMH = keys_values_RMH.view(-1, keys, *keys_values_RMH.shape[1:])
-    key_BKGH, value_BKGH = keys_values_BKMH.chunk(2, dim=2)
-    out_BAQH = F.scaled_dot_product_attention(
-        query_BQAH.transpose(1, 2),
-        key_BKGH.transpose(1, 2),
-        value_BKGH.transpose(1, 2),
-        attn_mask=held_B11K,
-        scale=scale,
-    )
-    return out_BAQH.transpose(1, 2).flatten(0, 1)
-
-
 def backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """The fastest back end that runs here."""
     if Varlen.runs_on(device, dtype):
@@ -379,14 +269,6 @@ def _seen(positions_Q: Tensor, read: Read, window: int | None) -> Tensor:
     if window is not None:
         seen_QK &= back_QK < window
     return seen_QK
-
-
-def _near(positions_Q: Tensor, read: Read, window: int) -> Tensor:
-    """Which keys each query sees in a window that reaches both ways."""
-    positions_K = read.positions_K
-    if positions_K is None:
-        positions_K = torch.arange(read.held.length, device=positions_Q.device)
-    return (positions_Q[:, None] - positions_K[None, :]).abs() < window
 
 
 def _softcapped(

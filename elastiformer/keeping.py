@@ -39,9 +39,9 @@ class Kept:
                 gives: a norm would undo a gate that came before it.
         """
         if after is not None:
-            branch_RD = after(branch_RD)
+            branch_RD = after(branch_RD.to(h_ND.dtype))
         if self.gate_N is not None:
-            branch_RD = branch_RD * rows.of(self.gate_N)[:, None].to(branch_RD.dtype)
+            branch_RD = branch_RD * rows.of(self.gate_N)[:, None].to(h_ND.dtype)
         rows.add(h_ND, branch_RD)
 
 

@@ -22,11 +22,13 @@ _FILES = (  # all that hold compiled loops
     "kernels.py",
     "lanes.py",
     "largest.py",
+    "many_queries.py",
     "pairs.py",
     "row_kernels.py",
     "single_queries.py",
     "sub_layers.py",
     "thresholds.py",
+    "tile_blocks.py",
 )
 _STAMP = tuple(
     (name, status.st_mtime, status.st_size)

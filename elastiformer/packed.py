@@ -60,13 +60,12 @@ class Rows:
 
     def add(self, into_N: Tensor, x_R: Tensor) -> None:
         """Add in place."""
-        x_R = x_R.to(into_N.dtype)
         if self.all:
             into_N += x_R
         elif self._slice is not None:
             into_N[self._slice] += x_R
         else:
-            into_N.index_add_(0, self.index_R, x_R)
+            into_N.index_add_(0, self.index_R, x_R.to(into_N.dtype))
 
     def without(self, rows: Rows) -> Rows:
         """Those of these rows that are not among `rows`."""
@@ -198,9 +197,19 @@ class Packed:
         return [int(end - begin) for begin, end in pairwise(bounds)]
 
     @cached_property
+    def picking(self) -> Rows:
+        """The rows that pick channels anywhere."""
+        return self.rows_where(lambda kind: kind.plan.picks)
+
+    @property
     def picks(self) -> bool:
         """Whether any row picks channels anywhere."""
-        return any(kind.plan.picks for kind in self.distinct_kinds)
+        return self.picking.count > 0
+
+    @cached_property
+    def has_lone_rows(self) -> bool:
+        """Whether any request runs one token alone, as decoding does."""
+        return any(len(chunk.ids) == 1 for chunk in self.chunks)
 
     @cached_property
     def keeps_sub_layers(self) -> bool:

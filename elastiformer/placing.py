@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastiformer.attention import Bounds, Masks, Read, Reads, Sides
+from elastiformer.attention import Masks, Read, Reads
 from elastiformer.cache import Held
 from elastiformer.packed import Packed, Rows
 from elastiformer.row_kernels import on_host
+from elastiformer.sides import Bounds, Sides
 from elastiformer.single_queries import Singles
 from elastiformer.sub_layers import Cached
 

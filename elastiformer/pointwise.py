@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from elastiformer import row_kernels
 from elastiformer.families import Layer
 
+# Types of cosines, and of what they turn, that the compiled rotation takes.
+_TURNED = ((torch.float32, torch.float32), (torch.float32, torch.bfloat16))
 Norm = Callable[[Tensor], Tensor]
 Gate = Callable[[Tensor], Tensor]
 
@@ -47,6 +49,13 @@ def lean_norm(module: nn.Module) -> Norm:
         if torch.allclose(given_ND, expected_ND, rtol=tolerance, atol=tolerance):
             return norm
     return _as_it_is(module)
+
+
+def in_type(norm: Norm, x_ND: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a norm gives, in this type."""
+    if isinstance(norm, CompiledNorm) and dtype in (torch.float32, torch.bfloat16):
+        return norm(x_ND, dtype)
+    return norm(x_ND).to(dtype)
 
 
 def makes_anew(norm: Norm) -> bool:
@@ -82,11 +91,12 @@ class CompiledNorm:
     scale_D: np.ndarray
     epsilon: float
 
-    def __call__(self, x_ND: Tensor) -> Tensor:
+    def __call__(self, x_ND: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Computed in float32, and given as `dtype`: that, or bfloat16."""
         x_ND = x_ND.contiguous()
-        out_ND = torch.empty_like(x_ND)
+        out_ND = torch.empty_like(x_ND, dtype=dtype)
         width = len(self.scale_D)
-        of_row, into = x_ND.view(-1, width).numpy(), out_ND.view(-1, width).numpy()
+        of_row, into = (row_kernels.on_host(each.view(-1, width)) for each in (x_ND, out_ND))
         row_kernels.normalise(of_row, self.scale_D, self.epsilon, into)
         return out_ND
 
@@ -133,8 +143,9 @@ class Rotation:
     def turn(self, x_NMH: Tensor, heads: int | None = None) -> None:
         """Rotate the first heads, or all, in place."""
         heads = x_NMH.shape[1] if heads is None else heads
-        if x_NMH.device.type == "cpu" and x_NMH.dtype == torch.float32 and x_NMH.is_contiguous():
-            row_kernels.turn(x_NMH.numpy(), heads, *self.on_host)
+        known = (self.cos_NR.dtype, x_NMH.dtype) in _TURNED and x_NMH.is_cpu
+        if known and x_NMH.is_contiguous():
+            row_kernels.turn(row_kernels.on_host(x_NMH), heads, *self.on_host)
             return
         part_NMR = x_NMH[:, :heads, : self.cos_NR.shape[1]]
         cos_N1R, sin_N1R = self._signed

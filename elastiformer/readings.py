@@ -8,6 +8,7 @@ Shape letters: R rows   I inputs   K picked channels   S (of start_S) rows + 1
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -16,7 +17,43 @@ from torch import Tensor
 
 from elastiformer import pairs
 from elastiformer.largest import keep_largest
+from elastiformer.packed import Rows
 from elastiformer.tiles import Picks, Wanted, all_searched, even_starts, everything, search
+
+
+class Values:
+    """What products read of some rows before any row picks, made in the type that they read.
+
+    Of many rows in bfloat16 a product rounds what it reads: a norm or a gate that gives it so at
+    once saves a pass over it.
+    """
+
+    def __init__(
+        self,
+        source_RS: Tensor,
+        dtype: torch.dtype,
+        make: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to,
+        own: bool = True,
+    ) -> None:
+        """Made row by row of a source.
+
+        Args:
+            dtype: what they are made in, unless a product reads something smaller.
+            own: whether what is made may be changed.
+        """
+        self._source_RS, self.dtype, self._make, self.own = source_RS, dtype, make, own
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """Of all rows."""
+        return self._make(self._source_RS, dtype)
+
+    def of(self, rows: Rows) -> Tensor:
+        """Of some of the rows."""
+        return self._make(rows.of(self._source_RS), self.dtype)
+
+    def among(self, rows: Rows) -> Values:
+        """Only these rows."""
+        return Values(rows.of(self._source_RS), self.dtype, self._make, self.own)
 
 
 class Reading:
@@ -30,14 +67,16 @@ class Reading:
         kept_RI: Tensor | None = None,
         is_even: bool = True,
         own: bool = False,
+        is_picked: bool = False,
     ) -> None:
         """All of `x`; or of `count` channels over all rows: to be searched for, or marked.
 
         Args:
             is_even: whether every row keeps as many.
             own: whether `x` may be changed: nobody else reads what is left out of it.
+            is_picked: whether `x` is zero already but for the picks.
         """
-        self.x_RI, self.count = x_RI, count
+        self.x_RI, self.count, self._is_picked = x_RI, count, is_picked
         self._wanted, self._kept_RI, self._is_even, self._own = wanted, kept_RI, is_even, own
 
     @property
@@ -47,12 +86,12 @@ class Reading:
     @property
     def has_picks(self) -> bool:
         """Whether each row's channels can be numbered."""
-        return self._kept_RI is None or self._is_even
+        return not self._is_picked and (self._kept_RI is None or self._is_even)
 
     @cached_property
     def only_RI(self) -> Tensor:
         """`x`, zero but for the picked channels."""
-        if self.count is None:
+        if self.count is None or self._is_picked:
             return self.x_RI
         if self._wanted is not None:
             only_RI = self.on_host_RI if self._own else self.on_host_RI.copy()

@@ -30,7 +30,11 @@ _STRICT: Any = {"fastmath": False, "error_model": "numpy"}
 
 
 def normalise(x_ND: np.ndarray, scale_D: np.ndarray, epsilon: float, out_ND: np.ndarray) -> None:
-    """Fill in x / (root mean square of its row) * scale."""
+    """Fill in x / (root mean square of its row) * scale.
+
+    Args:
+        out_ND: float32, or of bfloat16 the bits, as uint16.
+    """
     if len(x_ND) <= _ALONE:
         _normalise_in_turn(x_ND, scale_D, np.float32(epsilon), out_ND)
         return
@@ -53,7 +57,11 @@ def gate(form: int, side_by_side_N2I: np.ndarray, out_NI: np.ndarray) -> None:
 
 
 def turn(x_NMH: np.ndarray, heads: int, cos_NR: np.ndarray, sin_NR: np.ndarray) -> None:
-    """Rotate the first heads of each row, in place."""
+    """Rotate the first heads of each row, in place.
+
+    Args:
+        x_NMH: float32, or of bfloat16 the bits, as uint16.
+    """
     if len(x_NMH) <= _ALONE:
         _turn_in_turn(x_NMH, heads, cos_NR, sin_NR)
         return
@@ -133,7 +141,7 @@ def _normalise_row(x_D, scale_D, epsilon, out_D):  # type: ignore[no-untyped-def
         total += x_D[d] * x_D[d]
     inverse = np.float32(1) / np.sqrt(total / np.float32(width) + epsilon)
     for d in range(width):
-        out_D[d] = x_D[d] * inverse * scale_D[d]
+        out_D[d] = _as_stored(x_D[d] * inverse * scale_D[d], out_D)
 
 
 @compiled(**_STRICT)
@@ -177,9 +185,10 @@ def _turn_row(x_MH, heads, cos_R, sin_R):  # type: ignore[no-untyped-def]
     half = len(cos_R) // 2
     for head in range(heads):
         for r in range(half):
-            first, second = x_MH[head, r], x_MH[head, half + r]
-            x_MH[head, r] = first * cos_R[r] - second * sin_R[r]
-            x_MH[head, half + r] = second * cos_R[half + r] + first * sin_R[half + r]
+            first, second = _wide(x_MH[head, r]), _wide(x_MH[head, half + r])
+            x_MH[head, r] = _as_stored(first * cos_R[r] - second * sin_R[r], x_MH)
+            turned = second * cos_R[half + r] + first * sin_R[half + r]
+            x_MH[head, half + r] = _as_stored(turned, x_MH)
 
 
 @compiled(**_STRICT)

@@ -9,6 +9,8 @@ Shape letters: N packed tokens   R rows   Q queries   D width   A heads   G key/
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from elastiformer.capacity import Site, Unit
@@ -16,7 +18,8 @@ from elastiformer.families import Layer
 from elastiformer.keeping import Keeping, Kept
 from elastiformer.packed import Packed, Rows
 from elastiformer.placing import Placing
-from elastiformer.pointwise import Rotation, makes_anew
+from elastiformer.pointwise import Rotation, in_type, makes_anew
+from elastiformer.readings import Values
 from elastiformer.sparse_heads import SparseHeads
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
@@ -40,7 +43,9 @@ class SparseAttention:
         rotation: Rotation | None,
     ) -> None:
         """Add the attention's branch to the residual of the rows that keep it, in place."""
-        x_ND = self.workshop.attention_norms[layer.index](h_ND)
+        norm = self.workshop.attention_norms[layer.index]
+        routed = self.keeping.routes(layer, Unit.ATTENTION_TOKENS, packed)
+        x_ND = norm(h_ND) if routed or packed.leaves_heads_out else None
         kept = self.keeping.of_rows(layer, Unit.ATTENTION_TOKENS, x_ND, packed, taken)
         cached = packed.everything if self.workshop.kv == "complete" else kept.rows
         # What a prompt token leaves the last layer with, nobody reads.
@@ -51,17 +56,23 @@ class SparseAttention:
                 lambda kind: kind.plan.counts[layer.index].heads < layer.shape.heads
             ).within(asking)
         whole = asking if not by_head.count else asking.without(by_head)
-        query_QAH = self._project(layer, x_ND, packed, placing, (cached, whole), rotation)
+        # The routers of heads, and they alone, read this after us.
+        own = not packed.leaves_heads_out and makes_anew(norm)
+        values = Values(h_ND, h_ND.dtype, partial(in_type, norm), own)
+        if x_ND is not None:
+            values = Values(x_ND, x_ND.dtype, own=own)
+        query_QAH = self._project(layer, values, packed, placing, (cached, whole), rotation)
         taken.keys(placing.keys(layer.index))
         if query_QAH is not None:
             self._attend(layer, query_QAH, whole, kept, h_ND, packed, placing)
         if by_head.count:
+            assert x_ND is not None, "routers decide here"
             self._heads.run(layer, x_ND, by_head, kept, h_ND, packed, placing, rotation)
 
     def _project(
         self,
         layer: Layer,
-        x_ND: Tensor,
+        values: Values,
         packed: Packed,
         placing: Placing,
         rows: tuple[Rows, Rows],
@@ -73,12 +84,13 @@ class SparseAttention:
         if not cached.count:
             placing.place(layer.index, cached, None)
             return None
-        # The routers of heads, and they alone, read this after us.
-        may_change = not packed.leaves_heads_out and makes_anew(tools.attention_norms[layer.index])
-        reading = tools.read(layer, Site.ATTENTION_IN, cached.of(x_ND), packed, cached, may_change)
         together = asking.count == cached.count
         parts = (layer.query, layer.key, layer.value) if together else (layer.key, layer.value)
+        of_cached = values.among(cached)
+        reading = tools.read(layer, Site.ATTENTION_IN, of_cached, packed, cached, *parts)
         out_RO = tools.mended(layer, tools.product(*parts), reading, packed, cached)
+        if layer.key_norm is not None or packed.has_lone_rows:
+            out_RO = out_RO.to(values.dtype)  # lone rows are not rounded when they run alone
         own = shape.attention_width if together else 0
         heads_RMH = out_RO.view(cached.count, -1, shape.head_dim)
         key_place = own // shape.head_dim
@@ -96,8 +108,10 @@ class SparseAttention:
             return query_RAH
         if not asking.count:
             return None
-        reading = tools.read(layer, Site.ATTENTION_IN, asking.of(x_ND), packed, asking)
+        of_asking = values.among(asking)
+        reading = tools.read(layer, Site.ATTENTION_IN, of_asking, packed, asking, layer.query)
         out_QO = tools.mended(layer, tools.product(layer.query), reading, packed, asking)
+        out_QO = out_QO.to(values.dtype)
         query_QAH = out_QO.view(asking.count, shape.heads, shape.head_dim)
         if layer.query_norm is not None:
             query_QAH = tools.query_norms[layer.index](query_QAH)
@@ -119,7 +133,8 @@ class SparseAttention:
         reads = placing.reads(layer.index, rows)
         out_QAH = tools.backend.attend(query_QAH, rows.of(packed.position_N), reads, layer)
         out_QO = out_QAH.reshape(rows.count, -1)
-        reading = tools.read(layer, Site.ATTENTION_OUT, out_QO, packed, rows, own=True)
+        values = Values(out_QO, h_ND.dtype)
+        reading = tools.read(layer, Site.ATTENTION_OUT, values, packed, rows)
         product = tools.at_site(layer, Site.ATTENTION_OUT)
         branch_QD = tools.mended(layer, product, reading, packed, rows)
         kept.join(h_ND, branch_QD, rows, layer.after_attention)

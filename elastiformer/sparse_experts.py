@@ -69,7 +69,7 @@ class SparseExperts:
         keep_R = torch.full((len(x_RD),), group.experts, device=x_RD.device)
         chosen_RM = best(scores_RM, keep_R)
         gate_RM = part_gate(scores_RM, chosen_RM, tools.part_gate).to(x_RD.dtype)
-        reading = tools.read(layer, Site.MLP_IN, x_RD, packed, rows)
+        reading = tools.picked(layer, Site.MLP_IN, x_RD, packed, rows)
         repair = tools.repair(layer, group.repair)
         for projection in layer.at_site(Site.MLP_IN):
             repair.read(projection, reading.only_RI)

@@ -79,7 +79,7 @@ class SparseHeads:
         rotation: Rotation | None,
     ) -> Tensor:
         tools = self.workshop
-        reading = tools.read(layer, Site.ATTENTION_IN, x_RD, packed, rows)
+        reading = tools.picked(layer, Site.ATTENTION_IN, x_RD, packed, rows)
         repair = tools.repair(layer, group.repair)
         repair.read(layer.query, reading.only_RI)
         scores_RM = tools.router(layer, Unit.HEADS)(x_RD)

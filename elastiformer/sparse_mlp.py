@@ -7,15 +7,16 @@ Shape letters: N packed tokens   R rows   D width   I neurons
 
 from __future__ import annotations
 
-import torch
+from functools import partial
+
 from torch import Tensor
 
 from elastiformer.capacity import Site, Unit
 from elastiformer.families import Layer
 from elastiformer.keeping import Keeping
 from elastiformer.packed import Packed, Rows
-from elastiformer.pointwise import CompiledGate, makes_anew
-from elastiformer.readings import Reading
+from elastiformer.pointwise import CompiledGate, in_type, makes_anew
+from elastiformer.readings import Values
 from elastiformer.sparse_experts import SparseExperts
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
@@ -42,35 +43,30 @@ class SparseMlp:
                 lambda kind: kind.plan.counts[layer.index].neurons < layer.shape.mlp_width
             ).within(kept.rows)
         whole = kept.rows if not by_expert.count else kept.rows.without(by_expert)
-        for rows, branch in ((whole, self._branch), (by_expert, self._experts.branch)):
-            if rows.count:
-                x_RD = norm(rows.of(h_ND)) if x_ND is None else rows.of(x_ND)
-                branch_RD = branch(layer, x_RD, packed, rows)
-                kept.join(h_ND, branch_RD, rows, layer.after_mlp)
+        if whole.count:
+            own, make = makes_anew(norm), partial(in_type, norm)
+            values = Values(whole.of(h_ND), h_ND.dtype, make, own)
+            if x_ND is not None:
+                values = Values(whole.of(x_ND), x_ND.dtype, own=own)
+            kept.join(h_ND, self._branch(layer, values, packed, whole), whole, layer.after_mlp)
+        if by_expert.count:
+            x_RD = norm(by_expert.of(h_ND)) if x_ND is None else by_expert.of(x_ND)
+            branch_RD = self._experts.branch(layer, x_RD, packed, by_expert)
+            kept.join(h_ND, branch_RD, by_expert, layer.after_mlp)
 
-    def _branch(self, layer: Layer, x_RD: Tensor, packed: Packed, rows: Rows) -> Tensor:
+    def _branch(self, layer: Layer, values: Values, packed: Packed, rows: Rows) -> Tensor:
         tools = self.workshop
-        own = makes_anew(tools.mlp_norms[layer.index])
-        reading = tools.read(layer, Site.MLP_IN, x_RD, packed, rows, own)
         front, down = tools.at_site(layer, Site.MLP_IN), tools.at_site(layer, Site.MLP_OUT)
+        reading = tools.read(layer, Site.MLP_IN, values, packed, rows)
         gate = tools.gates[layer.index]
+        out_RO = None
         if isinstance(gate, CompiledGate):
-            a_RI = self._gated(gate, layer, reading, packed, rows)
-        else:
+            out_RO = tools.rounded(layer, front, reading, packed)
+        if out_RO is None:
             out_RO = tools.mended(layer, front, reading, packed, rows)
-            a_RI = layer.activation(out_RO) if gate is None else gate(out_RO)
-        reading = tools.read(layer, Site.MLP_OUT, a_RI, packed, rows, own=True)
-        return tools.mended(layer, down, reading, packed, rows).to(x_RD.dtype)
-
-    def _gated(
-        self, gate: CompiledGate, layer: Layer, reading: Reading, packed: Packed, rows: Rows
-    ) -> Tensor:
-        """What the second product reads; of many rows in bfloat16, which it would round to."""
-        tools = self.workshop
-        front, down = tools.at_site(layer, Site.MLP_IN), tools.at_site(layer, Site.MLP_OUT)
-        rounded_RO = tools.rounded(layer, front, reading, packed)
-        if rounded_RO is None:
-            return gate(tools.mended(layer, front, reading, packed, rows))
-        as_whole = not packed.picks and not tools.is_repaired(layer, down, packed)
-        small = as_whole and down.takes_rounded(rows.count)
-        return gate(rounded_RO, torch.bfloat16 if small else torch.float32)
+        if not isinstance(gate, CompiledGate):
+            active = layer.activation if gate is None else gate
+            out_RO = active(out_RO.to(values.dtype))
+        made = Values(out_RO, values.dtype, gate if isinstance(gate, CompiledGate) else Tensor.to)
+        reading = tools.read(layer, Site.MLP_OUT, made, packed, rows)
+        return tools.mended(layer, down, reading, packed, rows)

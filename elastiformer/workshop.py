@@ -19,7 +19,8 @@ from elastiformer import kernels
 from elastiformer.accounting import KVPolicy
 from elastiformer.adapter import Adapter
 from elastiformer.allowances import Allowances
-from elastiformer.attention import Backend, BothWays, Portable, backend
+from elastiformer.attention import Backend, Portable, backend
+from elastiformer.both_ways import BothWays
 from elastiformer.capacity import Site, Unit
 from elastiformer.costs import ROWS, CostTable, compare
 from elastiformer.device_allowances import DeviceAllowances
@@ -30,12 +31,13 @@ from elastiformer.originals import Originals
 from elastiformer.packed import Packed, Rows
 from elastiformer.pointwise import Gate, Norm, lean_gate, lean_norm, working_dtype
 from elastiformer.products import Product
-from elastiformer.readings import Reading, pick, reading_of
+from elastiformer.readings import Reading, Values, pick, reading_of
 from elastiformer.repair import Joined, Repair
 from elastiformer.routers import PartGate, Router
 from elastiformer.sequence import Kind
 from elastiformer.thresholds import ladders
 
+_WHOLE = 8  # so many times as many rows that pick nothing: those that do are treated by themselves
 SITES = tuple(Site)
 _PLACE = {site: place for place, site in enumerate(SITES)}
 
@@ -94,12 +96,47 @@ class Workshop:
         self,
         layer: Layer,
         site: Site,
+        values: Values,
+        packed: Packed,
+        rows: Rows,
+        *projections: Projection,
+    ) -> Reading:
+        """What products at `site` read of these rows; a few that pick are treated by themselves.
+
+        Args:
+            projections: those of the product, if not all of the site's.
+        """
+        product = self.product(*projections or layer.at_site(site))
+        picking = packed.picking.within(rows)
+        whole = rows.count - picking.count
+        if whole < _WHOLE * picking.count or rows.count <= product.few.rows(1.0):
+            x_RI = values.whole(values.dtype)
+            return self.picked(layer, site, x_RI, packed, rows, values.own)
+        # What a product would round comes rounded.
+        rounds = values.dtype == self.working_dtype and product.takes_rounded(rows.count)
+        dtype = self.dtype if rounds else values.dtype
+        x_RI = values.whole(dtype)
+        if not picking.count:
+            return Reading(x_RI)
+        few = picking.among(rows)
+        reading = self.picked(layer, site, values.of(few), packed, picking, values.own)
+        if reading.count is None:
+            return Reading(x_RI)
+        if not values.own and dtype == values.dtype:
+            x_RI = x_RI.clone()
+        few.put(x_RI, reading.only_RI.to(dtype))
+        return Reading(x_RI, reading.count + whole * product.inputs, is_picked=True)
+
+    def picked(
+        self,
+        layer: Layer,
+        site: Site,
         x_RI: Tensor,
         packed: Packed,
         rows: Rows,
         own: bool = False,
     ) -> Reading:
-        """What products at `site` read of these rows.
+        """What products at `site` read of rows, each of which may pick.
 
         Args:
             own: whether `x` may be changed.

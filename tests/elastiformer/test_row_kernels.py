@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from elastiformer import kernels, row_kernels
-from elastiformer.pointwise import CompiledGate, Rotation
+from elastiformer.pointwise import CompiledGate, CompiledNorm, Rotation
 
 ROWS = [1, 4, 5, 33]
 
@@ -27,6 +27,8 @@ def test_a_norm_is_pytorchs_and_a_row_alone_gets_the_same_bits(rows, width):
     torch.testing.assert_close(out_ND, F.rms_norm(x_ND, (width,), scale_D, 1e-5))
     row_kernels.normalise(x_ND[-1:].numpy(), scale_D.numpy(), 1e-5, alone_ND.numpy())
     assert torch.equal(alone_ND[0], out_ND[-1])
+    norm = CompiledNorm(scale_D.numpy(), 1e-5)
+    assert torch.equal(norm(x_ND, torch.bfloat16), norm(x_ND).bfloat16())
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -67,6 +69,11 @@ def test_a_rotation_is_the_one_in_operators_and_spares_the_heads_after(rows):
     alone_NMH = x_NMH[-1:].clone()
     rotation.of(slice(rows - 1, rows)).turn(alone_NMH, 3)
     assert torch.equal(alone_NMH[0], turned_NMH[-1])
+    small_NMH = x_NMH.bfloat16()
+    widened_NMH = small_NMH.float()
+    rotation.turn(widened_NMH, 3)
+    rotation.turn(small_NMH, 3)
+    assert torch.equal(small_NMH, widened_NMH.bfloat16())
 
 
 def test_what_is_not_a_number_stays_none():

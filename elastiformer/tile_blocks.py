@@ -1,0 +1,190 @@
+"""What tile registers (AMX) read and give, laid out anew: blocks of sixteen by sixteen words.
+
+Shape letters: as in many_queries.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from elastiformer import amx
+from elastiformer.lanes import _FLOATS, _I32, _I64, _INTS, LANES, _loop, _vector
+from elastiformer.pairs import _PAIRS, _WORDS, _BFloat
+
+TILE = 16 * 16  # words of a tile register
+TILES = 4  # of sums that values are added to at a time
+_SMALL = ir.VectorType(_BFloat(), LANES)
+
+
+def data(context: Any, builder: Any, signature: Any, args: Any, place: int) -> Any:
+    return context.make_array(signature.args[place])(context, builder, args[place]).data
+
+
+def bytes_at(builder: Any, data: Any, at: Any) -> Any:
+    return builder.bitcast(builder.gep(data, [at]), ir.IntType(8).as_pointer())
+
+
+def times(builder: Any, at: Any, number: int) -> Any:
+    return builder.mul(at, ir.Constant(_I64, number))
+
+
+def _turned(builder: Any, lines: list[Any]) -> list[Any]:
+    """Sixteen vectors of sixteen as the rows of a matrix: its columns."""
+    lines = list(lines)
+    step = LANES // 2
+    while step:
+        first = [lane if not lane & step else LANES + lane - step for lane in range(LANES)]
+        second = [lane + step if not lane & step else LANES + lane for lane in range(LANES)]
+        for line in (line for line in range(LANES) if not line & step):
+            above, below = lines[line], lines[line + step]
+            lines[line], lines[line + step] = (
+                builder.shuffle_vector(above, below, ir.Constant(_INTS, mask))
+                for mask in (first, second)
+            )
+        step //= 2
+    return lines
+
+
+@intrinsic
+def pack_queries(
+    typing: Any, query: Any, at: Any, apart: Any, last: Any, steps: Any, into: Any
+) -> Any:
+    """into[step, pair of channels, query] = both channels of sixteen queries, as a tile's rows.
+
+    Args:
+        at: of the first query's head; the queries lie `apart`, and behind the last one there is
+            none: it stands for them.
+    """
+    number = types.intp
+    signature = types.void(query, number, number, number, number, into)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        from_, to = (data(context, builder, signature, args, place) for place in (0, 5))
+        rows = []
+        for lane in range(LANES):
+            own = ir.Constant(_I64, lane)
+            behind = builder.icmp_signed(">", own, args[3])
+            rows.append(builder.mul(builder.select(behind, args[3], own), args[2]))
+
+        def pack(step: Any, _: list[Any]) -> list[Any]:
+            along = builder.add(args[1], times(builder, step, 2 * LANES))
+            lines = []
+            for row in rows:
+                pointer = _vector(builder, from_, builder.add(along, row), kind=_INTS)
+                lines.append(builder.load(pointer, align=2))
+            start = times(builder, step, TILE)
+            for pair, line in enumerate(_turned(builder, lines)):
+                builder.store(line, _vector(builder, to, start, pair, _INTS), align=64)
+            return []
+
+        _loop(builder, ir.Constant(_I64, 0), args[4], [], pack)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def pack_values(
+    typing: Any, rows: Any, at: Any, size: Any, count: Any, into: Any, to: Any, apart: Any
+) -> Any:
+    """into[tile of channels, channel, pair of keys] = the values of 32 keys, of which `count` are.
+
+    Args:
+        at: of the first key's value; the keys lie `size` apart.
+        to: where the first tile goes; the others `apart`.
+    """
+    number = types.intp
+    signature = types.void(rows, number, number, number, into, number, number)
+    halves = ir.VectorType(ir.IntType(16), LANES)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        from_, into = (data(context, builder, signature, args, place) for place in (0, 4))
+        zero, nothing = ir.Constant(_I64, 0), ir.Constant(_INTS, [0] * LANES)
+        sixteen = ir.Constant(_INTS, [16] * LANES)
+        places, held = [], []
+        for key in range(2 * LANES):
+            own = ir.Constant(_I64, key)
+            held.append(builder.icmp_signed("<", own, args[3]))
+            places.append(builder.mul(builder.select(held[-1], own, zero), args[2]))
+
+        def pack(tile: Any, _: list[Any]) -> list[Any]:
+            along = builder.add(args[1], times(builder, tile, LANES))
+            wide = []
+            for place, is_held in zip(places, held, strict=True):
+                pointer = _vector(builder, from_, builder.add(along, place), kind=halves)
+                bits = builder.zext(builder.load(pointer, align=2), _INTS)
+                wide.append(builder.select(is_held, bits, nothing))
+            lines = [
+                builder.or_(low, builder.shl(high, sixteen))
+                for low, high in zip(wide[::2], wide[1::2], strict=True)
+            ]
+            start = builder.add(args[5], builder.mul(args[6], tile))
+            for channel, line in enumerate(_turned(builder, lines)):
+                builder.store(line, _vector(builder, into, start, channel, _INTS), align=64)
+            return []
+
+        _loop(builder, zero, builder.udiv(args[2], ir.Constant(_I64, LANES)), [], pack)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def same(number: float) -> Any:
+    return ir.Constant(_FLOATS, [float(np.float32(number))] * LANES)
+
+
+def paired(builder: Any, first: Any, second: Any) -> Any:
+    """Of each lane both numbers, as bfloat16, in one word."""
+    kind = ir.FunctionType(_PAIRS, [_FLOATS, _FLOATS])
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    both = builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [second, first])
+    mask = [lane // 2 + LANES * (lane % 2) for lane in range(2 * LANES)]
+    words = builder.bitcast(both, _WORDS)
+    mixed = ir.Constant(ir.VectorType(_I32, 2 * LANES), mask)
+    return builder.bitcast(builder.shuffle_vector(words, words, mixed), _INTS)
+
+
+@intrinsic
+def put_out(typing: Any, added: Any, totals: Any, out: Any, at: Any, apart: Any, count: Any) -> Any:
+    """out[query, channel] = added[channel, query] / total[query] as bfloat16, of `count` queries.
+
+    Args:
+        at: of the first query's channels; the queries lie `apart`.
+    """
+    number = types.intp
+    signature = types.void(added, totals, out, number, number, number)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if not amx.KNOWN:  # never called
+            return context.get_dummy_value()
+        added, totals, out = (data(context, builder, signature, args, at) for at in (0, 1, 2))
+        zero = ir.Constant(_I64, 0)
+        total = builder.load(_vector(builder, totals, zero), align=4)
+        share = builder.fdiv(same(1.0), total)
+        kind = ir.FunctionType(_SMALL, [_FLOATS])
+        rounded = cgutils.get_or_insert_function(
+            builder.module, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512"
+        )
+        halves = ir.VectorType(ir.IntType(16), LANES)
+        for j in range(TILES):
+            lines = []
+            for channel in range(LANES):
+                start = ir.Constant(_I64, j * TILE)
+                line = builder.load(_vector(builder, added, start, channel), align=64)
+                lines.append(builder.fmul(line, share))
+            for query, line in enumerate(_turned(builder, lines)):
+                own = ir.Constant(_I64, query)
+                with builder.if_then(builder.icmp_signed("<", own, args[5])):
+                    place = builder.add(args[3], builder.mul(args[4], own))
+                    place = builder.add(place, ir.Constant(_I64, j * LANES))
+                    small = builder.bitcast(builder.call(rounded, [line]), halves)
+                    builder.store(small, _vector(builder, out, place, kind=halves), align=2)
+        return context.get_dummy_value()
+
+    return signature, generate
