@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from elastiformer.encoders import EncoderLayout, Reads
+from elastiformer.encoder_families import Reads
+from elastiformer.encoders import EncoderLayout
 from elastiformer.encoding import headed
 from elastiformer.errors import UnsupportedModel
 from elastiformer.families import Layer, Projection

@@ -1,7 +1,7 @@
 """Pretrained transformers whose every request sets how much compute it pays."""
 
 from elastiformer.accounting import LayerShape, ModelShape
-from elastiformer.adapter import Adapter, AdapterSpec, SavedAdapter
+from elastiformer.adapter import Adapter, AdapterSpec
 from elastiformer.calibration import Calibration, Measured, Schedule, Step
 from elastiformer.capacity import (
     DENSE,
@@ -23,8 +23,10 @@ from elastiformer.errors import (
     InputError,
     UnsupportedModel,
 )
-from elastiformer.masked import MaskedResult, PlanGrid, Route, Selection
+from elastiformer.masked import MaskedResult
 from elastiformer.model import ElasticModel
+from elastiformer.plan_grid import PlanGrid, Route, Selection
+from elastiformer.saved_adapter import SavedAdapter
 from elastiformer.sequence import Chunk, Sequence
 from elastiformer.usage import Usage
 

@@ -23,20 +23,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from elastiformer.kernels import TURN, compiled
-from elastiformer.lanes import (
-    _FLOATS,
-    _I64,
-    GROUP,
-    LANES,
-    WIDTH,
-    _aligned,
-    _everywhere,
-    _loop,
-    _Tile,
-    _vector,
-)
 from elastiformer.pairs import _CENTRES, _multiply_pairs, _pair_rows, _round_largest
 from elastiformer.pairs import ABLE as _HAS_PAIRS
+from elastiformer.stored_tile import GROUP, WIDTH, StoredTile
+from elastiformer.vectors import FLOATS, I64, LANES, aligned, everywhere, loop, vector_at
 
 _NEEDED = ("amx-tile", "amx-bf16")
 KNOWN = _HAS_PAIRS and all(get_host_cpu_features().get(feature) for feature in _NEEDED)
@@ -123,7 +113,7 @@ def _at_once(typing: Any, weight: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         groups = 1 if signature.args[0].dtype in _CENTRES else _MOST_GROUPS
-        return ir.Constant(_I64, groups)
+        return ir.Constant(I64, groups)
 
     return types.intp(weight), generate
 
@@ -160,11 +150,11 @@ def _add_groups(
             return builder.bitcast(data, _POINTER)
 
         values, weights = builder.gep(data(4), [args[5]]), data(7)
-        values_apart = builder.mul(args[6], ir.Constant(_I64, 2))
-        weights_apart = ir.Constant(_I64, 4 * WIDTH)
+        values_apart = builder.mul(args[6], ir.Constant(I64, 2))
+        weights_apart = ir.Constant(I64, 4 * WIDTH)
         into = data(3) if of_codes else builder.gep(data(0), [args[1]])
-        apart = weights_apart if of_codes else builder.mul(args[2], ir.Constant(_I64, 4))
-        lanes = [ir.Constant(_I64, lane) for lane in range(0, WIDTH, LANES)]
+        apart = weights_apart if of_codes else builder.mul(args[2], ir.Constant(I64, 4))
+        lanes = [ir.Constant(I64, lane) for lane in range(0, WIDTH, LANES)]
 
         for j, lane in enumerate(lanes):
             if of_codes:
@@ -173,8 +163,8 @@ def _add_groups(
                 _call(builder, "tileloadd64", _register(j), place(into, lane), apart)
 
         def add(group: Any, _: list[Any]) -> list[Any]:
-            of_values = builder.mul(group, ir.Constant(_I64, GROUP))
-            of_weights = builder.mul(group, ir.Constant(_I64, GROUP // 2 * WIDTH))
+            of_values = builder.mul(group, ir.Constant(I64, GROUP))
+            of_weights = builder.mul(group, ir.Constant(I64, GROUP // 2 * WIDTH))
             _call(builder, "tileloadd64", _ROWS_IN, place(values, of_values), values_apart)
             for j, lane in enumerate(lanes):
                 line = place(weights, of_weights, lane)
@@ -182,7 +172,7 @@ def _add_groups(
                 _call(builder, "tdpbf16ps", _register(j), _ROWS_IN, _WEIGHTS_IN)
             return []
 
-        _loop(builder, ir.Constant(_I64, 0), args[8], [], add)
+        loop(builder, ir.Constant(I64, 0), args[8], [], add)
         for j, lane in enumerate(lanes):
             _call(builder, "tilestored64", _register(j), place(into, lane), apart)
         return context.get_dummy_value()
@@ -217,9 +207,9 @@ def _add_scaled(
         def data(place: int) -> Any:
             return context.make_array(kinds[place])(context, builder, args[place]).data
 
-        tile = _Tile(context, builder, kinds[8:11], args[8:11], args[11:13])
+        tile = StoredTile(context, builder, kinds[8:11], args[8:11], args[11:13])
         tile.enter_group(args[13])
-        middle = ir.Constant(_FLOATS, [float(centre)] * LANES)
+        middle = ir.Constant(FLOATS, [float(centre)] * LANES)
         scales = [
             (step, tile.multiply_add(step, middle, low))
             for step, low in tile.scales(list(range(_VECTORS)))
@@ -227,17 +217,17 @@ def _add_scaled(
 
         def add(row: Any, _: list[Any]) -> list[Any]:
             place = builder.add(args[6], builder.mul(args[7], row))
-            total = _everywhere(builder, builder.load(builder.gep(data(5), [place])))
+            total = everywhere(builder, builder.load(builder.gep(data(5), [place])))
             line = builder.add(args[1], builder.mul(args[2], row))
-            of_row = builder.mul(row, ir.Constant(_I64, WIDTH))
+            of_row = builder.mul(row, ir.Constant(I64, WIDTH))
             for j, (step, low) in enumerate(scales):
-                pointer = _vector(builder, data(0), line, j)
+                pointer = vector_at(builder, data(0), line, j)
                 sum_ = tile.multiply_add(low, total, builder.load(pointer, align=4))
-                codes = builder.load(_vector(builder, data(4), of_row, j), align=_LINE)
+                codes = builder.load(vector_at(builder, data(4), of_row, j), align=_LINE)
                 builder.store(tile.multiply_add(step, codes, sum_), pointer, align=4)
             return []
 
-        _loop(builder, ir.Constant(_I64, 0), args[3], [], add)
+        loop(builder, ir.Constant(I64, 0), args[3], [], add)
         return context.get_dummy_value()
 
     return signature, generate
@@ -276,10 +266,10 @@ def _multiply_in_tiles(weight_SICW, steps, lows, x_RI, norms_I, start_S, least_R
     for slab in prange(slabs):
         _configure(config)
         width = chunks * WIDTH
-        sums_ = _aligned(tiles * high * width)
+        sums_ = aligned(tiles * high * width)
         sums_[:] = 0
-        added_ = _aligned(ROWS * WIDTH)
-        wide_GX = _aligned(at_once * GROUP // 2 * WIDTH).reshape((at_once, GROUP // 2 * WIDTH))
+        added_ = aligned(ROWS * WIDTH)
+        wide_GX = aligned(at_once * GROUP // 2 * WIDTH).reshape((at_once, GROUP // 2 * WIDTH))
         for group in range(0, groups, at_once):
             count = min(at_once, groups - group)
             if inputs < (group + count) * GROUP:

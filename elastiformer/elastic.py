@@ -16,14 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastiformer.accounting import KVPolicy, ModelShape
-from elastiformer.adapter import (
-    Adapter,
-    AdapterSpec,
-    ExpertSplit,
-    SavedAdapter,
-    blank,
-    elastic_shape,
-)
+from elastiformer.adapter import Adapter, AdapterSpec, ExpertSplit, blank, elastic_shape
 from elastiformer.calibration import Calibration
 from elastiformer.capacity import Capacity, Plan, Unit
 from elastiformer.costs import CostTable
@@ -36,6 +29,7 @@ from elastiformer.planning import Planner
 from elastiformer.pool import Pool
 from elastiformer.prefixes import PrefixStore
 from elastiformer.routers import ImageScorer, PartGate, TokenGate
+from elastiformer.saved_adapter import SavedAdapter
 from elastiformer.sequence import Chunk
 from elastiformer.sparse import SparseForm
 from elastiformer.tasks import IMAGE_TEXT_TO_TEXT, TEXT_GENERATION

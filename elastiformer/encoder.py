@@ -24,12 +24,14 @@ from elastiformer.adapter import Adapter, blank
 from elastiformer.capacity import DENSE, Capacity, Plan
 from elastiformer.costs import CostTable
 from elastiformer.elastic import NO_ROUTING, Elastic
+from elastiformer.encoder_families import Pooling, Reads
 from elastiformer.encoder_inputs import ImageItems, TextItems
 from elastiformer.encoder_weights import load_encoder
-from elastiformer.encoders import EncoderLayout, Pooling, Reads, describe_encoder
+from elastiformer.encoders import EncoderLayout, describe_encoder
 from elastiformer.encoding import EncoderForm, padded, said
 from elastiformer.errors import BaseModelError, InputError
-from elastiformer.masked import MaskedPass, PlanGrid, Route, Selection
+from elastiformer.masked import MaskedPass
+from elastiformer.plan_grid import PlanGrid, Route, Selection
 from elastiformer.sequence import Chunk, Item, WholeSequence
 from elastiformer.sparse import SparseForm
 from elastiformer.tasks import Task

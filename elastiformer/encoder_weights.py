@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from elastiformer.encoders import ENCODERS, FEATURES_OF, HEADS
+from elastiformer.encoder_families import ENCODERS, FEATURES_OF, HEADS
 from elastiformer.errors import BaseModelError, UnsupportedModel
 from elastiformer.tasks import Task
 from elastiformer.weights import (

@@ -22,7 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from elastiformer.accounting import ModelShape
 from elastiformer.adapter import Adapter
-from elastiformer.encoders import EncoderLayout, Pooling, Reads
+from elastiformer.encoder_families import Pooling, Reads
+from elastiformer.encoders import EncoderLayout
 from elastiformer.packed import Packed
 from elastiformer.placing import Placing, WholePlacing
 from elastiformer.sequence import Chunk, Item, WholeSequence

@@ -26,9 +26,11 @@ _FILES = (  # all that hold compiled loops
     "pairs.py",
     "row_kernels.py",
     "single_queries.py",
+    "stored_tile.py",
     "sub_layers.py",
     "thresholds.py",
     "tile_blocks.py",
+    "vectors.py",
 )
 _STAMP = tuple(
     (name, status.st_mtime, status.st_size)

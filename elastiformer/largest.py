@@ -18,8 +18,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from elastiformer.kernels import TURN, compiled
-from elastiformer.lanes import _FLOATS, _I32, _I64, _INTS, _WIDE, LANES, _everywhere, _vector
 from elastiformer.row_kernels import _as_bits, _as_float
+from elastiformer.vectors import FLOATS, I32, I64, INTS, LANES, WIDE, everywhere, vector_at
 
 _INTERPOLATED = 12  # passes, after which the search bisects
 _ROWS_ALONE = 4  # so few rows are searched faster by one thread
@@ -152,8 +152,8 @@ def _put_kept(
     signature = types.intp(x, weighed, types.intp, least, index, value, types.intp)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if not _WIDE:  # never called
-            return ir.Constant(_I64, 0)
+        if not WIDE:  # never called
+            return ir.Constant(I64, 0)
 
         def data(place: int) -> Any:
             kind = signature.args[place]
@@ -166,16 +166,16 @@ def _put_kept(
                 f"llvm.x86.avx512.mask.compress.{form}",
             )
             squeezed = builder.call(squeeze, [numbers, numbers, keeps])
-            builder.store(squeezed, _vector(builder, data(place), args[6], 0, kind), align=4)
+            builder.store(squeezed, vector_at(builder, data(place), args[6], 0, kind), align=4)
 
-        sizes = builder.load(_vector(builder, data(1), args[2], 0), align=4)
-        keeps = builder.fcmp_ordered(">=", sizes, _everywhere(builder, args[3]))
-        first = _everywhere(builder, builder.trunc(args[2], _I32))
-        put(builder.add(first, ir.Constant(_INTS, list(range(LANES)))), _INTS, f"v{LANES}i32", 4)
-        values = builder.load(_vector(builder, data(0), args[2], 0), align=4)
-        put(values, _FLOATS, f"v{LANES}f32", 5)
+        sizes = builder.load(vector_at(builder, data(1), args[2], 0), align=4)
+        keeps = builder.fcmp_ordered(">=", sizes, everywhere(builder, args[3]))
+        first = everywhere(builder, builder.trunc(args[2], I32))
+        put(builder.add(first, ir.Constant(INTS, list(range(LANES)))), INTS, f"v{LANES}i32", 4)
+        values = builder.load(vector_at(builder, data(0), args[2], 0), align=4)
+        put(values, FLOATS, f"v{LANES}f32", 5)
         bits = builder.bitcast(keeps, ir.IntType(LANES))
-        return builder.zext(builder.ctpop(bits), _I64)
+        return builder.zext(builder.ctpop(bits), I64)
 
     return signature, generate
 
@@ -198,7 +198,7 @@ def _search_row(x_RI, norms_I, index_P, value_P, start_S, least_R, row):  # type
     value_K = np.empty(inputs + LANES, dtype=np.float32)
     first, kept, missing = 0, np.int32(0), np.int32(0)
     if has_all:
-        if _WIDE:
+        if WIDE:
             first = inputs // LANES * LANES
             for i in range(0, first, LANES):
                 kept += _put_kept(x_I, weighed_I, i, least, index_K, value_K, kept)

@@ -20,18 +20,6 @@ from numba.extending import intrinsic
 from elastiformer import amx
 from elastiformer.amx import _call, _configure, _register, _release
 from elastiformer.kernels import TURN, compiled
-from elastiformer.lanes import (
-    _FLOATS,
-    _I32,
-    _I64,
-    _INTS,
-    LANES,
-    _aligned,
-    _everywhere,
-    _loop,
-    _multiply_add,
-    _vector,
-)
 from elastiformer.tile_blocks import (
     TILE,
     TILES,
@@ -44,9 +32,21 @@ from elastiformer.tile_blocks import (
     same,
     times,
 )
+from elastiformer.vectors import (
+    FLOATS,
+    I32,
+    I64,
+    INTS,
+    LANES,
+    aligned,
+    everywhere,
+    loop,
+    multiply_add,
+    vector_at,
+)
 
 SIZES = 64  # heads of a multiple of so many channels
-_LINE = ir.Constant(_I64, 64)  # bytes of a tile's row, where its rows lie side by side
+_LINE = ir.Constant(I64, 64)  # bytes of a tile's row, where its rows lie side by side
 _SHIFT = 1.5 * 2**23  # a float32 of this size has no room for fractions
 _LEAST = -126.0  # of powers of two in float32
 # 2^x for -1/2 <= x <= 1/2, to 3e-6: ln(2)^k / k!
@@ -92,7 +92,7 @@ def _score(
         keys, query, into = (data(context, builder, signature, args, at) for at in (0, 3, 6))
         apart = times(builder, args[2], 2)
         sums, of_keys, of_queries = map(_register, range(3))
-        zero = ir.Constant(_I64, 0)
+        zero = ir.Constant(I64, 0)
 
         def score(tile: Any, _: list[Any]) -> list[Any]:
             line = builder.add(args[1], builder.mul(args[2], times(builder, tile, LANES)))
@@ -106,12 +106,12 @@ def _score(
                 _call(builder, "tdpbf16ps", sums, of_keys, of_queries)
                 return []
 
-            _loop(builder, zero, args[4], [], add)
+            loop(builder, zero, args[4], [], add)
             to = bytes_at(builder, into, times(builder, tile, TILE))
             _call(builder, "tilestored64", sums, to, _LINE)
             return []
 
-        _loop(builder, zero, args[5], [], score)
+        loop(builder, zero, args[5], [], score)
         return context.get_dummy_value()
 
     return signature, generate
@@ -136,19 +136,19 @@ def _weigh(
         if not amx.KNOWN:  # never called
             return context.get_dummy_value()
         scores, into, totals = (data(context, builder, signature, args, at) for at in (0, 5, 6))
-        zero = ir.Constant(_I64, 0)
+        zero = ir.Constant(I64, 0)
         nothing, least, shift = (same(number) for number in (0.0, _LEAST, _SHIFT))
-        lanes = ir.Constant(_INTS, list(range(LANES)))
-        position = builder.add(_everywhere(builder, builder.trunc(args[2], _I32)), lanes)
-        scale = _everywhere(builder, args[1])
+        lanes = ir.Constant(INTS, list(range(LANES)))
+        position = builder.add(everywhere(builder, builder.trunc(args[2], I32)), lanes)
+        scale = everywhere(builder, args[1])
 
         def both(pair: Any, masked: bool) -> list[tuple[Any, Any]]:
             """The scores of two keys, and which queries see them."""
             found = []
             for odd in range(2):
-                key = builder.add(times(builder, pair, 2), ir.Constant(_I64, odd))
-                place = _vector(builder, scores, times(builder, key, LANES))
-                at = _everywhere(builder, builder.trunc(key, _I32))
+                key = builder.add(times(builder, pair, 2), ir.Constant(I64, odd))
+                place = vector_at(builder, scores, times(builder, key, LANES))
+                at = everywhere(builder, builder.trunc(key, I32))
                 sees = builder.icmp_signed(">=", position, at) if masked else None
                 found.append((builder.load(place, align=64), sees))
             return found
@@ -166,15 +166,15 @@ def _weigh(
             return compare
 
         def power(score: Any, most: Any) -> Any:
-            exponent = _multiply_add(builder, score, scale, most)
+            exponent = multiply_add(builder, score, scale, most)
             exponent = builder.select(builder.fcmp_ordered(">", exponent, least), exponent, least)
             shifted = builder.fadd(exponent, shift)  # whole numbers are in its last bits
             part = builder.fsub(exponent, builder.fsub(shifted, shift))
             found = same(_POWERS[0])
             for factor in _POWERS[1:]:
-                found = _multiply_add(builder, found, part, same(factor))
-            whole = builder.shl(builder.bitcast(shifted, _INTS), ir.Constant(_INTS, [23] * LANES))
-            return builder.bitcast(builder.add(builder.bitcast(found, _INTS), whole), _FLOATS)
+                found = multiply_add(builder, found, part, same(factor))
+            whole = builder.shl(builder.bitcast(shifted, INTS), ir.Constant(INTS, [23] * LANES))
+            return builder.bitcast(builder.add(builder.bitcast(found, INTS), whole), FLOATS)
 
         def weigh(masked: bool, most: Any) -> Any:
             def put(pair: Any, running: list[Any]) -> list[Any]:
@@ -186,29 +186,29 @@ def _weigh(
                     total = builder.fadd(total, weight)
                     weights.append(weight)
                 words = paired(builder, *weights)
-                place = _vector(builder, into, times(builder, pair, LANES), kind=_INTS)
+                place = vector_at(builder, into, times(builder, pair, LANES), kind=INTS)
                 builder.store(words, place, align=64)
                 return [total]
 
             return put
 
         started = [same(-3e38)]
-        started = _loop(builder, zero, args[3], started, largest(masked=False))
-        (most,) = _loop(builder, args[3], args[4], started, largest(masked=True))
+        started = loop(builder, zero, args[3], started, largest(masked=False))
+        (most,) = loop(builder, args[3], args[4], started, largest(masked=True))
         most = builder.fneg(builder.fmul(most, scale))
-        found = _loop(builder, zero, args[3], [nothing], weigh(False, most))
-        (total,) = _loop(builder, args[3], args[4], found, weigh(True, most))
-        builder.store(total, _vector(builder, totals, zero), align=4)
+        found = loop(builder, zero, args[3], [nothing], weigh(False, most))
+        (total,) = loop(builder, args[3], args[4], found, weigh(True, most))
+        builder.store(total, vector_at(builder, totals, zero), align=4)
         # A tile of values has room for 32 keys: what is behind the last ones weighs nothing.
-        tiles = builder.add(args[4], ir.Constant(_I64, LANES - 1))
-        end = builder.and_(tiles, ir.Constant(_I64, -LANES))
+        tiles = builder.add(args[4], ir.Constant(I64, LANES - 1))
+        end = builder.and_(tiles, ir.Constant(I64, -LANES))
 
         def clear(pair: Any, _: list[Any]) -> list[Any]:
-            place = _vector(builder, into, times(builder, pair, LANES), kind=_INTS)
-            builder.store(ir.Constant(_INTS, [0] * LANES), place, align=64)
+            place = vector_at(builder, into, times(builder, pair, LANES), kind=INTS)
+            builder.store(ir.Constant(INTS, [0] * LANES), place, align=64)
             return []
 
-        _loop(builder, args[4], end, [], clear)
+        loop(builder, args[4], end, [], clear)
         return context.get_dummy_value()
 
     return signature, generate
@@ -244,9 +244,9 @@ def _add_weighed(
                 _call(builder, "tdpbf16ps", _register(j), of_values, of_weights)
             return []
 
-        _loop(builder, ir.Constant(_I64, 0), args[4], [], add)
+        loop(builder, ir.Constant(I64, 0), args[4], [], add)
         for j in range(TILES):
-            to = bytes_at(builder, into, ir.Constant(_I64, j * TILE))
+            to = bytes_at(builder, into, ir.Constant(I64, j * TILE))
             _call(builder, "tilestored64", _register(j), to, _LINE)
         return context.get_dummy_value()
 
@@ -270,7 +270,7 @@ def _attend(  # type: ignore[no-untyped-def]
 ):
     queries, heads, size = query_QAH.shape
     blocks, tiles = (length + 31) // 32, size // 16
-    value_ = _aligned(kv_heads * tiles * blocks * TILE)
+    value_ = aligned(kv_heads * tiles * blocks * TILE)
     for task in prange(kv_heads * blocks):
         head, block = task // blocks, task % blocks
         at = (value + head * room + 32 * block) * size
@@ -286,11 +286,11 @@ def _attend(  # type: ignore[no-untyped-def]
         head, half = task % heads, task // heads
         kv_head = head // (heads // kv_heads)
         _configure(config)
-        query_ = _aligned(size // 32 * TILE)
-        totals_, added_ = _aligned(16), _aligned(TILES * TILE)
+        query_ = aligned(size // 32 * TILE)
+        totals_, added_ = aligned(16), aligned(TILES * TILE)
         most = (min(length, first + queries) + 15) // 16
-        score_ = _aligned(most * TILE)
-        weight_ = _aligned((most + 1) // 2 * TILE)
+        score_ = aligned(most * TILE)
+        weight_ = aligned((most + 1) // 2 * TILE)
         for turn in range(2):
             part = half if turn == 0 else parts - 1 - half
             if turn == 1 and part == half:

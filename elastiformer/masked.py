@@ -10,10 +10,9 @@ a test holds the two together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ from elastiformer.accounting import ModelShape, layer_counts, repaired_from
 from elastiformer.adapter import Adapter
 from elastiformer.capacity import (
     Phase,
-    Plan,
     Site,
     Unit,
     is_dense,
@@ -33,6 +31,7 @@ from elastiformer.capacity import (
     rooted,
 )
 from elastiformer.families import Layer, Layout
+from elastiformer.plan_grid import PlanGrid, Route, Selection
 from elastiformer.routers import (
     TOKEN_UNITS,
     Debt,
@@ -45,43 +44,6 @@ from elastiformer.routers import (
 from elastiformer.thresholds import Grants, ladders, take
 
 _COUNTS = ("heads", "experts", *(site.value for site in Site))
-
-
-class Selection(StrEnum):
-    """How token routers choose: over the whole window, or causally as in serving."""
-
-    RANK = "rank"
-    THRESHOLD = "threshold"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PlanGrid:
-    """Which plan each token runs under: `plans[plan_BT]`."""
-
-    plans: Sequence[Plan]
-    plan_BT: Tensor
-
-    @classmethod
-    def by_phase(cls, rows: Sequence[tuple[Plan, Plan]], output_BT: Tensor) -> PlanGrid:
-        """One (prompt plan, output plan) for each row of a batch."""
-        plans = [plan for row in rows for plan in row]
-        first_B = 2 * torch.arange(len(rows), device=output_BT.device)
-        return cls(plans, first_B[:, None] + output_BT.long())
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Route:
-    """One router's decision on one batch.
-
-    `scores` are logits, [B, T] for token units and [B, T, M] for heads and experts; `kept` has
-    their shape. `active_BT`: where the router decided; elsewhere the plan itself did.
-    """
-
-    layer: int
-    unit: Unit
-    scores: Tensor
-    kept: Tensor
-    active_BT: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)

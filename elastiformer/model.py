@@ -22,7 +22,8 @@ from elastiformer.costs import CostTable
 from elastiformer.elastic import NO_ROUTING, Elastic
 from elastiformer.errors import CapacityError, InputError
 from elastiformer.families import describe
-from elastiformer.masked import MaskedResult, PlanGrid, Selection, run_masked
+from elastiformer.masked import MaskedResult, run_masked
+from elastiformer.plan_grid import PlanGrid, Selection
 from elastiformer.pool import Pool
 from elastiformer.prefixes import PrefixStore
 from elastiformer.sequence import Chunk, Sequence

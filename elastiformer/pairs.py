@@ -22,22 +22,20 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from elastiformer.kernels import TURN, compiled
-from elastiformer.lanes import (
-    _BYTES,
-    _FLOATS,
-    _I64,
-    _INTS,
-    _LINE,
-    GROUP,
-    LANES,
-    WIDTH,
-    _aligned,
-    _everywhere,
-    _loop,
-    _Tile,
-    _vector,
-)
 from elastiformer.largest import _copy_largest
+from elastiformer.stored_tile import GROUP, WIDTH, StoredTile
+from elastiformer.vectors import (
+    BYTES,
+    FLOATS,
+    I64,
+    INTS,
+    LANES,
+    LINE,
+    aligned,
+    everywhere,
+    loop,
+    vector_at,
+)
 
 _NEEDED = ("avx512bf16", "avx512bw")
 # Numba can be told to compile for less than the processor at hand.
@@ -97,29 +95,29 @@ def _pair_rows(
         if not ABLE:  # never called
             return context.get_dummy_value()
         kinds = signature.args
-        tile = _Tile(context, builder, kinds[1:4], args[1:4], args[4:6])
+        tile = StoredTile(context, builder, kinds[1:4], args[1:4], args[4:6])
         into = context.make_array(kinds[0])(context, builder, args[0]).data
-        one = ir.Constant(_I64, 1)
+        one = ir.Constant(I64, 1)
 
         def put(pair: Any, _: Any) -> list[Any]:
             row = builder.add(args[6], builder.shl(pair, one))
-            at = builder.mul(pair, ir.Constant(_I64, WIDTH))
+            at = builder.mul(pair, ir.Constant(I64, WIDTH))
             for ahead in (GROUP, GROUP + 1):
-                tile.fetch(builder.add(row, ir.Constant(_I64, ahead)))
+                tile.fetch(builder.add(row, ir.Constant(I64, ahead)))
             for j, numbers in enumerate(_paired(builder, tile, row, builder.add(row, one))):
-                builder.store(numbers, _vector(builder, into, at, j, _INTS), align=4)
+                builder.store(numbers, vector_at(builder, into, at, j, INTS), align=4)
             return []
 
         count = builder.lshr(builder.sub(args[7], args[6]), one)
-        _loop(builder, ir.Constant(_I64, 0), count, [], put)
+        loop(builder, ir.Constant(I64, 0), count, [], put)
         return context.get_dummy_value()
 
     return signature, generate
 
 
-def _paired(builder: Any, tile: _Tile, first: Any, second: Any) -> list[Any]:
+def _paired(builder: Any, tile: StoredTile, first: Any, second: Any) -> list[Any]:
     """Two inputs' weights side by side, vector by vector; on a grid, their centred codes."""
-    sixteen = ir.Constant(_INTS, [16] * LANES)
+    sixteen = ir.Constant(INTS, [16] * LANES)
 
     def side_by_side(j: int, kind: Any) -> Any:
         low, high = (tile.raw(row, j, kind) for row in (first, second))
@@ -134,17 +132,17 @@ def _paired(builder: Any, tile: _Tile, first: Any, second: Any) -> list[Any]:
         )
         found = []
         for pair in range(_VECTORS // 2):
-            codes = side_by_side(pair, _BYTES)
+            codes = side_by_side(pair, BYTES)
             # Of an index only the last five bits count, and the table is there twice.
-            for index in (codes, builder.lshr(codes, ir.Constant(_INTS, [4] * LANES))):
+            for index in (codes, builder.lshr(codes, ir.Constant(INTS, [4] * LANES))):
                 words = builder.call(look_up, [table, builder.bitcast(index, _WORDS)])
-                found.append(builder.bitcast(words, _INTS))
+                found.append(builder.bitcast(words, INTS))
         return found
     if tile.element == types.uint8:
         found = []
         for j in range(_VECTORS):
-            low, high = (_centred(builder, tile.raw(row, j, _BYTES)) for row in (first, second))
-            upper = ir.Constant(_INTS, [0xFFFF0000] * LANES)
+            low, high = (_centred(builder, tile.raw(row, j, BYTES)) for row in (first, second))
+            upper = ir.Constant(INTS, [0xFFFF0000] * LANES)
             found.append(builder.or_(builder.lshr(low, sixteen), builder.and_(high, upper)))
         return found
     return [side_by_side(j, ir.VectorType(ir.IntType(16), LANES)) for j in range(_VECTORS)]
@@ -152,8 +150,8 @@ def _paired(builder: Any, tile: _Tile, first: Any, second: Any) -> list[Any]:
 
 def _centred(builder: Any, codes: Any) -> Any:
     """Codes less the centre as float32, of which the upper half is all there is."""
-    centre = ir.Constant(_INTS, [_CENTRES[types.uint8]] * LANES)
-    return builder.bitcast(builder.sitofp(builder.sub(codes, centre), _FLOATS), _INTS)
+    centre = ir.Constant(INTS, [_CENTRES[types.uint8]] * LANES)
+    return builder.bitcast(builder.sitofp(builder.sub(codes, centre), FLOATS), INTS)
 
 
 def _bits(number: float) -> int:
@@ -188,13 +186,13 @@ def _add_tile(
         def data(place: int) -> Any:
             return context.make_array(kinds[place])(context, builder, args[place]).data
 
-        tile = _Tile(context, builder, kinds[9:12], args[9:12], args[12:14])
+        tile = StoredTile(context, builder, kinds[9:12], args[9:12], args[12:14])
         centre = _CENTRES.get(tile.element)
         rows = [
-            builder.add(args[1], builder.mul(args[2], ir.Constant(_I64, h))) for h in range(TILE)
+            builder.add(args[1], builder.mul(args[2], ir.Constant(I64, h))) for h in range(TILE)
         ]
-        pointers = [[_vector(builder, data(0), row, j) for j in range(_VECTORS)] for row in rows]
-        nothing = ir.Constant(_FLOATS, [0.0] * LANES)
+        pointers = [[vector_at(builder, data(0), row, j) for j in range(_VECTORS)] for row in rows]
+        nothing = ir.Constant(FLOATS, [0.0] * LANES)
         started = [
             nothing if centre is not None else builder.load(pointer, align=4)
             for of_row in pointers
@@ -202,27 +200,25 @@ def _add_tile(
         ]
         multiply_add = cgutils.get_or_insert_function(
             builder.module,
-            ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS]),
+            ir.FunctionType(FLOATS, [FLOATS, _PAIRS, _PAIRS]),
             "llvm.x86.avx512bf16.dpbf16ps.512",
         )
         values = builder.gep(data(4), [args[5]])
         weights = data(3)
 
         def add(pair: Any, running: list[Any]) -> list[Any]:
-            line = builder.mul(pair, ir.Constant(_I64, WIDTH))
+            line = builder.mul(pair, ir.Constant(I64, WIDTH))
             of_pair = [
                 builder.bitcast(
-                    builder.load(_vector(builder, weights, line, j, _INTS), align=_LINE), _PAIRS
+                    builder.load(vector_at(builder, weights, line, j, INTS), align=LINE), _PAIRS
                 )
                 for j in range(_VECTORS)
             ]
             following = []
             for h in range(TILE):
-                place = builder.add(
-                    builder.mul(pair, ir.Constant(_I64, TILE)), ir.Constant(_I64, h)
-                )
+                place = builder.add(builder.mul(pair, ir.Constant(I64, TILE)), ir.Constant(I64, h))
                 value = builder.load(builder.gep(values, [place]))
-                both = builder.bitcast(_everywhere(builder, value), _PAIRS)
+                both = builder.bitcast(everywhere(builder, value), _PAIRS)
                 of_row = running[h * _VECTORS : (h + 1) * _VECTORS]
                 following += [
                     builder.call(multiply_add, [sum_, numbers, both])
@@ -230,7 +226,7 @@ def _add_tile(
                 ]
             return following
 
-        added = _loop(builder, ir.Constant(_I64, 0), args[6], started, add)
+        added = loop(builder, ir.Constant(I64, 0), args[6], started, add)
         if centre is not None:
             added = _scaled(builder, tile, args[14], centre, pointers, data(7), args[8], added)
         flat = [pointer for of_row in pointers for pointer in of_row]
@@ -242,17 +238,17 @@ def _add_tile(
 
 
 def _scaled(
-    builder: Any, tile: _Tile, first: Any, centre: int, pointers: Any, totals: Any, total_at: Any,
-    added: list[Any],
+    builder: Any, tile: StoredTile, first: Any, centre: int, pointers: Any, totals: Any,
+    total_at: Any, added: list[Any],
 ) -> list[Any]:  # fmt: skip
     """The sums after a group: + step * (sum of values * centred codes) + middle * (of values)."""
     tile.enter_group(first)
     scales = tile.scales(list(range(_VECTORS)))
-    middle = ir.Constant(_FLOATS, [float(centre)] * LANES)
+    middle = ir.Constant(FLOATS, [float(centre)] * LANES)
     result = []
     for h in range(TILE):
-        place = builder.add(total_at, ir.Constant(_I64, h))
-        total = _everywhere(builder, builder.load(builder.gep(totals, [place])))
+        place = builder.add(total_at, ir.Constant(I64, h))
+        total = everywhere(builder, builder.load(builder.gep(totals, [place])))
         for j, (step, low) in enumerate(scales):
             sum_ = builder.load(pointers[h][j], align=4)
             sum_ = tile.multiply_add(tile.multiply_add(step, middle, low), total, sum_)
@@ -277,39 +273,39 @@ def _round_groups(
 
         from_, to, sums = data(0), data(3), data(4)
         picks = signature.args[1] != types.none
-        least = _everywhere(builder, args[2])
+        least = everywhere(builder, args[2])
         halves = ir.VectorType(ir.IntType(16), LANES)
-        one, most = (ir.Constant(_INTS, [number] * LANES) for number in (1, 0x7FFF))
-        sixteen, positive = (ir.Constant(_INTS, [bits] * LANES) for bits in (16, 0x7FFFFFFF))
+        one, most = (ir.Constant(INTS, [number] * LANES) for number in (1, 0x7FFF))
+        sixteen, positive = (ir.Constant(INTS, [bits] * LANES) for bits in (16, 0x7FFFFFFF))
         add_up = cgutils.get_or_insert_function(
             builder.module,
-            ir.FunctionType(ir.FloatType(), [ir.FloatType(), _FLOATS]),
+            ir.FunctionType(ir.FloatType(), [ir.FloatType(), FLOATS]),
             f"llvm.vector.reduce.fadd.v{LANES}f32",
         )
 
         def round_group(group: Any, _: list[Any]) -> list[Any]:
-            at, total = builder.mul(group, ir.Constant(_I64, GROUP)), None
+            at, total = builder.mul(group, ir.Constant(I64, GROUP)), None
             for j in range(GROUP // LANES):
-                bits = builder.load(_vector(builder, from_, at, j, _INTS), align=4)
+                bits = builder.load(vector_at(builder, from_, at, j, INTS), align=4)
                 if picks:
-                    size = builder.bitcast(builder.and_(bits, positive), _FLOATS)
-                    norm = builder.load(_vector(builder, data(1), at, j), align=4)
+                    size = builder.bitcast(builder.and_(bits, positive), FLOATS)
+                    norm = builder.load(vector_at(builder, data(1), at, j), align=4)
                     # What is no number stays, as it does where channels are counted.
                     stays = builder.fcmp_unordered(">=", builder.fmul(size, norm), least)
-                    bits = builder.select(stays, bits, ir.Constant(_INTS, [0] * LANES))
+                    bits = builder.select(stays, bits, ir.Constant(INTS, [0] * LANES))
                 odd = builder.and_(builder.lshr(bits, sixteen), one)
                 upper = builder.lshr(builder.add(builder.add(bits, most), odd), sixteen)
                 builder.store(
-                    builder.trunc(upper, halves), _vector(builder, to, at, j, halves), align=2
+                    builder.trunc(upper, halves), vector_at(builder, to, at, j, halves), align=2
                 )
-                rounded = builder.bitcast(builder.shl(upper, sixteen), _FLOATS)
+                rounded = builder.bitcast(builder.shl(upper, sixteen), FLOATS)
                 total = rounded if total is None else builder.fadd(total, rounded)
             nothing = ir.Constant(ir.FloatType(), -0.0)
             sum_ = builder.call(add_up, [nothing, total], fastmath=("reassoc",))
             builder.store(sum_, builder.gep(sums, [group]))
             return []
 
-        _loop(builder, ir.Constant(_I64, 0), args[5], [], round_group)
+        loop(builder, ir.Constant(I64, 0), args[5], [], round_group)
         return context.get_dummy_value()
 
     return signature, generate
@@ -379,9 +375,9 @@ def _multiply_pairs(weight_SICW, steps, lows, x_RI, norms_I, start_S, least_R, o
     pairs_, total_ = pairs_TPH.reshape(-1), total_TGH.reshape(-1)
     for slab in prange(slabs):
         width = chunks * WIDTH
-        sums_ = _aligned(tiles * TILE * width)
+        sums_ = aligned(tiles * TILE * width)
         sums_[:] = 0
-        wide_PW = _aligned(GROUP // 2 * WIDTH)
+        wide_PW = aligned(GROUP // 2 * WIDTH)
         for group in range(groups):
             first = group * GROUP
             end = min(first + GROUP, inputs)

@@ -20,20 +20,20 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from elastiformer.kernels import TURN, compiled
-from elastiformer.lanes import (
-    _FLOATS,
-    _I64,
-    _INTS,
-    _LINE,
-    LANES,
-    _aligned,
-    _everywhere,
-    _fetch,
-    _loop,
-    _multiply_add,
-    _vector,
-)
 from elastiformer.row_kernels import _exponential, _wide, on_host
+from elastiformer.vectors import (
+    FLOATS,
+    I64,
+    INTS,
+    LANES,
+    LINE,
+    aligned,
+    everywhere,
+    loop,
+    multiply_add,
+    prefetch,
+    vector_at,
+)
 
 _WORDS = ir.VectorType(ir.IntType(16), LANES)
 _SHARED = 2  # tasks of which each has all queries of a key head: for a lone one they are divided
@@ -101,20 +101,22 @@ def _dots(typing: Any, keys: Any, query: Any, at: Any, vectors: Any, scores: Any
             context.make_array(signature.args[at])(context, builder, args[at]).data
             for at in (0, 1, 4)
         )
-        width = builder.mul(args[3], ir.Constant(_I64, LANES))
-        rows = [builder.mul(width, ir.Constant(_I64, key)) for key in range(LANES)]
+        width = builder.mul(args[3], ir.Constant(I64, LANES))
+        rows = [builder.mul(width, ir.Constant(I64, key)) for key in range(LANES)]
 
         def add(vector: Any, running: list[Any]) -> list[Any]:
-            along = builder.mul(vector, ir.Constant(_I64, LANES))
-            asked = builder.load(_vector(builder, query_data, builder.add(args[2], along)), align=4)
+            along = builder.mul(vector, ir.Constant(I64, LANES))
+            asked = builder.load(
+                vector_at(builder, query_data, builder.add(args[2], along)), align=4
+            )
             found = []
             for row, sum_ in zip(rows, running, strict=True):
-                pointer = _vector(builder, key_data, builder.add(row, along))
-                found.append(_multiply_add(builder, asked, builder.load(pointer, align=4), sum_))
+                pointer = vector_at(builder, key_data, builder.add(row, along))
+                found.append(multiply_add(builder, asked, builder.load(pointer, align=4), sum_))
             return found
 
-        nothing = ir.Constant(_FLOATS, [0.0] * LANES)
-        sums = _loop(builder, ir.Constant(_I64, 0), args[3], [nothing] * LANES, add)
+        nothing = ir.Constant(FLOATS, [0.0] * LANES)
+        sums = loop(builder, ir.Constant(I64, 0), args[3], [nothing] * LANES, add)
         numbers = range(0, 2 * LANES, 2)
         even, odd = (
             ir.Constant(ir.VectorType(ir.IntType(32), LANES), [at + first for at in numbers])
@@ -128,7 +130,7 @@ def _dots(typing: Any, keys: Any, query: Any, at: Any, vectors: Any, scores: Any
                 )
                 for one, other in zip(sums[::2], sums[1::2], strict=True)
             ]
-        builder.store(sums[0], _vector(builder, score_data, args[5]), align=4)
+        builder.store(sums[0], vector_at(builder, score_data, args[5]), align=4)
         return context.get_dummy_value()
 
     return signature, generate
@@ -147,27 +149,27 @@ def _add_values(
             context.make_array(signature.args[at])(context, builder, args[at]).data
             for at in (0, 1, 4)
         )
-        width = builder.mul(args[3], ir.Constant(_I64, LANES))
-        lines = [ir.Constant(_I64, key) for key in range(LANES)]
+        width = builder.mul(args[3], ir.Constant(I64, LANES))
+        lines = [ir.Constant(I64, key) for key in range(LANES)]
         weights = [
-            _everywhere(
+            everywhere(
                 builder, builder.load(builder.gep(weight_data, [builder.add(args[2], line)]))
             )
             for line in lines
         ]
 
         def add(vector: Any, _: list[Any]) -> list[Any]:
-            along = builder.mul(vector, ir.Constant(_I64, LANES))
-            pointer = _vector(builder, out_data, builder.add(args[5], along))
+            along = builder.mul(vector, ir.Constant(I64, LANES))
+            pointer = vector_at(builder, out_data, builder.add(args[5], along))
             sum_ = builder.load(pointer, align=4)
             for line, weight in zip(lines, weights, strict=True):
                 place = builder.add(builder.mul(width, line), along)
-                value = builder.load(_vector(builder, value_data, place), align=4)
-                sum_ = _multiply_add(builder, weight, value, sum_)
+                value = builder.load(vector_at(builder, value_data, place), align=4)
+                sum_ = multiply_add(builder, weight, value, sum_)
             builder.store(sum_, pointer, align=4)
             return []
 
-        _loop(builder, ir.Constant(_I64, 0), args[3], [], add)
+        loop(builder, ir.Constant(I64, 0), args[3], [], add)
         return context.get_dummy_value()
 
     return signature, generate
@@ -187,11 +189,11 @@ def _widen_vectors(
         wide_data = context.make_array(signature.args[4])(context, builder, args[4]).data
         _, size = cgutils.unpack_tuple(builder, array.shape, 2)
         begin = builder.mul(args[1], size)
-        ahead = builder.mul(size, ir.Constant(_I64, LANES))
-        zero, lanes = ir.Constant(_I64, 0), ir.Constant(_I64, LANES)
-        line_bytes = ir.Constant(_I64, _LINE)
-        row_bytes = builder.mul(size, ir.Constant(_I64, stored.bitwidth // 8))
-        lines = builder.udiv(builder.add(row_bytes, ir.Constant(_I64, _LINE - 1)), line_bytes)
+        ahead = builder.mul(size, ir.Constant(I64, LANES))
+        zero, lanes = ir.Constant(I64, 0), ir.Constant(I64, LANES)
+        line_bytes = ir.Constant(I64, LINE)
+        row_bytes = builder.mul(size, ir.Constant(I64, stored.bitwidth // 8))
+        lines = builder.udiv(builder.add(row_bytes, ir.Constant(I64, LINE - 1)), line_bytes)
 
         def widen_row(key: Any, _: list[Any]) -> list[Any]:
             row = builder.add(begin, builder.mul(key, size))
@@ -201,13 +203,13 @@ def _widen_vectors(
                 along = builder.mul(vector, lanes)
                 place = builder.add(row, along)
                 if stored == types.float32:
-                    numbers = builder.load(_vector(builder, array.data, place), align=4)
+                    numbers = builder.load(vector_at(builder, array.data, place), align=4)
                 else:
-                    pointer = _vector(builder, array.data, place, kind=_WORDS)
-                    bits = builder.zext(builder.load(pointer, align=2), _INTS)
-                    shifted = builder.shl(bits, ir.Constant(_INTS, [16] * LANES))
-                    numbers = builder.bitcast(shifted, _FLOATS)
-                to = _vector(builder, wide_data, builder.add(out, along))
+                    pointer = vector_at(builder, array.data, place, kind=_WORDS)
+                    bits = builder.zext(builder.load(pointer, align=2), INTS)
+                    shifted = builder.shl(bits, ir.Constant(INTS, [16] * LANES))
+                    numbers = builder.bitcast(shifted, FLOATS)
+                to = vector_at(builder, wide_data, builder.add(out, along))
                 builder.store(numbers, to, align=4)
                 return []
 
@@ -215,14 +217,14 @@ def _widen_vectors(
             later = builder.bitcast(later, ir.IntType(8).as_pointer())
 
             def fetch(line: Any, _: list[Any]) -> list[Any]:
-                _fetch(builder, builder.gep(later, [builder.mul(line, line_bytes)]))
+                prefetch(builder, builder.gep(later, [builder.mul(line, line_bytes)]))
                 return []
 
-            _loop(builder, zero, lines, [], fetch)
-            _loop(builder, zero, args[3], [], widen)
+            loop(builder, zero, lines, [], fetch)
+            loop(builder, zero, args[3], [], widen)
             return []
 
-        _loop(builder, zero, args[2], [], widen_row)
+        loop(builder, zero, args[2], [], widen_row)
         return context.get_dummy_value()
 
     return signature, generate
@@ -253,7 +255,7 @@ def _attend(  # type: ignore[no-untyped-def]
         query, keys, room = query_S[single], length_S[single], room_S[single]
         first_key = key_S[single] + first_head // group * room
         first_value = value_S[single] + first_head // group * room
-        wide_ = _aligned(LANES * padded)  # of LANES keys, then values
+        wide_ = aligned(LANES * padded)  # of LANES keys, then values
         wide_[:] = 0
         wide_KP = wide_.reshape((LANES, padded))
         query_, out_ = np.zeros(each * padded, np.float32), np.zeros(each * padded, np.float32)

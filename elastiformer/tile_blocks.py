@@ -14,8 +14,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from elastiformer import amx
-from elastiformer.lanes import _FLOATS, _I32, _I64, _INTS, LANES, _loop, _vector
 from elastiformer.pairs import _PAIRS, _WORDS, _BFloat
+from elastiformer.vectors import FLOATS, I32, I64, INTS, LANES, loop, vector_at
 
 TILE = 16 * 16  # words of a tile register
 TILES = 4  # of sums that values are added to at a time
@@ -31,7 +31,7 @@ def bytes_at(builder: Any, data: Any, at: Any) -> Any:
 
 
 def times(builder: Any, at: Any, number: int) -> Any:
-    return builder.mul(at, ir.Constant(_I64, number))
+    return builder.mul(at, ir.Constant(I64, number))
 
 
 def _turned(builder: Any, lines: list[Any]) -> list[Any]:
@@ -44,7 +44,7 @@ def _turned(builder: Any, lines: list[Any]) -> list[Any]:
         for line in (line for line in range(LANES) if not line & step):
             above, below = lines[line], lines[line + step]
             lines[line], lines[line + step] = (
-                builder.shuffle_vector(above, below, ir.Constant(_INTS, mask))
+                builder.shuffle_vector(above, below, ir.Constant(INTS, mask))
                 for mask in (first, second)
             )
         step //= 2
@@ -68,7 +68,7 @@ def pack_queries(
         from_, to = (data(context, builder, signature, args, place) for place in (0, 5))
         rows = []
         for lane in range(LANES):
-            own = ir.Constant(_I64, lane)
+            own = ir.Constant(I64, lane)
             behind = builder.icmp_signed(">", own, args[3])
             rows.append(builder.mul(builder.select(behind, args[3], own), args[2]))
 
@@ -76,14 +76,14 @@ def pack_queries(
             along = builder.add(args[1], times(builder, step, 2 * LANES))
             lines = []
             for row in rows:
-                pointer = _vector(builder, from_, builder.add(along, row), kind=_INTS)
+                pointer = vector_at(builder, from_, builder.add(along, row), kind=INTS)
                 lines.append(builder.load(pointer, align=2))
             start = times(builder, step, TILE)
             for pair, line in enumerate(_turned(builder, lines)):
-                builder.store(line, _vector(builder, to, start, pair, _INTS), align=64)
+                builder.store(line, vector_at(builder, to, start, pair, INTS), align=64)
             return []
 
-        _loop(builder, ir.Constant(_I64, 0), args[4], [], pack)
+        loop(builder, ir.Constant(I64, 0), args[4], [], pack)
         return context.get_dummy_value()
 
     return signature, generate
@@ -105,11 +105,11 @@ def pack_values(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         from_, into = (data(context, builder, signature, args, place) for place in (0, 4))
-        zero, nothing = ir.Constant(_I64, 0), ir.Constant(_INTS, [0] * LANES)
-        sixteen = ir.Constant(_INTS, [16] * LANES)
+        zero, nothing = ir.Constant(I64, 0), ir.Constant(INTS, [0] * LANES)
+        sixteen = ir.Constant(INTS, [16] * LANES)
         places, held = [], []
         for key in range(2 * LANES):
-            own = ir.Constant(_I64, key)
+            own = ir.Constant(I64, key)
             held.append(builder.icmp_signed("<", own, args[3]))
             places.append(builder.mul(builder.select(held[-1], own, zero), args[2]))
 
@@ -117,8 +117,8 @@ def pack_values(
             along = builder.add(args[1], times(builder, tile, LANES))
             wide = []
             for place, is_held in zip(places, held, strict=True):
-                pointer = _vector(builder, from_, builder.add(along, place), kind=halves)
-                bits = builder.zext(builder.load(pointer, align=2), _INTS)
+                pointer = vector_at(builder, from_, builder.add(along, place), kind=halves)
+                bits = builder.zext(builder.load(pointer, align=2), INTS)
                 wide.append(builder.select(is_held, bits, nothing))
             lines = [
                 builder.or_(low, builder.shl(high, sixteen))
@@ -126,28 +126,28 @@ def pack_values(
             ]
             start = builder.add(args[5], builder.mul(args[6], tile))
             for channel, line in enumerate(_turned(builder, lines)):
-                builder.store(line, _vector(builder, into, start, channel, _INTS), align=64)
+                builder.store(line, vector_at(builder, into, start, channel, INTS), align=64)
             return []
 
-        _loop(builder, zero, builder.udiv(args[2], ir.Constant(_I64, LANES)), [], pack)
+        loop(builder, zero, builder.udiv(args[2], ir.Constant(I64, LANES)), [], pack)
         return context.get_dummy_value()
 
     return signature, generate
 
 
 def same(number: float) -> Any:
-    return ir.Constant(_FLOATS, [float(np.float32(number))] * LANES)
+    return ir.Constant(FLOATS, [float(np.float32(number))] * LANES)
 
 
 def paired(builder: Any, first: Any, second: Any) -> Any:
     """Of each lane both numbers, as bfloat16, in one word."""
-    kind = ir.FunctionType(_PAIRS, [_FLOATS, _FLOATS])
+    kind = ir.FunctionType(_PAIRS, [FLOATS, FLOATS])
     name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
     both = builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [second, first])
     mask = [lane // 2 + LANES * (lane % 2) for lane in range(2 * LANES)]
     words = builder.bitcast(both, _WORDS)
-    mixed = ir.Constant(ir.VectorType(_I32, 2 * LANES), mask)
-    return builder.bitcast(builder.shuffle_vector(words, words, mixed), _INTS)
+    mixed = ir.Constant(ir.VectorType(I32, 2 * LANES), mask)
+    return builder.bitcast(builder.shuffle_vector(words, words, mixed), INTS)
 
 
 @intrinsic
@@ -164,10 +164,10 @@ def put_out(typing: Any, added: Any, totals: Any, out: Any, at: Any, apart: Any,
         if not amx.KNOWN:  # never called
             return context.get_dummy_value()
         added, totals, out = (data(context, builder, signature, args, at) for at in (0, 1, 2))
-        zero = ir.Constant(_I64, 0)
-        total = builder.load(_vector(builder, totals, zero), align=4)
+        zero = ir.Constant(I64, 0)
+        total = builder.load(vector_at(builder, totals, zero), align=4)
         share = builder.fdiv(same(1.0), total)
-        kind = ir.FunctionType(_SMALL, [_FLOATS])
+        kind = ir.FunctionType(_SMALL, [FLOATS])
         rounded = cgutils.get_or_insert_function(
             builder.module, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512"
         )
@@ -175,16 +175,16 @@ def put_out(typing: Any, added: Any, totals: Any, out: Any, at: Any, apart: Any,
         for j in range(TILES):
             lines = []
             for channel in range(LANES):
-                start = ir.Constant(_I64, j * TILE)
-                line = builder.load(_vector(builder, added, start, channel), align=64)
+                start = ir.Constant(I64, j * TILE)
+                line = builder.load(vector_at(builder, added, start, channel), align=64)
                 lines.append(builder.fmul(line, share))
             for query, line in enumerate(_turned(builder, lines)):
-                own = ir.Constant(_I64, query)
+                own = ir.Constant(I64, query)
                 with builder.if_then(builder.icmp_signed("<", own, args[5])):
                     place = builder.add(args[3], builder.mul(args[4], own))
-                    place = builder.add(place, ir.Constant(_I64, j * LANES))
+                    place = builder.add(place, ir.Constant(I64, j * LANES))
                     small = builder.bitcast(builder.call(rounded, [line]), halves)
-                    builder.store(small, _vector(builder, out, place, kind=halves), align=2)
+                    builder.store(small, vector_at(builder, out, place, kind=halves), align=2)
         return context.get_dummy_value()
 
     return signature, generate

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elastiformer import amx, kernels, lanes, largest, pairs
-from elastiformer.lanes import GROUP, LANES, WIDTH
+from elastiformer.stored_tile import GROUP, WIDTH
 from elastiformer.thresholds import SEARCHED
+from elastiformer.vectors import LANES
 
 # A slab holds long lines of memory for each input, or else a single row that leaves inputs out
 # waits for memory as long as one that leaves none. All inputs take longer for it.

@@ -27,9 +27,9 @@ from elastiformer.costs import CostTable
 from elastiformer.errors import CapacityError, InputError
 from elastiformer.imaged import ImagedPrompt, ImagedSequence, Picture
 from elastiformer.imaging import ImagingForm
-from elastiformer.masked import PlanGrid, Route, Selection
 from elastiformer.model import ElasticModel
 from elastiformer.picture_inputs import PictureInputs
+from elastiformer.plan_grid import PlanGrid, Route, Selection
 from elastiformer.planning import Opening, answer_opening, opened
 from elastiformer.sequence import Chunk
 from elastiformer.sight import Sight, gated, keep, kept_count

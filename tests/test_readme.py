@@ -10,7 +10,7 @@ import re
 import pytest
 
 from benchmarks.__main__ import COMMANDS as BENCHMARKS
-from elastiformer.encoders import ENCODERS
+from elastiformer.encoder_families import ENCODERS
 from elastiformer.families import FAMILIES
 from service.metrics import Metrics
 from service.routes import router

@@ -17,7 +17,7 @@ from elastiformer import DENSE, Capacity
 from elastiformer.calibration import Measured
 from elastiformer.capacity import Phase, Plan, dense_plan
 from elastiformer.encoder import ElasticEncoder
-from elastiformer.masked import PlanGrid
+from elastiformer.plan_grid import PlanGrid
 from elastiformer.sequence import Chunk, Item
 from elastiformer.tasks import Task
 from training.encoder_student import distances, judged

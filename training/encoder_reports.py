@@ -17,7 +17,7 @@ from torch import Tensor
 
 from elastiformer import Capacity
 from elastiformer.encoder import ElasticEncoder
-from elastiformer.masked import PlanGrid
+from elastiformer.plan_grid import PlanGrid
 from elastiformer.routers import TOKEN_UNITS
 from elastiformer.sequence import Item
 from elastiformer.tasks import Task

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from elastiformer.masked import Route
+from elastiformer.plan_grid import Route
 from elastiformer.routers import TOKEN_UNITS
 
 TOKENS_AT_ONCE = 256  # of the vocabulary's width: bounds what the KL holds in memory

@@ -14,7 +14,7 @@ from torch import Tensor
 from elastiformer import Capacity, ElasticModel
 from elastiformer.encoder import ElasticEncoder
 from elastiformer.encoding import padded
-from elastiformer.masked import PlanGrid, Route
+from elastiformer.plan_grid import PlanGrid, Route
 from elastiformer.sequence import Item
 from elastiformer.sequence import Sequence as Request
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from elastiformer import Capacity, ElasticModel, Phase, dense_plan
 from elastiformer.capacity import Plan, Site
 from elastiformer.families import Layer
-from elastiformer.masked import PlanGrid, Selection
+from elastiformer.plan_grid import PlanGrid, Selection
 from elastiformer.routers import best
 from training.allotment import TOKEN_FIELDS
 from training.quality import Quality, Setting, Window, asked_of, compare

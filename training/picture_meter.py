@@ -18,7 +18,7 @@ from torch import Tensor
 from elastiformer import Phase, Unit
 from elastiformer.calibration import Schedule
 from elastiformer.capacity import WHOLE_LAYER, Plan
-from elastiformer.masked import PlanGrid, Selection
+from elastiformer.plan_grid import PlanGrid, Selection
 from elastiformer.vlm import ElasticVlm
 from training.allotment import TOKEN_FIELDS
 from training.exchanges import Exchange, collated, judged

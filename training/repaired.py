@@ -29,7 +29,7 @@ from torch import Tensor
 from elastiformer import Calibration, CapacityError, ElasticModel, Phase, Unit, dense_plan
 from elastiformer.calibration import Step
 from elastiformer.capacity import Plan
-from elastiformer.masked import PlanGrid
+from elastiformer.plan_grid import PlanGrid
 from training.allotment import TOKEN_FIELDS, Allotment, fields_of, uniform
 from training.baselines import (
     DROP,

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from elastiformer import Adapter, ElasticModel, Phase, Unit
 from elastiformer.calibration import Schedule
 from elastiformer.capacity import WHOLE_LAYER, LayerPlan, Plan, dense_plan
-from elastiformer.masked import PlanGrid, Selection
+from elastiformer.plan_grid import PlanGrid, Selection
 from training.allotment import (
     STEEPNESS,
     TOKEN_FIELDS,

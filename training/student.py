@@ -17,7 +17,7 @@ from torch import Tensor
 
 from elastiformer import ElasticModel
 from elastiformer.elastic import Elastic
-from elastiformer.masked import Route, Selection
+from elastiformer.plan_grid import Route, Selection
 from elastiformer.routers import TOKEN_UNITS
 from training.lessons import Lesson, Teacher
 from training.losses import Divergence, Losses, Weights, kl_divergence, router_losses

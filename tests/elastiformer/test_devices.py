@@ -184,7 +184,7 @@ def test_no_layer_brings_what_rows_take_to_the_host(monkeypatch):
         )
     layer = model.layout.layers[0]
     x_RI = torch.randn(3, len(model.layout.column_norms(layer, Site.MLP_IN)))
-    reading = workshop.read(layer, Site.MLP_IN, x_RI, packed, packed.everything)
+    reading = workshop.picked(layer, Site.MLP_IN, x_RI, packed, packed.everything)
     assert reading.only_RI.shape == x_RI.shape
     assert copies == []
     packed.allowances.settle()

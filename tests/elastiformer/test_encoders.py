@@ -10,7 +10,7 @@ from elastiformer import DENSE, Capacity, Chunk, LayerPlan, Phase, Plan, Unit, U
 from elastiformer.accounting import layer_cost
 from elastiformer.calibration import Calibration, Measured, Step
 from elastiformer.encoder import Batch, ElasticEncoder
-from elastiformer.encoders import Pooling
+from elastiformer.encoder_families import Pooling
 from elastiformer.errors import (
     AdapterError,
     CapacityError,

@@ -22,9 +22,9 @@ from elastiformer import (
 )
 from elastiformer.capacity import UnitShares
 from elastiformer.errors import AdapterError
-from elastiformer.masked import Selection
 from elastiformer.model import ElasticModel
 from elastiformer.picture_inputs import picture_of
+from elastiformer.plan_grid import Selection
 from elastiformer.vlm import ElasticVlm, ImagedBatch
 from elastiformer.vlms import describe_vlm
 from tests.elastiformer.sighted import (

@@ -19,7 +19,7 @@ from elastiformer import (
 )
 from elastiformer.calibration import ImageFloor
 from elastiformer.imaged import ImagedPrompt
-from elastiformer.masked import PlanGrid
+from elastiformer.plan_grid import PlanGrid
 from elastiformer.vlm import ElasticVlm
 from tests.elastiformer.sighted import (
     CLOSE,

@@ -1,0 +1,81 @@
+"""What compiled loops write vector code with: types, and steps of LLVM's own language."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba.core import cgutils
+
+from elastiformer.kernels import compiled
+
+# A processor with AVX-512 has registers twice as wide and twice as many.
+WIDE = bool(get_host_cpu_features().get("avx512f"))
+LANES = 16 if WIDE else 8
+LINE = 64  # bytes
+_SECOND_CACHE = 2  # as LLVM names it: in the first, it would push out what is read before it
+I32, I64 = ir.IntType(32), ir.IntType(64)
+FLOATS = ir.VectorType(ir.FloatType(), LANES)
+HALVES = ir.VectorType(ir.HalfType(), LANES)
+INTS = ir.VectorType(I32, LANES)
+BYTES = ir.VectorType(ir.IntType(8), LANES)
+
+
+def loop(builder: Any, first: Any, end: Any, started: list[Any], step: Any) -> list[Any]:
+    """`running = step(at, running)` for first <= at < end; what it comes to."""
+    before = builder.block
+    head, body, done = (builder.append_basic_block(name) for name in ("head", "body", "done"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    at = builder.phi(I64)
+    at.add_incoming(first, before)
+    running = [builder.phi(FLOATS) for _ in started]
+    for phi, start in zip(running, started, strict=True):
+        phi.add_incoming(start, before)
+    builder.cbranch(builder.icmp_signed("<", at, end), body, done)
+    builder.position_at_end(body)
+    following = step(at, running)
+    at.add_incoming(builder.add(at, ir.Constant(I64, 1)), builder.block)
+    for phi, total in zip(running, following, strict=True):
+        phi.add_incoming(total, builder.block)
+    builder.branch(head)
+    builder.position_at_end(done)
+    return running
+
+
+def prefetch(builder: Any, pointer: Any) -> None:
+    """Have a line of memory brought into the cache."""
+    place = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    level = ir.Constant(I32, _SECOND_CACHE)
+    builder.call(fetch, [place, ir.Constant(I32, 0), level, ir.Constant(I32, 1)])
+
+
+def multiply_add(builder: Any, factor: Any, weight: Any, total: Any) -> Any:
+    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
+    return builder.call(function, [factor, weight, total])
+
+
+def vector_at(builder: Any, data: Any, at: Any, j: int = 0, kind: Any = FLOATS) -> Any:
+    """A pointer to the j-th vector from the element `at` on."""
+    place = builder.add(at, ir.Constant(I64, j * LANES))
+    return builder.bitcast(builder.gep(data, [place]), kind.as_pointer())
+
+
+def everywhere(builder: Any, scalar: Any) -> Any:
+    """A vector that holds a number, or 32 bits, in all lanes."""
+    empty = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+    first = builder.insert_element(empty, scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, empty, ir.Constant(INTS, [0] * LANES))
+
+
+@compiled()
+def aligned(count):  # type: ignore[no-untyped-def]
+    """Room for so many float32, from the start of a cache line on: no vector lies across two."""
+    room = np.empty(count + LINE // 4, dtype=np.float32)
+    first = -(room.ctypes.data // 4) % (LINE // 4)
+    return room[first : first + count]
