@@ -4,6 +4,8 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 export VENV
+# Processes that share the tests; each works on one thread.
+WORKERS ?= 2
 # Where setup.sh puts the OpenMP library that PyTorch and Numba share.
 export LD_LIBRARY_PATH := $(abspath $(VENV))/lib$(if $(LD_LIBRARY_PATH),:$(LD_LIBRARY_PATH))
 
@@ -20,7 +22,7 @@ serve: ## the server with the embedded models; every flag is a variable: ELASTI_
 test: ## lint, types and all tests; ARGS="-k capacity" goes to pytest
 	@./setup.sh all
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: ## ruff and mypy
 	@./setup.sh all

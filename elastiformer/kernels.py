@@ -15,7 +15,9 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from filelock import FileLock
 from numba import prange
+from numba.core.compiler_lock import global_compiler_lock
 
 _FILES = (  # all that hold compiled loops
     "amx.py",
@@ -83,9 +85,23 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         # Numba would go by the date of the function's own file alone, and not see that another
         # has changed, from which it inlines.
         kept._cache._cache_file._source_stamp = _STAMP
+        _one_process_at_a_time(kept)
         return kept
 
     return compile_later
+
+
+def _one_process_at_a_time(kept: Any) -> None:
+    """Two processes would both compile; and each might call its own file what the other's is."""
+    compile_first, index = kept.compile, Path(kept._cache._cache_file._index_path)
+    lock = FileLock(index.with_suffix(".lock"))
+
+    def compile_or_load(signature: Any) -> Any:
+        # In this order: who holds Numba's lock asks for those of the loops called from within.
+        with global_compiler_lock, lock:
+            return compile_first(signature)
+
+    kept.compile = compile_or_load
 
 
 @compiled()

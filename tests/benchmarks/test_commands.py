@@ -138,6 +138,7 @@ def test_serving_measures_the_cost_of_http_without_a_load_generator(run):
     assert written["results"]["load"] == []
 
 
+@pytest.mark.alone
 def test_serving_tells_what_every_mode_got_at_every_rate(run):
     written = run(
         "serving",
@@ -214,6 +215,7 @@ def test_planning_says_what_each_mix_holds(run):
     assert len(written["results"]["planned"]) == 3 and not written["goals"]
 
 
+@pytest.mark.alone
 def test_a_plan_of_a_mix_is_checked_at_the_very_moments_that_are_simulated(run):
     written = run(
         "planning",

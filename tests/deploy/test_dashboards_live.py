@@ -33,9 +33,10 @@ from service.settings import Key
 from tests.deploy.test_dashboards import panels
 from tests.service.conftest import UNITS, Watched, build
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which("prometheus"), reason="prometheus is not installed"
-)
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not installed"),
+    pytest.mark.alone,
+]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = sorted((ROOT / JSON).glob("*.json"))

@@ -46,6 +46,7 @@ def test_kinds_of_work_are_tried_apart():
     assert trial.goes_first_way("few")
 
 
+@pytest.mark.alone
 def test_ways_that_differ_clearly_are_told_apart_by_rows_and_share():
     def by_row(share: float, rows: int) -> None:
         time.sleep(1e-4 * (rows if share < 0.9 else 4 * rows))
@@ -57,6 +58,7 @@ def test_ways_that_differ_clearly_are_told_apart_by_rows_and_share():
     assert [few.rows(share) for share in SHARES] == [16] * 4 + [4] * 2
 
 
+@pytest.mark.alone
 def test_shares_that_take_equally_long_are_measured_once():
     seen = set()
 

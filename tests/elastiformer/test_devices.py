@@ -191,6 +191,7 @@ def test_no_layer_brings_what_rows_take_to_the_host(monkeypatch):
     assert copies == ["cpu", "numpy"]
 
 
+@pytest.mark.alone
 def test_a_product_is_timed_until_it_has_run():
     """A device returns at once: what by row takes shows only when it has finished."""
     waiting = [0.0]

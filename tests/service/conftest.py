@@ -155,6 +155,17 @@ def in_house(visit: Callable[[House], Awaitable[None]], **options: Any) -> None:
     asyncio.run(talk())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compiled() -> None:
+    """The first steps of a process may compile for a minute; no test's patience counts that."""
+
+    async def talk() -> None:
+        async with opened(build()) as house:
+            await asyncio.gather(*(house.complete(capacity=share) for share in (1.0, 0.6)))
+
+    asyncio.run(talk())
+
+
 @pytest.fixture
 def street() -> Iterator[Callable[[FastAPI], str]]:
     """A real server on a loopback port, for what a socket alone can show."""

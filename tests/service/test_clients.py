@@ -240,6 +240,7 @@ def test_the_command_serves_tells_a_line_to_try_and_drains(tiny_folder):
     assert "Traceback" not in "".join(lines)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("stop", "form"), [(signal.SIGTERM, "json"), (signal.SIGINT, "text")])
 def test_a_signal_while_models_load_ends_the_server_at_once_in_good_order(tiny_folder, form, stop):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

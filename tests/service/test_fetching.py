@@ -322,6 +322,7 @@ def test_redirects_are_followed_to_listed_hosts_alone_and_not_for_ever(host, nam
     assert len(host.asked) == 4
 
 
+@pytest.mark.alone
 def test_bytes_and_time_are_bounded(host):
     at = f"http://127.0.0.1:{host.port}"
     told = refused(f"{at}/endless", "127.0.0.1")

@@ -9,6 +9,8 @@ import pytest
 from tests.service.conftest import House, Watched, build
 
 LONG = {"model": "tiny", "prompt": "a", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
+pytestmark = pytest.mark.alone
+
 STEP_SECONDS = 0.05
 
 

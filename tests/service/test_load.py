@@ -86,6 +86,7 @@ def test_nobody_falls_below_his_floor_nor_rises_to_it():
     assert half.applied == Capacity()  # `auto` is the server's default, not the key's
 
 
+@pytest.mark.alone
 def test_auto_gives_way_while_others_wait_and_recovers():
     async def visit(house):
         async def asked(capacity, tokens):

@@ -14,6 +14,8 @@ from elastiformer import ElasticModel
 from tests.service.conftest import House, Watched, build, in_house
 from tests.tiny import tiny, tiny_tokenizer
 
+pytestmark = pytest.mark.alone
+
 LONG = {"model": "tiny", "prompt": "a", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
 
 

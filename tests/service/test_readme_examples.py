@@ -48,6 +48,7 @@ def printed(example: str) -> str:
     return into.getvalue()
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(600)  # kernels may have to be compiled first
 @pytest.mark.skipif(shutil.which("curl") is None, reason="README's requests are sent by curl")
 def test_every_request_that_readme_shows_of_an_embedded_model_runs_as_it_stands(
