@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from elastiformer.sequence import Sequence as Owner
-from elastiformer.thresholds import Grants, take
+from elastiformer.thresholds import SEARCHED, Grants, take
 
 
 class Allowances:
@@ -52,7 +52,8 @@ class Allowances:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Where the rows' channels begin, and what they reach, as `thresholds.take` says.
 
-        What reads the same site again, some of its rows, is told the same.
+        What reads the same site again is told the same of the same rows; of others, which pick
+        nothing, that they take all.
         """
         if self._at != (layer, site):
             outputs = int(self._outputs_LT[layer, site])
@@ -61,10 +62,12 @@ class Allowances:
                 x_RI, norms_I, self.grants, layer, site, rows_R, outputs, self._apart
             )
             return self._start_S, self._least_R
-        at_R = np.searchsorted(self._rows_R, rows_R)
+        at_R = np.minimum(np.searchsorted(self._rows_R, rows_R), len(self._rows_R) - 1)
+        told_R = self._rows_R[at_R] == rows_R
         start_S = np.zeros(len(rows_R) + 1, dtype=np.int64)
-        np.cumsum(np.diff(self._start_S)[at_R], out=start_S[1:])
-        return start_S, self._least_R[at_R]
+        taken_R = np.where(told_R, np.diff(self._start_S)[at_R], x_RI.shape[1])
+        np.cumsum(taken_R, out=start_S[1:])
+        return start_S, np.where(told_R, self._least_R[at_R], SEARCHED)
 
     @property
     def beyond(self) -> tuple[np.ndarray, np.ndarray]:

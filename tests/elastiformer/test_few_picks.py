@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from elastiformer import Capacity, Chunk, Unit, workshop
+from elastiformer import Capacity, Chunk, Site, Unit, workshop
+from elastiformer.packed import Packed
+from elastiformer.thresholds import SEARCHED
 from tests.elastiformer.elastic import by_thresholds, elastic, text
 
 PROMPT = 60  # tokens, all whole but for the last, whose logits are read
@@ -60,3 +63,19 @@ def test_in_bfloat16_others_come_rounded_and_these_do_not(model, split, monkeypa
     assert (by_itself_RV - together_RV).abs().max() < 0.05 * together_RV.abs().max()
     dense_RV, dense_spent = answer(model, Capacity(1.0, 1.0))
     assert spent[0] < dense_spent[0] and not torch.equal(by_itself_RV, dense_RV)
+
+
+def test_who_reads_the_same_site_again_is_told_the_same_and_others_take_all(model):
+    """Keys are read of all rows, of which one picks; queries of so few that it is not split off."""
+    sequence = model.sequence(Capacity(1.0, 0.75), PROMPT, PROMPT + 2)
+    tools = model._sparse.workshop
+    packed = Packed([Chunk(sequence, text(PROMPT)[0].tolist())], model.device)
+    allowances = tools.allowances(packed)
+    norms_I = tools.layout.column_norms(tools.layout.layers[0], Site.ATTENTION_IN).numpy()
+    x_RI = torch.randn(PROMPT, len(norms_I)).numpy()
+    last, some = packed.picking.rows_R, np.array([2, 7, PROMPT - 1])
+    first = allowances.take(0, 0, last, x_RI[last], norms_I)
+    start_S, least_R = allowances.take(0, 0, some, x_RI[some], norms_I)
+    assert np.diff(start_S).tolist() == [len(norms_I), len(norms_I), first[0][1]]
+    assert least_R.tolist() == [SEARCHED, SEARCHED, first[1][0]]
+    assert first[0][1] < len(norms_I)
