@@ -99,6 +99,16 @@ class DataRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SearchRecord:
+    """What finding the paths took: with the same seed and limits, another search ends the same."""
+
+    probes: int  # answered, of both phases
+    unanswered: int  # that were not asked, or not in time
+    paths_judged: int  # whole ones, tuning included
+    ended_by_clock: bool  # then another machine may end it elsewhere
+
+
+@dataclass(frozen=True, slots=True)
 class Schedule:
     """Two neighbouring levels of a path, and the fraction of positions under the fuller one."""
 
@@ -147,6 +157,7 @@ class Calibration:
     image_tokens: float | None = None  # the lowest keep share of image tokens that was measured
     image_floors: tuple[ImageFloor, ...] = ()  # ascending; none: `image_tokens` at every capacity
     channel_quantiles: Quantiles = ()  # of outputs' sizes x column norm; none: only counted
+    search: SearchRecord | None = None  # of the paths; None: nothing was searched, or noted
 
     @cached_property
     def _levels(self) -> dict[tuple[Phase, int], tuple[Plan, ...]]:
@@ -261,6 +272,8 @@ class Calibration:
                 site.value: [list(of_layer[place]) for of_layer in self.channel_quantiles]
                 for place, site in enumerate(Site)
             }
+        if self.search is not None:
+            optional["search"] = asdict(self.search)
         return optional | {
             "format": FORMAT,
             "lowest": self.lowest,

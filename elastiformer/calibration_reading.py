@@ -17,6 +17,7 @@ from elastiformer.calibration import (
     ImageFloor,
     Measured,
     Quantiles,
+    SearchRecord,
     Step,
 )
 from elastiformer.capacity import Phase, Site, Unit
@@ -71,6 +72,7 @@ class _Reader:
             ),
             image_floors=self._image_floors(value.get("image_floors", [])),
             channel_quantiles=self._channel_quantiles(value.get("channel_quantiles")),
+            search=None if value.get("search") is None else self._search(value["search"]),
         )
 
     def _channel_quantiles(self, value: object) -> Quantiles:
@@ -184,6 +186,17 @@ class _Reader:
             window_tokens=self._count(entry.get("window_tokens"), "data.window_tokens"),
             seed=self._count(entry.get("seed"), "data.seed", least=0),
         )
+
+    def _search(self, value: object) -> SearchRecord:
+        entry = self._object(value, "search")
+        counts = {
+            name: self._count(entry.get(name), f"search.{name}", least=0)
+            for name in ("probes", "unanswered", "paths_judged")
+        }
+        by_clock = entry.get("ended_by_clock")
+        if not isinstance(by_clock, bool):
+            self.problems.append(f"search.ended_by_clock: true or false; got {by_clock!r}")
+        return SearchRecord(**counts, ended_by_clock=by_clock is True)
 
     def _object(self, value: object, name: str) -> Mapping[str, Any]:
         if isinstance(value, Mapping):

@@ -153,6 +153,12 @@ OUTPUTS = (
         )
         for share in (0.9, 0.8, 0.7)
     ),
+    OutputRow(
+        "threshold-up-0.8",
+        "more inputs, up for fewer neurons",
+        "for 0.8 of them, and one threshold for all tokens everywhere",
+        Choice(threshold_at=EVERYWHERE, up_share=0.8),
+    ),
 )
 
 ENDS = (

@@ -20,20 +20,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from elastiformer import AdapterError, Calibration, ElasticModel
+from elastiformer import AdapterError, Calibration, ElasticModel, Phase
 from elastiformer.calibration import DataRecord, Measured
 from elastiformer.vlm_weights import is_vlm
+from training.allotment import fields_of, uniform
 from training.channel_sizes import channel_quantiles
 from training.data import read_corpus, two_sets
 from training.encoder_calibrate import (
     FOR_ITEMS,
     add_item_arguments,
     calibrate_items,
-    kept_paths,
+    kept_calibration,
     task_asked,
 )
 from training.files import DataError
-from training.options import SPREAD, real, refuse_unused, units
+from training.options import SPREAD, real, refuse_unused, units, whole
 from training.path_search import PathSearch, lowest, thresholds, trimmed, units_asked
 from training.picture_calibrate import calibrate_pictures
 from training.progress import track
@@ -48,8 +49,8 @@ TOLERANCE = 0.02  # what a request spends lies so near to what it asked
 CAPACITIES = "1.0,0.9,0.8,0.7,0.65,0.6,0.5"
 
 
-_FOR_TEXTS = ("windows", "check_windows", "window", "prompt_tokens")
-_FOR_PROBES = ("prompt_units", "output_units", "sweeps", "one_by_one", "max_minutes")
+_FOR_TEXTS = ("windows", "check_windows", "window", "prompt_tokens", "uniform")
+_FOR_PROBES = ("prompt_units", "output_units", "sweeps", "one_by_one", "probes", "max_minutes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +96,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="probe nothing: give up units in the order that the adapter has, or that this other "
         "one has, along which it was trained; set thresholds and the table anew",
     )
-    parser.add_argument("--max-minutes", type=float, default=math.inf)
+    parser.add_argument(
+        "--uniform",
+        action="store_true",
+        help="probe nothing: give up every unit alike in all layers, as the paper does",
+    )
+    parser.add_argument(
+        "--probes",
+        type=whole(1),
+        help="in each phase, at most (default: all there are); the same number ends the same",
+    )
+    parser.add_argument(
+        "--max-minutes",
+        type=float,
+        default=math.inf,
+        help="where they end the search, it depends on the machine",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
@@ -117,7 +133,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         refuse_unused(
             args,
             add_arguments,
-            ("task", "seen", "one_by_one"),
+            ("task", "seen", "one_by_one", "uniform"),
             "a vision-language model",
         )
         if args.keep_paths is None:
@@ -126,7 +142,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             refuse_unused(args, add_arguments, _FOR_PROBES, "an adapter that keeps its paths")
         return calibrate_pictures(args)
     if args.keep_paths is not None:
-        refuse_unused(args, add_arguments, _FOR_PROBES, "an adapter that keeps its paths")
+        refuse_unused(
+            args, add_arguments, (*_FOR_PROBES, "uniform"), "an adapter that keeps its paths"
+        )
+    if args.uniform:
+        refuse_unused(args, add_arguments, ("sweeps", "probes", "max_minutes"), "--uniform")
     refuse_unused(args, add_arguments, ("image_spread", "text"), "what routes no image tokens")
     if (task := task_asked(args)) is not None:
         refuse_unused(args, add_arguments, _FOR_TEXTS, "an encoder")
@@ -144,7 +164,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     probe_WT, check_WT = two_sets(
         corpus, model.tokenizer, args.window, args.windows, args.check_windows, args.seed
     )
-    kept = kept_paths(args, model)
+    kept = kept_calibration(args, model)
     recalibrate(model, None)  # what an earlier one said must not count
     meter = Meter(model, probe_WT, prompt_tokens)
     adapter = model.adapter
@@ -157,8 +177,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.capacities,
         until=started + 60 * args.max_minutes,
         sweeps=args.sweeps,
+        most=args.probes,
     )
-    paths = job.find_paths() if kept is None else dict(kept)
+    if args.uniform:
+        paths = {phase: uniform(model.shape, fields_of(asked[phase])) for phase in Phase}
+    else:
+        paths = job.find_paths() if kept is None else dict(kept.paths)
+    searched = kept is None and not args.uniform
     least = lowest(paths, model.shape, args.window, args.capacities)
     draft = Calibration(
         lowest=least,
@@ -176,6 +201,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             window_tokens=args.window,
             seed=args.seed,
         ),
+        search=job.record if searched else None if kept is None else kept.search,
     )
     draft = replace(draft, channel_quantiles=channel_quantiles(model, draft, probe_WT))
     recalibrate(model, draft)
@@ -184,7 +210,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows, worst = check(model, checked, served)
     recalibrate(model, replace(draft, measured=tuple(rows)))
     adapter.save(args.adapter)
-    if kept is None:
+    if searched:
         job.draw(args.adapter / "calibration.png", draft, served)
     if worst > TOLERANCE:
         print(
@@ -199,6 +225,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "candidates": job.compared,
         "knobs": job.knobs,
         "probes_unanswered": job.unanswered,
+        "search": None if draft.search is None else asdict(draft.search),
         "worst_miss": worst,
         "promise_kept": worst <= TOLERANCE,
         "measured": [asdict(row) for row in rows],

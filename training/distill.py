@@ -130,6 +130,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the lowest that is trained; of uniform lessons, the lowest keep share",
     )
     add(
+        "--max-capacity",
+        type=real(above=0, most=1),
+        default=1.0,
+        help="the highest that is trained; of uniform lessons, the highest keep share",
+    )
+    add(
         "--lessons",
         default="mixed",
         choices=["mixed", "uniform", "calibrated"],
@@ -218,6 +224,10 @@ def settle(args: argparse.Namespace, world: World) -> None:
         args.units = (Unit.IMAGE_TOKENS,) if reads_images else LAYER_UNITS
     if args.units == (Unit.IMAGE_TOKENS,):
         args.lora_rank = 0  # only layers that leave something out are repaired
+    if args.max_capacity < args.min_capacity:
+        raise RunError(
+            f"--max-capacity {args.max_capacity:g}: at least --min-capacity, {args.min_capacity:g}"
+        )
     rows, left = divmod(args.batch_tokens, args.window)
     if rows == 0 or left or rows % world.size:
         raise RunError(

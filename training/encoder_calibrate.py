@@ -95,13 +95,13 @@ def calibrate_items(args: argparse.Namespace, task: Task) -> dict[str, Any]:
         some(part, wanted)
         for part, wanted in zip(examples.split(0.5), (args.items, args.check_items), strict=True)
     )
-    kept = kept_paths(args, model)
+    kept = kept_calibration(args, model)
     recalibrate(model, None)  # what an earlier one said must not count
     job = ItemJob(model, args, probe, until=started + 60 * args.max_minutes)
     if kept is None:
         path = job.find_path()
     else:
-        path, job.chosen = kept[job.phase], "kept"
+        path, job.chosen = kept.paths[job.phase], "kept"
     least = job.lowest(path)
     draft = Calibration(
         lowest=least,
@@ -163,8 +163,8 @@ def routed_phase(model: ElasticEncoder) -> Phase:
     return Phase.PROMPT if model.reads_class else Phase.OUTPUT
 
 
-def kept_paths(args: argparse.Namespace, model: Elastic) -> Mapping[Phase, Path_] | None:
-    """The paths that `--keep-paths` asks for, of this adapter or another; None: look for some.
+def kept_calibration(args: argparse.Namespace, model: Elastic) -> Calibration | None:
+    """Whose paths `--keep-paths` asks for, of this adapter or another; None: look for some.
 
     Raises:
         AdapterError: there are none, or they are of another kind of model.
@@ -178,7 +178,7 @@ def kept_paths(args: argparse.Namespace, model: Elastic) -> Mapping[Phase, Path_
     assert model.adapter is not None
     if misfits := calibration.misfits(len(model.shape.layers), model.adapter.units):
         raise AdapterError("\n  ".join([f"{asked}: --keep-paths:", *misfits]))
-    return calibration.paths
+    return calibration
 
 
 def uniform_calibration(model: ElasticEncoder, context: int) -> Calibration:
@@ -208,7 +208,7 @@ class ItemJob:
         self.phase = routed_phase(model)
         asked = args.prompt_units if model.reads_class else args.output_units
         self._units = adapter.units if asked is None else asked
-        self._one_by_one = args.one_by_one
+        self._one_by_one, self._most = args.one_by_one, args.probes
         self._meter = ItemMeter(model, items, self.phase)
         about = hashlib.sha256(f"{adapter.identity_in(self.phase)}/{probe.sha256}".encode())
         self._notebook = Notebook(
@@ -220,11 +220,14 @@ class ItemJob:
     def find_path(self) -> Path_:
         """Probe, make candidate paths from the answers, keep the best and tune it."""
         fields = fields_of(self._units)
-        asked = list(probes(self.phase, self._layers, fields))
+        asked = list(probes(self.phase, self._layers, fields))[: self._most]
         until = self._deadline(PROBING)
         ask(self._meter, self._notebook, asked, self._layers, until, "probing")
-        known = curves(self._notebook.answers, self.phase, self._layers)
-        makers = self._makers(fields, late_losses(self._notebook.answers))
+        said = self._notebook.answers
+        # What an earlier search asked beyond these must not count: it would not end the same.
+        answers = {probe: said[probe] for probe in asked if probe in said}
+        known = curves(answers, self.phase, self._layers)
+        makers = self._makers(fields, late_losses(answers))
         judged = {
             name: (self._score(name, path), path)
             for name, make in track(list(makers.items()), label="comparing paths")

@@ -24,7 +24,7 @@ from elastiformer.vlm import ElasticVlm
 from training.allotment import TOKEN_FIELDS, Allotment, fields_of, late_layers
 from training.channel_sizes import channel_quantiles
 from training.data import read_corpus, tokenizer_of, two_sets
-from training.encoder_calibrate import kept_paths
+from training.encoder_calibrate import kept_calibration
 from training.files import DataError
 from training.path_search import Paths, lowest, trimmed
 from training.quality import Setting, Window, measure, miss, prompt_share, windows_of
@@ -77,12 +77,12 @@ class LentPaths:
                 "--keep-paths and --text: of a vision-language model's layers, the one says in "
                 "what order they give and the other on what that is measured; got one alone"
             )
-        kept = kept_paths(args, model)
+        kept = kept_calibration(args, model)
         assert kept is not None, "asked for above"
         answers = remembered(Path(args.keep_paths or args.adapter) / NOTES)
         self._model, self._args = model, args
         self._paths: Paths = {
-            phase: continued(kept[phase], phase, answers, model.shape, args.window)
+            phase: continued(kept.paths[phase], phase, answers, model.shape, args.window)
             for phase in Phase
         }
         self.prompt_tokens = args.prompt_tokens or args.window * 2 // 3

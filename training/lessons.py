@@ -64,6 +64,7 @@ class Teacher:
     tolerance: Mapping[tuple[int, str], float] = field(default_factory=dict)
     uniform: bool = False  # the paper's lessons: what is drawn is the keep share of every layer
     calibration: Calibration | None = None  # whose path is followed; None: nothing is settled yet
+    most: float = 1.0  # the highest capacity drawn
 
     def lesson(self, step: int, row: int, rows: int) -> Lesson:
         """The lesson of one row of the whole batch of `rows`."""
@@ -134,7 +135,8 @@ class Teacher:
         whole = dense_plan(len(self.shape.layers))
         if not calibration.paths[phase]:
             return whole
-        most = self.shape.of_phase(phase).planned_share(whole, self.window)
+        dense = self.shape.of_phase(phase).planned_share(whole, self.window)
+        most = min(self.most, dense)
         capacity = self.least if lowest else rng.uniform(self.least, most)
         schedule = calibration.schedule(capacity, phase, self.shape, self.window)
         return schedule.fuller if rng.random() < schedule.fraction else schedule.leaner
@@ -160,7 +162,7 @@ class Teacher:
         ]
 
     def capacity(self, rng: random.Random, lowest: bool) -> float:
-        return self.least if lowest else rng.uniform(self.least, 1.0)
+        return self.least if lowest else rng.uniform(self.least, self.most)
 
 
 def _some(rng: random.Random, units: Sequence[Unit]) -> Sequence[Unit]:

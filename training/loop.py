@@ -96,6 +96,7 @@ class Distillation:
             tolerance,
             args.lessons == "uniform",
             calibration,
+            args.max_capacity,
         )
         self._objective = Objective(
             Divergence(Direction(args.kl), args.top_k, args.temperature),

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from elastiformer import AdapterError, Calibration, CapacityError, Phase, Unit
 from elastiformer.accounting import ModelShape
-from elastiformer.calibration import QUANTILES, Schedule, Step, walk
+from elastiformer.calibration import QUANTILES, Schedule, SearchRecord, Step, walk
 from training.allotment import LEAST_KL, Allotment, Curves, fields_of, late_layers, uniform
 from training.progress import track
-from training.sensitivity import Judge, Notebook, ask, curves, late_losses, probes
+from training.sensitivity import Judge, Notebook, Probe, ask, curves, late_losses, probes
 from training.tuning import Score, tune
 
 LATE_LAYERS, UNIFORM = "late layers", "uniform"
@@ -53,6 +53,7 @@ class PathSearch:
         context: mean tokens of what the meter runs.
         until: when the clock reads so, it has ended.
         sweeps: of tuning, at most.
+        most: probes of each phase, at most; None: all there are.
     """
 
     def __init__(
@@ -65,12 +66,15 @@ class PathSearch:
         capacities: Sequence[float],
         until: float,
         sweeps: int,
+        most: int | None = None,
     ) -> None:
         self._meter, self.notebook, self._shape = meter, notebook, shape
         self._layers = len(shape.layers)
         self._context, self._units, self._capacities = context, units, capacities
         self._started, self._until = time.monotonic(), until
-        self._sweeps = sweeps
+        self._sweeps, self._most = sweeps, most
+        self._answers: dict[Probe, float] = {}
+        self._judged, self._by_clock = 0, False
         self.chosen: dict[Phase, str] = {}
         self.compared: dict[str, dict[str, dict[str, float]]] = {}
         self.knobs: dict[str, dict[str, Any]] = {}
@@ -80,10 +84,21 @@ class PathSearch:
         """Probe these phases, make candidate paths from the answers, keep the best of each."""
         for phase in phases:
             until = self._deadline(PROBING[phase])
-            asked = list(probes(phase, self._layers, fields_of(self._units[phase])))
+            known = list(probes(phase, self._layers, fields_of(self._units[phase])))
+            asked = known[: self._most]
             label = f"probing {phase} tokens"
-            self.unanswered += ask(self._meter, self.notebook, asked, self._layers, until, label)
+            late = ask(self._meter, self.notebook, asked, self._layers, until, label)
+            self.unanswered += late + len(known) - len(asked)
+            self._by_clock |= late > 0
+            # What an earlier search asked beyond these must not count: it would not end the same.
+            said = self.notebook.answers
+            self._answers |= {probe: said[probe] for probe in asked if probe in said}
         return {phase: self._path(phase) for phase in phases}
+
+    @property
+    def record(self) -> SearchRecord:
+        """What it took."""
+        return SearchRecord(len(self._answers), self.unanswered, self._judged, self._by_clock)
 
     def draw(self, picture: Path, calibration: Calibration, served: Sequence[float]) -> None:
         from training.pictures import draw_calibration
@@ -105,8 +120,8 @@ class PathSearch:
     def _path(self, phase: Phase) -> tuple[Step, ...]:
         """The best of the candidates, tuned."""
         fields = fields_of(self._units[phase])
-        known = curves(self.notebook.answers, phase, self._layers)
-        makers = self._makers(phase, fields, late_losses(self.notebook.answers))
+        known = curves(self._answers, phase, self._layers)
+        makers = self._makers(phase, fields, late_losses(self._answers))
         judged = {
             name: (self._score(phase, name, path), path)
             for name, make in track(
@@ -120,14 +135,16 @@ class PathSearch:
         self.chosen[phase] = best
         if best in (LATE_LAYERS, UNIFORM) or not fields:  # no curve shaped it: nothing to turn
             return judged[best][1]
+        until = self._deadline(TUNING[phase])
         path, _, knobs = tune(
             known,
             fields,
             makers[best],
             lambda path: self._score(phase, f"{best}, tuned", path),
-            self._deadline(TUNING[phase]),
+            until,
             self._sweeps,
         )
+        self._by_clock |= time.monotonic() > until  # perhaps after the last turn: to be sure
         self.knobs[phase.value] = asdict(knobs)
         self._score(phase, f"{best}, tuned", path)
         return path
@@ -157,6 +174,7 @@ class PathSearch:
 
     def _score(self, phase: Phase, name: str, path: tuple[Step, ...]) -> Score:
         """A path's loss over a few capacities, each weighed alike; the less, the better."""
+        self._judged += 1
         asked = [each for each in self._capacities if each < 1]
         asked = asked[len(asked) // 4 :]  # near 1 all paths are good
         asked = asked[:: -max(1, math.ceil(len(asked) / COMPARED))]

@@ -167,6 +167,7 @@ class _Joint:
             [math.sqrt(each) for each in args.capacities],
             until=started + 60 * args.max_minutes,
             sweeps=args.sweeps,
+            most=args.probes,
         )
         self._losses: dict[float, dict[float, float]] = {}
 
@@ -174,7 +175,12 @@ class _Joint:
         """This calibration with the layers' paths, and with the floors of image tokens."""
         phases = [Phase.OUTPUT, Phase.PROMPT] if self._units[Phase.OUTPUT] else [Phase.PROMPT]
         paths = self._search.find_paths(phases)
-        draft = replace(draft, paths={phase: paths.get(phase, ()) for phase in Phase}, lowest=0.01)
+        draft = replace(
+            draft,
+            paths={phase: paths.get(phase, ()) for phase in Phase},
+            lowest=0.01,
+            search=self._search.record,
+        )
         adapter = self._model.adapter
         assert adapter is not None
         draft = replace(draft, thresholds=thresholds(self._meter.scores(adapter.units, 1.0)))

@@ -4,7 +4,9 @@
                              --work DIR --out REPORT_DIR
 
 For each seed: `repair` on texts of --data, `calibrate` on texts of --held-out, `evaluate` on the
-same texts of --test, beside baselines whose seed it is as well. A seed chooses texts, and what is
+same texts of --test, beside baselines whose seed it is as well. One of these is the paper's recipe,
+trained: routers of all its units together with rank-1 LoRA, the same keep share in every layer,
+`distill` on as many tokens of --data as the repair was fitted to. A seed chooses texts, and what is
 left to chance. What each step left in --work is taken up again, so a run that was stopped goes on
 where it was. Writes seeds.json, seeds.md and seeds.png into --out.
 """
@@ -12,6 +14,7 @@ where it was. Writes seeds.json, seeds.md and seeds.png into --out.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +23,7 @@ from statistics import fmean, stdev
 from types import ModuleType
 from typing import Any
 
-from training import calibrate, evaluate, repair
+from training import calibrate, distill, evaluate, repair
 from training.baselines import RANDOM
 from training.files import DataError, write_atomically, write_json
 from training.options import real, whole
@@ -30,6 +33,18 @@ from training.reports import TITLES, table
 from training.summarize import OURS, Json, read, sets
 
 SETTINGS = (Setting.BOTH, Setting.SCORED)
+RECIPE = "paper's recipe, trained"
+# All units of the paper's; part weights with a mean of 1 lose least of its gates (`recipe`).
+RECIPE_OPTIONS = {
+    "units": "attention_tokens,mlp_tokens,heads,experts",
+    "lessons": "uniform",
+    "lora_rank": 1,
+    "part_gate": "mean",
+    "lr": 2e-3,
+    "held_out": 0,
+    "probe_windows": 0,
+}
+SHARES_GRID = 20  # keep shares are twentieths, as of uniform paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-units", default="channels", help="the same of outputs")
     add("--calibrate-windows", type=whole(1), default=3, help="texts that probes run on")
     add("--check-windows", type=whole(1), default=4, help="texts that a calibration is checked on")
-    add("--max-minutes", type=real(above=0), default=14.0, help="of each calibration")
+    add("--probes", type=whole(1), help="of each calibration and phase (default: all there are)")
+    add("--max-minutes", type=real(above=0), default=math.inf, help="of each calibration")
     add("--repair-windows", type=whole(1), default=64, help="texts to fit to")
     add("--repair-window", type=whole(2), default=256, help="tokens of each")
     add("--lora-rank", type=whole(1), default=64, help="of the repair and of maps in baselines")
+    add("--experts", type=whole(2), default=16, help="blocks of an MLP, of the paper's recipe")
     add("--dtype", default="float32")
     add("--device", default="auto")
 
@@ -135,6 +152,7 @@ def _one_seed(args: argparse.Namespace, seed: int) -> Json:
             check_windows=args.check_windows,
             window=args.window,
             max_minutes=args.max_minutes,
+            **({} if args.probes is None else {"probes": args.probes}),
             seed=seed,
         )
     if not (report / "report.json").exists():
@@ -155,15 +173,80 @@ def _one_seed(args: argparse.Namespace, seed: int) -> Json:
             repair_data=args.data,
             skip_rank=args.lora_rank,
         )
+    found = read(report)
+    found["baselines"][RECIPE] = _recipe(args, seed, folder)["ours"]
+    return found
+
+
+def _recipe(args: argparse.Namespace, seed: int, folder: Path) -> Json:
+    """The report of the paper's recipe, made as far as it is not there yet."""
+    adapter, report = folder / "recipe", folder / "recipe-report"
+    common = {"base": args.base, "dtype": args.dtype}
+    least, most = keep_shares(args.capacities)
+    if not (adapter / "adapter.json").exists():
+        call(
+            distill,
+            ("resume",),
+            **common,
+            **RECIPE_OPTIONS,
+            data=args.data,
+            out=adapter,
+            min_capacity=least,
+            max_capacity=most,
+            experts=args.experts,
+            steps=args.repair_windows,
+            batch_tokens=args.repair_window,
+            window=args.repair_window,
+            seed=seed,
+        )
+    common["device"] = args.device
+    if not (adapter / "calibration.json").exists():
+        call(
+            calibrate,
+            ("uniform",),
+            **common,
+            adapter=adapter,
+            data=args.held_out,
+            capacities=",".join(map(str, args.capacities)),
+            windows=args.calibrate_windows,
+            check_windows=args.check_windows,
+            window=args.window,
+            seed=seed,
+        )
+    if not (report / "report.json").exists():
+        call(
+            evaluate,
+            **common,
+            adapter=adapter,
+            data=args.test,
+            out=report,
+            capacities=",".join(map(str, args.capacities)),
+            windows=args.windows,
+            window=args.window,
+            greedy_tokens=0,
+            repeats=0,
+            baselines="none",
+        )
     return read(report)
 
 
-def call(command: ModuleType, **options: object) -> None:
+def keep_shares(capacities: Sequence[float]) -> tuple[float, float]:
+    """The range of keep shares to train for these capacities, all units together.
+
+    Tokens are kept around a sub-layer and parts inside it, so a share p of both spends about p².
+    """
+    lowered = [each for each in capacities if each < 1]
+    near = [round(math.sqrt(each) * SHARES_GRID) for each in (min(lowered), max(lowered))]
+    return (near[0] - 1) / SHARES_GRID, min(near[1] + 1, SHARES_GRID) / SHARES_GRID
+
+
+def call(command: ModuleType, flags: Sequence[str] = (), **options: object) -> None:
     """Run another command of this package, with its own defaults for what is not given."""
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
-    command.run(parser.parse_args([word for pair in given for word in pair]))
+    words = [*(f"--{flag}" for flag in flags), *(word for pair in given for word in pair)]
+    command.run(parser.parse_args(words))
 
 
 def rows_of(reports: Sequence[Json]) -> list[Row]:
@@ -201,7 +284,13 @@ def _about(args: argparse.Namespace, reports: Sequence[Json]) -> dict[str, Any]:
             "name": Path(args.data).name,
             "tokens": args.repair_windows * args.repair_window,
         },
-        "calibrated_on": {"name": Path(args.held_out).name, "minutes": args.max_minutes},
+        "calibrated_on": {
+            "name": Path(args.held_out).name,
+            "probes": args.probes,
+            "minutes": None if math.isinf(args.max_minutes) else args.max_minutes,
+        },
+        "recipe": RECIPE_OPTIONS
+        | dict(zip(("min_capacity", "max_capacity"), keep_shares(args.capacities), strict=True)),
         "measured_on": first["data"]
         | {name: first[name] for name in ("windows", "window_tokens", "prompt_tokens")},
         "dtype": first["dtype"],
@@ -213,6 +302,15 @@ def _as_json(row: Row) -> dict[str, Any]:
     return asdict(row) | {"mean": row.mean, "deviation": row.deviation}
 
 
+def limits(calibrated: Mapping[str, Any]) -> str:
+    """What ended a calibration."""
+    probes, minutes = calibrated["probes"], calibrated["minutes"]
+    said = [] if probes is None else [f"at most {probes} probes a phase"]
+    if minutes is not None:
+        said.append(f"at most {minutes:g} minutes")
+    return " and ".join(said) or "all probes"
+
+
 def markdown(about: Mapping[str, Any], rows: Sequence[Row]) -> str:
     fitted, on, calibrated = about["fitted_to"], about["measured_on"], about["calibrated_on"]
     lines = [
@@ -220,12 +318,14 @@ def markdown(about: Mapping[str, Any], rows: Sequence[Row]) -> str:
         "",
         f"Seeds {', '.join(map(str, about['seeds']))} (adapters "
         f"{', '.join(f'`{each}`' for each in about['adapters'])}): each with a repair fitted to "
-        f"{fitted['tokens']} tokens of {fitted['name']} and {calibrated['minutes']:g} minutes of "
-        f"calibration on {calibrated['name']}, on texts that the seed chose; so were the "
-        f"baselines. All were measured on the same {on['windows']} windows of "
-        f"{on['window_tokens']} tokens of {on['name']}, {on['prompt_tokens']} of them prompt, in "
-        f"{about['dtype']}. KL to the full "
-        "model in nats per token; the deviation is that of one seed.",
+        f"{fitted['tokens']} tokens of {fitted['name']} and a calibration on "
+        f"{calibrated['name']} of {limits(calibrated)}, on texts that the seed chose; so were the "
+        f"baselines. The paper's recipe is trained on as many tokens: "
+        f"{about['recipe']['units'].replace(',', ', ')} together, each kept alike in every layer, "
+        f"rank-{about['recipe']['lora_rank']} LoRA. All were measured on the same "
+        f"{on['windows']} windows of {on['window_tokens']} tokens of {on['name']}, "
+        f"{on['prompt_tokens']} of them prompt, in {about['dtype']}. KL to the full model in nats "
+        "per token; the deviation is that of one seed.",
         "",
     ]
     for setting in SETTINGS:

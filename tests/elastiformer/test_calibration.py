@@ -12,6 +12,7 @@ from elastiformer.calibration import (
     ImageFloor,
     Measured,
     Schedule,
+    SearchRecord,
     Step,
     output_context,
     unit_of,
@@ -125,7 +126,9 @@ def test_thresholds_lie_between_the_quantiles_of_the_scores():
 
 def test_a_calibration_reads_back_as_it_was_written():
     floors = (ImageFloor(0.4, 0.3), ImageFloor(0.6, 0.5))
-    for table in (calibration(), replace(calibration(), image_tokens=0.1, image_floors=floors)):
+    searched = replace(calibration(), search=SearchRecord(300, 0, 38, ended_by_clock=False))
+    imaged = replace(calibration(), image_tokens=0.1, image_floors=floors)
+    for table in (calibration(), imaged, searched):
         assert read_calibration(json.loads(json.dumps(table.as_json()))) == table
 
 
@@ -148,6 +151,7 @@ def test_every_problem_of_a_calibration_is_named_at_once():
     ]
     value["thresholds"]["output"]["attention_tokens"]["2"] = [3.0, 1.0, float("nan")]
     value["measured"][0]["capacity"] = None
+    value["search"] = {"probes": -1, "unanswered": 0, "paths_judged": 2, "ended_by_clock": 1}
     value["image_floors"] = [
         {"capacity": 0.6, "share": 0.5},
         {"capacity": 0.4, "share": 0.3},
@@ -167,6 +171,8 @@ def test_every_problem_of_a_calibration_is_named_at_once():
         "measured[0].capacity",
         "image_floors[1]: capacities rise",
         "image_floors[2].share",
+        "search.probes",
+        "search.ended_by_clock: true or false; got 1",
     ):
         assert named in str(refusal.value)
 

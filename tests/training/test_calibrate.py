@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import shutil
+from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
@@ -131,11 +133,53 @@ def test_paths_that_are_kept_are_probed_no_more_and_get_thresholds(folders, caps
     assert SavedAdapter.load(adapter).calibration == found
 
 
+def test_a_search_of_so_many_probes_ends_the_same_whatever_was_asked_before(folders, capsys):
+    base, adapter, data = folders
+    copy = shutil.copytree(adapter, adapter.with_name("copy"))
+    counted = ("--probes", "12", "--sweeps", "1")
+    assert main(calibrate((base, copy, data))) == 0  # which answers more than 12
+    for folder in (adapter, copy):
+        assert main(calibrate((base, folder, data), *counted)) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    first, second = ((each / "calibration.json").read_bytes() for each in (adapter, copy))
+    assert first == second
+    search = SavedAdapter.load(adapter).calibration.search
+    assert report["search"] == asdict(search)
+    assert (search.probes, search.ended_by_clock) == (24, False)
+    assert search.unanswered > 0 and search.paths_judged > 4
+
+    assert main(calibrate(folders, *counted, "--keep-paths")) == 1
+    assert "--probes" in capsys.readouterr().err
+    keep = [each for each in calibrate(folders, "--keep-paths") if each not in ("--sweeps", "0")]
+    assert main(keep) == 0
+    assert SavedAdapter.load(adapter).calibration.search == search  # whose paths these are
+
+
+def test_uniform_paths_give_every_unit_alike_in_all_layers_and_nothing_is_probed(folders, capsys):
+    whole = [each for each in calibrate(folders, "--uniform") if each not in ("--sweeps", "0")]
+    assert main([*whole, "--output-units", "mlp_tokens,experts"]) == 0
+    calibration = SavedAdapter.load(folders[1]).calibration
+
+    assert not (folders[1] / "sensitivity.jsonl").exists() and calibration.search is None
+    assert {step.field for step in calibration.paths[Phase.OUTPUT]} == {"mlp_tokens", "experts"}
+    # As far as the lowest capacity asks: a share falls in every layer before another falls.
+    for path in calibration.paths.values():
+        whole_rounds = path[: len(path) // LAYERS * LAYERS]
+        for first in range(0, len(whole_rounds), LAYERS):
+            steps = whole_rounds[first : first + LAYERS]
+            assert [step.layer for step in steps] == list(range(LAYERS))
+            assert len({(step.field, step.share) for step in steps}) == 1
+
+    assert main([*whole, "--probes", "3"]) == 1
+    assert "--probes: --uniform" in capsys.readouterr().err
+
+
 def test_when_time_runs_out_the_rest_is_interpolated(folders, capsys):
     assert main(calibrate(folders, "--max-minutes", "0.002")) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
 
-    assert report["probes_unanswered"] > 0
+    assert report["probes_unanswered"] > 0 and report["search"]["ended_by_clock"]
     assert report["promise_kept"]
 
 

@@ -145,6 +145,8 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(distill, tmp_path):
     assert "context of this model" in distill("a", "--window", "600", "--batch-tokens", "600")
     assert "do not divide 56 neurons" in distill("a", *QUICK, "--experts", "5")
     assert "(held out)" in distill("a", "--window", "200", "--batch-tokens", "200")
+    above = distill("a", *QUICK, "--min-capacity", "0.8", "--max-capacity", "0.7")
+    assert "--max-capacity 0.7: at least --min-capacity, 0.8" in above
     assert "--image-draws: what routes no image" in distill("a", *QUICK, "--image-draws", "4")
 
 

@@ -135,6 +135,13 @@ def test_uniform_lessons_keep_one_share_in_every_layer_and_score_every_token(sha
     assert max(lesson.output[0].heads for lesson in drawn) > 0.95
 
 
+def test_no_lesson_keeps_more_than_the_highest_share_that_is_trained(shape):
+    drawn = lessons(shape, uniform=True, output_units=(Unit.HEADS,), least=0.6, most=0.7)
+    shares = [lesson.output[0].heads for lesson in drawn]
+
+    assert min(shares) == 0.6 and 0.69 < max(shares) <= 0.7
+
+
 def test_calibrated_lessons_are_levels_of_the_path_and_spend_what_was_drawn(shape):
     fields = ("mlp_tokens", "attention_tokens")
     path = tuple(Step(layer, name, 0.0) for layer in range(LAYERS - 1, 1, -1) for name in fields)

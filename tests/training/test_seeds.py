@@ -9,6 +9,7 @@ import pytest
 from elastiformer import ElasticModel, Unit
 from tests.training.test_calibrate import prose
 from training.__main__ import main
+from training.seeds import keep_shares
 
 
 @pytest.fixture
@@ -24,8 +25,13 @@ def command(tmp_path, tiny_folder) -> list[str]:
         *("--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")),
         *("--windows", "2", "--window", "96", "--calibrate-windows", "1", "--check-windows", "1"),
         *("--repair-windows", "3", "--repair-window", "64", "--lora-rank", "2"),
-        *("--max-minutes", "0.01"),
+        *("--probes", "4", "--experts", "7"),
     ]
+
+
+def test_the_range_of_keep_shares_lies_around_the_roots_of_the_capacities():
+    assert keep_shares([1.0, 0.65]) == (0.75, 0.85)
+    assert keep_shares([1.0, 0.9, 0.5]) == (0.65, 1.0)
 
 
 def test_every_seed_has_its_own_adapter_and_is_made_once(command, tmp_path, capsys):
@@ -40,6 +46,16 @@ def test_every_seed_has_its_own_adapter_and_is_made_once(command, tmp_path, caps
     # Uniform shares of what one of these tiny paths lowers may not go down to 0.65.
     assert {"this adapter", "random", "repaired random", "repaired static channels"} < names
     assert "repaired drop by sensitivity" in names
+    recipe = [row for row in report["rows"] if row["what"] == "paper's recipe, trained"]
+    assert [row["setting"] for row in recipe] == ["both", "scored"]
+    assert all(row["kl"][0] != row["kl"][1] and min(row["kl"]) > 0 for row in recipe)
+    for seed in (0, 3):
+        trained = tmp_path / "work" / f"seed-{seed}" / "recipe"
+        record = json.loads((trained / "adapter.json").read_text())["training"]
+        assert (record["tokens"], record["lessons"]) == (3 * 64, "uniform")
+        assert (record["min_capacity"], record["max_capacity"]) == (0.75, 0.85)
+        # The same share everywhere: nothing of it was probed.
+        assert not (trained / "sensitivity.jsonl").exists()
     (random,) = (r for r in report["rows"] if r["what"] == "random" and r["setting"] == "scored")
     assert random["kl"][0] != random["kl"][1]
     assert (tmp_path / "out" / "seeds.png").stat().st_size > 500
