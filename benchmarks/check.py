@@ -40,6 +40,20 @@ class Checked:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """One rate, kept up for long; counted are the requests that came after a warm-up."""
+
+    part: float  # of the planned rate
+    rate: float
+    sent: int
+    finished: int  # until nobody could be served in time any more
+    failed: int
+    kept: float  # share of those sent
+    kept_on_paper: float
+    first_token_ms: float | None  # median of those that got one
+
+
+@dataclass(frozen=True, slots=True)
 class Planned:
     """One mix of capacities: its step times, the rate it holds, and what was seen of it."""
 
@@ -51,12 +65,21 @@ class Planned:
     checked: tuple[Checked, ...] = ()
     checked_rate: float | None = None  # where the promise broke
     checked_rate_on_paper: float | None = None  # over the same rates and the same time
+    held: tuple[Held, ...] = ()  # by rate
 
     @property
     def error(self) -> float | None:
         if not self.checked_rate or not self.checked_rate_on_paper:
             return None
         return abs(self.checked_rate_on_paper / self.checked_rate - 1)
+
+    def held_parts(self, share: float) -> tuple[float | None, float | None]:
+        """Times the planned rate: the most that got the promise for long, and the least above it
+        that did not; None where none was tried that did, or did not."""
+        most = max((each.part for each in self.held if each.kept >= share), default=None)
+        missed = [each.part for each in self.held if each.kept < share]
+        least = min((part for part in missed if most is None or part > most), default=None)
+        return most, least
 
 
 def check(
@@ -83,10 +106,10 @@ def check(
                 finished=len(phase.finished),
                 finished_on_paper=sum(fate.ended is not None for fate in paper),
                 failed=sum(each.failed for each in phase.requests),
-                kept=promise.share_kept(map(_times, phase.requests)),
-                kept_on_paper=promise.share_kept(map(_times, paper)),
-                first_token_ms=_median_ms([each.to_first_token for each in phase.requests]),
-                first_token_ms_on_paper=_median_ms([fate.to_first_token for fate in paper]),
+                kept=promise.share_kept(map(times_or_late, phase.requests)),
+                kept_on_paper=promise.share_kept(map(times_or_late, paper)),
+                first_token_ms=median_ms([each.to_first_token for each in phase.requests]),
+                first_token_ms_on_paper=median_ms([fate.to_first_token for fate in paper]),
             )
         )
     return replace(
@@ -99,12 +122,12 @@ def check(
     )
 
 
-def _median_ms(seconds: Sequence[float | None]) -> float | None:
+def median_ms(seconds: Sequence[float | None]) -> float | None:
     known = [each for each in seconds if each is not None]
     return 1000 * statistics.median(known) if known else None
 
 
-def _times(request: Sent | Fate) -> tuple[float | None, float | None]:
+def times_or_late(request: Sent | Fate) -> tuple[float | None, float | None]:
     """Of one without an end the first token never came."""
     if request.ended is None:
         return math.inf, None

@@ -10,9 +10,14 @@ take as long on paper.
 With --check, requests are then sent at rates around the planned one, at the very moments that are
 simulated beside them, and the rates at which the promise breaks are compared.
 
+With --hold, each mix is held to its planned rate for long: 0.85 of it should keep the promise and
+1.15 of it should not. If both is so, planning is right to 15 %.
+
 Takes `--seconds` and `--overhead-seconds` for each of three mixes and a minute more: some five
 minutes on two cores with the default model. With --check also, for each of three mixes and five
-rates, `--check-seconds` and until the last one is answered: some ten minutes more.
+rates, `--check-seconds` and until the last one is answered: some ten minutes more. With --hold,
+for each mix and twice, `--hold-warm-up` and `--hold-seconds`: of the mixes 1.0 and 0.6 alone ten
+minutes more.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from typing import Any
 
 from benchmarks import models, server
 from benchmarks.check import Planned, check, simulate_at, times_of
+from benchmarks.hold import hold
 from benchmarks.paper import report
 from benchmarks.results import write
 from benchmarks.sender import Sender
@@ -88,6 +94,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--check", action="store_true", help="compare with a server under load")
     parser.add_argument("--check-seconds", type=real(above=0), default=30.0, help="at each rate")
+    parser.add_argument("--hold", action="store_true", help="hold a server to the plan for long")
+    parser.add_argument(
+        "--hold-seconds", type=real(above=0), default=120.0, help="that count, at each rate"
+    )
+    parser.add_argument(
+        "--hold-warm-up", type=real(least=0), default=20.0, help="seconds before them"
+    )
+    parser.add_argument(
+        "--hold-windows",
+        type=whole(2),
+        default=2,
+        help="rates of each mix; more halve the interval",
+    )
 
 
 def _mix(text: str) -> tuple[float, ...]:
@@ -125,7 +144,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
         for mode in mixes
     }
-    needs_server = args.overhead is None or args.check
+    needs_server = args.overhead is None or args.check or args.hold
     with _server(args) if needs_server else nullcontext() as place:
         if place is not None:
             ids = models.text_ids(model, 4096 + args.prompt)
@@ -149,6 +168,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     promise,
                     sender,
                     args.check_seconds,
+                )
+                for each in planned
+            ]
+        if args.hold:
+            planned = [
+                hold(
+                    each,
+                    hosts[each.mode],
+                    jobs[each.mode],
+                    mixes[each.mode],
+                    promise,
+                    sender,
+                    args.hold_seconds,
+                    args.hold_warm_up,
+                    args.hold_windows,
                 )
                 for each in planned
             ]

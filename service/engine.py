@@ -35,7 +35,7 @@ from service.errors import Cancelled, Draining, EngineDead, StepFailed, TimedOut
 from service.ledger import Ledger
 from service.load import Load
 from service.metrics import Metrics
-from service.orders import Order, Scored, Ticket, waited_before
+from service.orders import Order, Scored, Ticket, fetched_for, waited_before
 from service.pace import Pace
 from service.rows import Request, Row, draw_of, grouped
 from service.scheduler import Entry, Job, Limits, Scheduler, Share
@@ -177,6 +177,7 @@ class Engine:
                 if self.shares_prefixes
                 else tuple(Entry(job) for job in order.jobs)
             ),
+            fetch_seconds=fetched_for.get(),
             bill=Bill() if self._meter is not None else None,
         )
         with self._wake:

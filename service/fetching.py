@@ -13,6 +13,7 @@ import asyncio
 import base64
 import re
 import socket
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import httpx
 
 from elastiformer.errors import InputError
 from service.hosts import Hosts
+from service.orders import fetched_for
 from service.schemas import (
     ChatRequest,
     ClassifyRequest,
@@ -61,18 +63,22 @@ class Fetcher:
     async def within(self, asked: R) -> R:
         """The request with each address of an image replaced by the image.
 
+        How long that took goes with the context, to whoever tells the request's times.
+
         Raises:
             InputError: a host that is not listed, too large, too late, or not to be had.
         """
-        errand = _Errand(self)
+        errand, began = _Errand(self), time.monotonic()
         try:
             async with asyncio.timeout(self.most_seconds):
-                return await errand.run(asked)
+                whole = await errand.run(asked)
         except TimeoutError:
             raise InputError(
                 f"{errand.name}: the images of a request may take {self.most_seconds:g} seconds; "
                 f"{errand.shown} took longer"
             ) from None
+        fetched_for.set(time.monotonic() - began if errand.found else 0.0)
+        return whole
 
     async def look_up(self, host: str, port: int) -> list[str]:
         """The addresses of a host, in the order in which they should be tried."""

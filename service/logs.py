@@ -168,6 +168,7 @@ def _fields(visit: Visit, milliseconds: float, ending: Done | Failed | None) -> 
         "prompt_tokens": summary.prompt_tokens,
         "cached_tokens": summary.cached_tokens,
         "completion_tokens": summary.generated_tokens,
+        "fetch_ms": _milliseconds(summary.fetch_seconds or None),
         "queue_ms": _milliseconds(summary.queue_seconds),
         "first_token_ms": _milliseconds(summary.first_token_seconds),
         "engine_ms": _milliseconds(summary.total_seconds),

@@ -251,6 +251,10 @@ class Metrics:
             self.rejections.labels(name, reason)
         for reason in OVERRIDES:
             self.overrides.labels(name, reason)
+        for histogram in (self.capacity, self.capacity_spent, self.parameters_skipped):
+            histogram.labels(name)
+        for unit in TOKEN_UNITS:
+            self.tokens_skipped.labels(name, unit.value)
         for unit in units:
             for phase in Phase:
                 self.routed.labels(name, unit.value, phase.value)

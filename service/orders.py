@@ -26,6 +26,8 @@ log = logging.getLogger("elasti.engine")
 
 # Seconds that the request of this context waited at a proxy, before it came to this process.
 waited_before: ContextVar[float] = ContextVar("waited_before", default=0.0)
+# Seconds that fetching took, of the images that it names by address, before it was queued.
+fetched_for: ContextVar[float] = ContextVar("fetched_for", default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,10 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a request took, over all its jobs."""
+    """What a request took, over all its jobs.
+
+    What was fetched for it is part of the times to the first token and in total, not of the queue.
+    """
 
     usage: Usage
     prompt_tokens: int
@@ -84,6 +89,7 @@ class Summary:
     prefill_dense_block_flops: int = 0
     finish_reasons: tuple[str, ...] = ()  # of the sequences that ended, as they did
     energy_joules: float | None = None  # None where no counter can be read
+    fetch_seconds: float = 0.0  # of images that it named by address; 0 where there was none
 
 
 @dataclass(frozen=True, slots=True)

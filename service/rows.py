@@ -34,6 +34,7 @@ class Request:
     deadline: float
     between_tokens: Histogram  # of this request's labels: looked up once, not for each token
     entries: tuple[Entry, ...]
+    fetch_seconds: float = 0.0  # before it was submitted
     open_jobs: int = field(init=False)
     ended: bool = False
     admitted: float | None = None
@@ -50,7 +51,7 @@ class Request:
 
     def summary(self, now: float) -> Summary:
         started = self.admitted if self.admitted is not None else now
-        first = self.first_token
+        first, accepted = self.first_token, self.submitted - self.fetch_seconds
         prefilled = [entry for entry in self.entries if entry.done >= entry.job.fed_tokens]
         return Summary(
             usage=self.usage,
@@ -58,12 +59,13 @@ class Request:
             cached_tokens=sum(entry.cached for entry in prefilled if entry.job.bills_prompt),
             generated_tokens=self.generated_tokens,
             queue_seconds=started - self.submitted,
-            first_token_seconds=None if first is None else first - self.submitted,
-            total_seconds=now - self.submitted,
+            first_token_seconds=None if first is None else first - accepted,
+            total_seconds=now - accepted,
             prefill_block_flops=self.prefill_block_flops,
             prefill_dense_block_flops=self.prefill_dense_block_flops,
             finish_reasons=tuple(self.finish_reasons),
             energy_joules=None if self.bill is None else self.bill.joules,
+            fetch_seconds=self.fetch_seconds,
         )
 
 

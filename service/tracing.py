@@ -27,7 +27,7 @@ from service.build import PACKAGE, version
 from service.desk import Placed, PlacedLabels
 from service.errors import refusal_of
 from service.items import PlacedItems
-from service.orders import Done, Failed, Summary, Ticket, waited_before
+from service.orders import Done, Failed, Summary, Ticket, fetched_for, waited_before
 
 if TYPE_CHECKING:  # for their names only: nothing of it is loaded where tracing is off
     from fastapi.telemetry import TelemetryConfig
@@ -92,7 +92,7 @@ class Tracing:
     def follow(self, placed: AnyPlaced, ticket: Ticket) -> None:
         """Make an order's spans, below the current one, as soon as it has ended."""
         parent = self._context.get_current()
-        began = time.time_ns() - round(waited_before.get() * 1e9)
+        began = time.time_ns() - round((waited_before.get() + fetched_for.get()) * 1e9)
 
         def tell(ending: Done | Failed) -> None:
             clock = _Clock(began, ending.summary)
@@ -128,7 +128,9 @@ class Tracing:
             span.end(ends)
 
         applied = placed.order.resolved.applied
-        phase("queue", clock.began, clock.admitted, {})
+        if summary.fetch_seconds:
+            phase("fetch", clock.began, clock.fetched, {})
+        phase("queue", clock.fetched, clock.admitted, {})
         if not summary.usage.dense_flops and summary.first_token_seconds is None:
             return  # it never ran
         before, after = _parts(summary)
@@ -171,8 +173,12 @@ class _Clock:
     summary: Summary
 
     @property
+    def fetched(self) -> int:
+        return self._after(self.summary.fetch_seconds)
+
+    @property
     def admitted(self) -> int:
-        return self._after(self.summary.queue_seconds)
+        return self._after(self.summary.fetch_seconds + self.summary.queue_seconds)
 
     @property
     def first_token(self) -> int:

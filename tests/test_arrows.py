@@ -27,9 +27,9 @@ LOW_TO_HIGH = """
         drawing sampling inputs images encoder_inputs picture_inputs elastic model sharded led vlm
         encoder __init__
 
-    service: __init__ errors build hosts settings schemas fetching scheduler pace metrics load knob
-        orders energy rows bench ledger middleware engine encoder_engine led served zero_shot items
-        reach desk tracing logs answers readings streams routes app server __main__
+    service: __init__ errors build hosts settings schemas scheduler pace metrics load knob orders
+        fetching energy rows bench ledger middleware engine encoder_engine led served zero_shot
+        items reach desk tracing logs answers readings streams routes app server __main__
 
     training: __init__ files options signals progress processes packages data start stream examples
         exchanges choosers image_draws losses lessons student encoder_student picture_student

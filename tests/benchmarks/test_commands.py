@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from benchmarks.__main__ import COMMANDS, main
+from benchmarks.check import Held, Planned
 from benchmarks.dense import CONTINUOUS, OURS, PADDED
 from benchmarks.guidellm import INSTALL
 from benchmarks.overhead import WITH
 from benchmarks.saving import BATCHES
-from benchmarks.simulation import moments
+from benchmarks.simulation import StepTimes, moments
 
 TOP = {"format", "benchmark", "setting", "parameters", "goals", "results"}
 SETTING = {
@@ -213,6 +215,44 @@ def test_planning_says_what_each_mix_holds(run):
         assert times["rows"] == [0, 1, 2, 4, 5, 8, 16] and times["tokens"] == [0, 32, 128, 512]
         assert min(min(line) for line in times["seconds"][1:]) > 0
     assert len(written["results"]["planned"]) == 3 and not written["goals"]
+
+
+def test_a_plan_is_held_for_long_below_and_above_its_rate(run):
+    written = run(
+        "planning",
+        *QUICK,
+        *("--prompt", "40", "--tokens", "6", "--requests", "50", "--mix", "1.0", "--mix", "0.6"),
+        *("--hold", "--hold-seconds", "0.6", "--hold-warm-up", "0.3", "--overhead-seconds", "0.5"),
+    )
+    check(written, "planning")
+    for planned in written["results"]["planned"]:
+        assert not planned["checked"]
+        below, above = planned["held"]
+        assert (below["part"], above["part"]) == (0.85, 1.15)
+        for seed, point in enumerate((below, above), 200):
+            assert point["rate"] == pytest.approx(point["part"] * planned["rate"], abs=0.001)
+            warmed = [at for at in moments(point["rate"], 0.9, seed) if at >= 0.3]
+            assert point["sent"] == len(warmed)  # who came before does not count
+            assert point["finished"] + point["failed"] <= point["sent"]
+            assert min(point["kept"], point["kept_on_paper"]) >= 0
+    assert [(goal["wanted"], goal["at_most"]) for goal in written["goals"]] == [
+        (0.9, False),
+        (0.899, True),
+    ] * 2
+
+
+def test_what_is_held_for_long_lies_between_the_rates_that_were_tried():
+    def planned(**kept):
+        held = [Held(float(part), 1.0, 9, 9, 0, share, 1.0, None) for part, share in kept.items()]
+        return replace(PLANNED, held=tuple(held))
+
+    assert planned(**{"0.85": 1.0, "1.15": 0.4}).held_parts(0.9) == (0.85, 1.15)
+    assert planned(**{"0.85": 1.0, "1": 0.9, "1.15": 0.4}).held_parts(0.9) == (1.0, 1.15)
+    assert planned(**{"0.85": 0.5, "1.15": 0.4}).held_parts(0.9) == (None, 0.85)
+    assert planned(**{"0.85": 1.0, "1.15": 1.0}).held_parts(0.9) == (1.15, None)
+
+
+PLANNED = Planned("all at 1.0", StepTimes((0, 1), (0, 1), ((0.0, 1.0),) * 2), 1.0, 1.0, 1.2)
 
 
 @pytest.mark.alone

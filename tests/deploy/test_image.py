@@ -1,4 +1,5 @@
-"""Promises of docker/: linted, whole, without secrets. Its steps run in test_image_steps.py."""
+"""Promises of docker/: linted, whole, without secrets. Its steps run in test_image_steps.py,
+and an engine in test_image_built.py."""
 
 from __future__ import annotations
 

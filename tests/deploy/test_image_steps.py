@@ -1,10 +1,10 @@
 """Promises of the image's steps, run as the Dockerfile has them, where somebody asks for it.
 
-There is no engine of containers here. `ELASTI_TEST_IMAGE=1 pytest --timeout 0
-tests/deploy/test_image_steps.py` runs the steps of both targets on a bare folder, in the order of
-their stages and each with its own variables and build arguments, and serves on the CPU from what
-they made. It loads 3 GB from the package index. Not tested so: the base image, what is done as
-root in the stage `runtime`, and a GPU.
+No engine of containers is needed: test_image_built.py has one. `ELASTI_TEST_IMAGE=1 pytest
+--timeout 0 tests/deploy/test_image_steps.py` runs the steps of both targets on a bare folder, in
+the order of their stages and each with its own variables and build arguments, and serves on the
+CPU from what they made. It loads 3 GB from the package index. Not tested so: the base image, what
+is done as root in the stage `runtime`, and a GPU.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import shutil
 import socket
 import ssl
@@ -24,8 +25,11 @@ from service.schemas import ClassifyRequest
 from tests.elastiformer.test_vlm import elastic
 from tests.service.conftest import House
 from tests.service.encoders import content, of_images, of_text, picture, uri, visit
+from tests.service.test_logs import written
+from tests.service.test_tracing import Memory
 
 BYTES = 20_000
+LATE_SECONDS = 0.4
 IMAGE = content(picture(1))
 
 
@@ -68,6 +72,8 @@ class Answers(BaseHTTPRequestHandler):
                 while not host.let_go.is_set():
                     self.wfile.write(b"x" * 10_000)
             else:
+                if self.path == "/late":
+                    time.sleep(LATE_SECONDS)
                 self.wfile.write(b"<html>" if self.path == "/page" else IMAGE)
 
     def log_message(self, *_: object) -> None:
@@ -224,6 +230,57 @@ def test_others_are_answered_while_a_host_is_slow(host):
         assert {each.status_code for each in answers} == {400}
 
     visit(of_images(), talk, image_hosts="127.0.0.1")
+
+
+def test_how_long_a_host_takes_is_in_a_request_s_times_and_not_in_its_queue(host):
+    """In the answer, the histograms, the log line and the trace; only where something came so."""
+    memory = Memory()
+    at, whole = f"http://127.0.0.1:{host.port}/late", uri(IMAGE)
+
+    async def talk(house: House) -> None:
+        lines = []
+        for url in (at, whole):
+            parts = [{"type": "image_url", "image_url": {"url": url}}]
+            parts.append({"type": "text", "text": "What is it?"})
+            with written() as told:
+                answer = await house.post(
+                    "/v1/chat/completions",
+                    messages=[{"role": "user", "content": parts}],
+                    max_tokens=4,
+                )
+            assert answer.status_code == 200, answer.text
+            lines += [(json.loads(line), answer.json()["elasti"]) for line in told]
+        await house.until_idle()
+        (late, elasti), (prompt, soon) = lines
+        least = 1000 * LATE_SECONDS
+        assert late["fetch_ms"] >= least
+        assert elasti["time_to_first_token_ms"] >= late["fetch_ms"] + elasti["queue_ms"]
+        assert elasti["total_ms"] >= elasti["time_to_first_token_ms"]
+        assert late["engine_ms"] == elasti["total_ms"] <= late["duration_ms"]
+        assert "fetch_ms" not in prompt
+
+        for name, spent in (
+            ("elasti_e2e_request_latency_seconds_sum", "total_ms"),
+            ("elasti_time_to_first_token_seconds_sum", "time_to_first_token_ms"),
+            ("elasti_request_queue_time_seconds_sum", "queue_ms"),
+        ):
+            both = elasti[spent] + soon[spent]
+            assert 1000 * house.value(name, tier="1.0") == pytest.approx(both, abs=0.01), name
+
+        fetch = memory.named("fetch")  # of one of the two
+        (inference,) = (each for each in memory.spans if each.context == fetch.parent)
+        (queue,) = (
+            each for each in memory.spans if each.name == "queue" and each.parent == fetch.parent
+        )
+        assert inference.start_time == fetch.start_time
+        assert fetch.end_time == queue.start_time
+        assert (fetch.end_time - fetch.start_time) / 1e6 == pytest.approx(
+            late["fetch_ms"], abs=0.01
+        )
+        taken = (inference.end_time - inference.start_time) / 1e6
+        assert taken == pytest.approx(elasti["total_ms"], abs=0.01)
+
+    visit(elastic(), talk, image_hosts="127.0.0.1", tracing=memory.tracing)
 
 
 # Which hosts.

@@ -185,6 +185,39 @@ def test_every_tier_of_a_model_is_there_before_its_first_request():
     in_house(visit, models={"tiny": elastic_model(), "plain": plain})
 
 
+WITHOUT_TIER = """
+    elasti_request_capacity_bucket elasti_request_capacity_spent_bucket
+    elasti_parameters_skipped_per_request_bucket elasti_tokens_skipped_per_request_bucket
+"""
+
+
+def test_no_series_of_a_model_appears_with_its_first_request():
+    """One that appears late loses its first step in rate() and increase()."""
+
+    def series(house):
+        return {
+            (sample.name, *sorted(sample.labels.items()))
+            for family in house.hall.metrics.registry.collect()
+            for sample in family.samples
+        }
+
+    async def visit(house):
+        before = series(house)
+        metrics = house.hall.metrics
+        for name in WITHOUT_TIER.split():
+            assert any(each[0] == name for each in before), name
+        assert (
+            metrics.registry.get_sample_value(
+                "elasti_request_capacity_bucket", {"model_name": "tiny", "le": "0.6"}
+            )
+            == 0.0
+        )
+        await mixed_answers(house)
+        assert series(house) - before == set()
+
+    in_house(visit)
+
+
 def test_tiers_begin_where_a_models_capacities_do():
     assert tiers(0.05) == (*(f"{step / 10}" for step in range(11)), "auto", "mixed")
     for share in [step / 100 for step in range(1, 101)]:
