@@ -111,7 +111,7 @@ class SparseAttention:
         of_asking = values.among(asking)
         reading = tools.read(layer, Site.ATTENTION_IN, of_asking, packed, asking, layer.query)
         out_QO = tools.mended(layer, tools.product(layer.query), reading, packed, asking)
-        out_QO = out_QO.to(values.dtype)
+        out_QO = out_QO.to(out_RO.dtype)
         query_QAH = out_QO.view(asking.count, shape.heads, shape.head_dim)
         if layer.query_norm is not None:
             query_QAH = tools.query_norms[layer.index](query_QAH)
