@@ -17,15 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LOW_TO_HIGH = """
     elastiformer: errors tasks capacity usage accounting calibration calibration_reading card
-        priced families encoder_families encoders experts routers lora lora_files unpacking shipped originals
-        weights encoder_weights vlms vlm_weights misfits adapter_files adapter saved_adapter kernels
-        thresholds plan_grid masked pool cache sequence imaged prefixes memory row_kernels pointwise allowances
-        device_allowances packed rotary taken costs vectors stored_tile lanes largest pairs amx
-        tile_blocks many_queries single_queries sub_layers tiles readings products
-        flop_formulas expert_table repair sides attention both_ways placing workshop keeping sparse_heads
-        sparse_attention sparse_experts sparse_mlp decoding sparse encoding imaging sight planning
-        drawing sampling inputs images encoder_inputs picture_inputs elastic model sharded led vlm
-        encoder __init__
+        priced families encoder_families encoders experts routers lora lora_files unpacking
+        shipped originals weights encoder_weights vlms vlm_weights misfits adapter_files adapter
+        saved_adapter kernels thresholds plan_grid masked pool cache sequence imaged prefixes
+        memory row_kernels pointwise allowances device_allowances packed rotary taken costs
+        vectors stored_tile lanes largest pairs amx tile_blocks many_queries single_queries
+        sub_layers tiles readings products flop_formulas expert_table repair sides attention
+        both_ways placing workshop keeping sparse_heads sparse_attention sparse_experts
+        sparse_mlp decoding sparse encoding imaging sight planning drawing sampling inputs
+        images encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
 
     service: __init__ errors build hosts settings schemas scheduler pace metrics load knob orders
         fetching energy rows bench ledger middleware engine encoder_engine led served zero_shot
@@ -206,8 +206,9 @@ def test_a_file_without_torch_meets_none_on_any_way():
 def test_a_change_of_any_compiled_file_compiles_all_anew():
     found = {
         module
-        for module in MODULES
-        if {name.partition(".")[0] for name in IMPORTS[module]} & {"numba", "llvmlite"}
+        for module, path in MODULES.items()
+        if "\n@compiled(" in path.read_text(encoding="utf-8")
+        or {name.partition(".")[0] for name in IMPORTS[module]} & {"numba", "llvmlite"}
     }
     assert found == {f"elastiformer.{name.removesuffix('.py')}" for name in kernels._FILES}
 
