@@ -8,7 +8,7 @@
     python -m benchmarks serving     load over HTTP, and what HTTP and scheduling cost
     python -m benchmarks planning    requests per second that this machine holds, on paper
     python -m benchmarks soak        random requests, cancels and disconnects; is anything left?
-    python -m benchmarks images      an image's tokens routed, against merged or dropped ones
+    python -m benchmarks images      classifiers: tokens routed, and an image's merged or dropped
     python -m benchmarks profile     where a decode step's time goes
 
 `python -m benchmarks NAME --help` names every option and how long it takes. Measure alone on the

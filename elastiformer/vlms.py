@@ -32,6 +32,8 @@ class VlmFamily:
 VLMS: dict[str, VlmFamily] = {
     "LlavaForConditionalGeneration": VlmFamily(),
     "VipLlavaForConditionalGeneration": VlmFamily(features=("vision_feature_layers",)),
+    # Its projector makes one token of a square of patches. Published ones stand on Cohere2.
+    "AyaVisionForConditionalGeneration": VlmFamily(),
 }
 
 

@@ -37,11 +37,11 @@ LOW_TO_HIGH = """
         corpora sentiment canvas_tower canvas_sets canvas_answers canvas_model build quality
         encoder_quality picture_quality allotment tuning sensitivity regression picking
         channel_choices channel_sizes learnt ablation_rows baselines repaired pictures stopwatch
-        reports encoder_reports loop encoder_calibrate encoder_evaluate picture_reports path_search
-        lent_paths picture_evaluate picture_meter picture_calibrate overlap subjects domain_data
-        domain_report
-        recipe_report ablation_report distill repair ranks ablation calibrate evaluate ablate
-        domains recipe reconstruct summarize goals seeds synthesize __main__
+        reports encoder_reports loop encoder_calibrate encoder_evaluate path_search lent_paths
+        picture_reports picture_evaluate picture_meter picture_calibrate overlap subjects
+        domain_data domain_report recipe_report ablation_report distill repair ranks ablation
+        calibrate evaluate ablate domains recipe reconstruct summarize goals seeds synthesize
+        __main__
 """
 
 _COMPILED = {

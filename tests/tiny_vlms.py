@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -85,6 +87,24 @@ def tiny_vip_vlm(tower: str = "clip", language: str = "llama", seed: int = 0) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = VipLlavaForConditionalGeneration(config)
+        draw_parameters(model)
+    return model.eval()
+
+
+def tiny_aya_vlm(tower: str = "siglip", language: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """A random Aya Vision: of 10x10 patches, its projector makes 5x5 image tokens."""
+    kind, settings = _TOWERS[tower]
+    config = AyaVisionConfig(
+        vision_config=kind(**(_VISION | settings | {"patch_size": PATCH // 2})),
+        text_config=tiny(language, vocab_size=VOCAB + 1).config,
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full" if tower == "siglip" else "default",
+        downsample_factor=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AyaVisionForConditionalGeneration(config)
         draw_parameters(model)
     return model.eval()
 

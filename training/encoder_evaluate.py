@@ -50,14 +50,6 @@ def evaluate_items(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     times = {f"{capacity:g}": round(ratio, 4) for capacity, ratio in timed.items()}
     names = ITEM_BASELINES if args.baselines else ()
     beside = {name: _baseline(model, name, given, served, args.seed) for name in names}
-    report = ItemReport(
-        about=_about(model, examples, args),
-        ours=ours,
-        times=times,
-        baselines=beside,
-        refused=[each for each in args.capacities if each not in served],
-    )
-    files = write_items(args.out, report, model, given.items)
     if args.update_adapter:
         problem = model.config.problem_type
         rows = [(row.measured(model.task, problem), times.get(f"{row.capacity:g}")) for row in ours]
@@ -73,6 +65,15 @@ def evaluate_items(args: argparse.Namespace, task: Task) -> dict[str, Any]:
             ),
         )
         adapter.save(args.adapter)
+    # After that: the report names the adapter as it was saved.
+    report = ItemReport(
+        about=_about(model, examples, args),
+        ours=ours,
+        times=times,
+        baselines=beside,
+        refused=[each for each in args.capacities if each not in served],
+    )
+    files = write_items(args.out, report, model, given.items)
     return {
         "report": str(args.out),
         "files": files,

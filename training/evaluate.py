@@ -52,8 +52,9 @@ from training.stopwatch import Greedy, Timing, greedy_texts, time_capacities
 SIZING_WINDOWS = 4  # texts that static pruning learns its channels from; none is evaluated
 PROBE_WINDOWS = 1  # texts that repaired baselines are probed on, beside those they are fitted to
 
+_OF_WINDOWS = ("windows", "window", "prompt_tokens")
 _FOR_TEXTS = (
-    *("windows", "window", "prompt_tokens", "repair_data", "repair_windows", "repair_window"),
+    *(*_OF_WINDOWS, "repair_data", "repair_windows", "repair_window"),
     *("skip_rank", "baseline_seed", "copied", "greedy_tokens"),
     *("time_prompt_tokens", "decode_tokens"),
 )
@@ -66,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder of the report")
     parser.add_argument("--capacities", type=capacities, default=capacities(CAPACITIES))
     add_item_arguments(parser)
+    parser.add_argument(
+        "--text", default=None, help="of a vision-language model: text without images, measured too"
+    )
     parser.add_argument("--windows", type=int, default=6, help="texts")
     parser.add_argument("--window", type=int, default=192, help="tokens of a text")
     parser.add_argument(
@@ -118,13 +122,15 @@ def baselines(text: str) -> list[str]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if is_vlm(args.base):
-        unused = ("task", "seen", "check_items", *_FOR_TEXTS)
+        unused = ["task", "seen", "check_items", *_FOR_TEXTS]
+        if args.text is not None:
+            unused = [name for name in unused if name not in _OF_WINDOWS]
         refuse_unused(args, add_arguments, unused, "a vision-language model")
         return evaluate_pictures(args)
     if (task := task_asked(args)) is not None:
-        refuse_unused(args, add_arguments, ("check_items", *_FOR_TEXTS), "an encoder")
+        refuse_unused(args, add_arguments, ("check_items", "text", *_FOR_TEXTS), "an encoder")
         return evaluate_items(args, task)
-    refuse_unused(args, add_arguments, FOR_ITEMS, "a language model")
+    refuse_unused(args, add_arguments, (*FOR_ITEMS, "text"), "a language model")
     started = time.monotonic()
     model = ElasticModel.load(args.base, args.adapter, dtype=args.dtype, device=args.device)
     adapter, calibration = model.adapter, model.calibration
@@ -166,10 +172,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         },
         refused=[each for each in args.capacities if each not in served],
     )
-    files = write_report(args.out, report)
     if args.update_adapter:
         adapter.calibration = updated(calibration, report, corpus, args)
         adapter.save(args.adapter)
+        # The report names the adapter as it was saved.
+        report = replace(report, about={**report.about, "adapter": adapter.identity})
+    files = write_report(args.out, report)
     return {
         "report": str(args.out),
         "files": files,

@@ -52,6 +52,21 @@ class TextRow:
         )
 
 
+def text_row(model: ElasticVlm, windows: Sequence[Window], capacity: float) -> TextRow:
+    """What a capacity loses on text."""
+    both, scored = (
+        measure(model, windows, capacity, setting) for setting in (Setting.BOTH, Setting.SCORED)
+    )
+    tokens = len(windows[0].ids_T)
+    prompt = prompt_share(model, tokens)
+    whole = 1 - (1 - prompt) * (windows[0].prompt_tokens - 1) / tokens
+    missed = max(
+        miss(capacity, both.spent_least, both.spent_most, whole, prompt),
+        miss(capacity, scored.spent_least, scored.spent_most, 1.0, prompt),
+    )
+    return TextRow(both.kl, scored.kl, scored.perplexity_ratio, missed)
+
+
 def beside_text(row: Measured, earlier: Measured | None) -> Measured:
     """The same row of the table with what an earlier one says of text."""
     if earlier is None:
@@ -115,17 +130,7 @@ class LentPaths:
 
     def row(self, windows: Sequence[Window], capacity: float) -> TextRow:
         """What a capacity loses on text."""
-        model = self._model
-        both, scored = (
-            measure(model, windows, capacity, setting) for setting in (Setting.BOTH, Setting.SCORED)
-        )
-        prompt = prompt_share(model, self._args.window)
-        whole = 1 - (1 - prompt) * (self.prompt_tokens - 1) / self._args.window
-        missed = max(
-            miss(capacity, both.spent_least, both.spent_most, whole, prompt),
-            miss(capacity, scored.spent_least, scored.spent_most, 1.0, prompt),
-        )
-        return TextRow(both.kl, scored.kl, scored.perplexity_ratio, missed)
+        return text_row(self._model, windows, capacity)
 
 
 def continued(

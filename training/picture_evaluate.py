@@ -21,8 +21,10 @@ from elastiformer import AdapterError, Calibration, Phase
 from elastiformer.calibration import DataRecord
 from elastiformer.vlm import ElasticVlm
 from training.choosers import CHOOSERS
+from training.data import Windows, pack, read_corpus, tokenizer_of
 from training.exchanges import Exchange, Exchanges, read_exchanges
-from training.lent_paths import beside_text
+from training.files import DataError
+from training.lent_paths import TextRow, beside_text, text_row
 from training.picture_quality import (
     Answers,
     PictureQuality,
@@ -38,7 +40,7 @@ from training.picture_quality import (
 )
 from training.picture_reports import PictureReport, Prefill, write_pictures
 from training.progress import track
-from training.quality import recalibrate
+from training.quality import recalibrate, windows_of
 
 TIMED = 16  # exchanges
 TOLERANCE = 0.02  # what an exchange spends lies so near to what it asked
@@ -67,27 +69,22 @@ def evaluate_pictures(args: argparse.Namespace) -> dict[str, Any]:
             chosen_by(model, scores_BP, some, capacity, dense)
             for capacity in track([each for each in served if each < 1], label=name)
         ]
-    alone = _alone(model, calibration, some, args.capacities, dense)
+    texts = _texts(model, served, args) if args.text is not None else {}
+    lowered = args.capacities if args.baselines else []
+    alone = _alone(model, calibration, some, lowered, dense)
     timed = some[:TIMED]
     times = prefill_times(model, timed, served, args.repeats) if args.repeats else {}
     flops = {capacity: prefill_flops(model, timed, capacity) for capacity in times}
     prefill = {
         capacity: Prefill(ratio, flops[capacity] / flops[1.0]) for capacity, ratio in times.items()
     }
-    report = PictureReport(
-        about=_about(model, calibration, exchanges, len(some), args),
-        ours=ours,
-        choosers=beside,
-        alone=alone,
-        prefill=prefill,
-        refused=[each for each in args.capacities if each not in served],
-    )
-    files = write_pictures(args.out, report, model, some, args.seed)
     if args.update_adapter:
         assert model.adapter is not None
         of_text = {row.capacity: row for row in calibration.measured}
         rows = tuple(
-            beside_text(row.measured(times.get(row.capacity)), of_text.get(row.capacity))
+            texts[row.capacity].measured(row.measured(times.get(row.capacity)))
+            if texts
+            else beside_text(row.measured(times.get(row.capacity)), of_text.get(row.capacity))
             for row in ours
         )
         data = DataRecord(
@@ -99,6 +96,17 @@ def evaluate_pictures(args: argparse.Namespace) -> dict[str, Any]:
         )
         model.adapter.calibration = replace(calibration, measured=rows, data=data)
         model.adapter.save(args.adapter)
+    # After that: the report names the adapter as it was saved.
+    report = PictureReport(
+        about=_about(model, calibration, exchanges, len(some), args),
+        ours=ours,
+        texts=texts,
+        choosers=beside,
+        alone=alone,
+        prefill=prefill,
+        refused=[each for each in args.capacities if each not in served],
+    )
+    files = write_pictures(args.out, report, model, some, args.seed)
     return {
         "report": str(args.out),
         "files": files,
@@ -108,6 +116,24 @@ def evaluate_pictures(args: argparse.Namespace) -> dict[str, Any]:
         "time_ratio": {f"{capacity:g}": ratio for capacity, ratio in times.items()},
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _texts(
+    model: ElasticVlm, capacities: Sequence[float], args: argparse.Namespace
+) -> dict[float, TextRow]:
+    """What each capacity loses on text without an image."""
+    prompt_tokens = args.prompt_tokens or args.window * 2 // 3
+    if not 2 <= prompt_tokens < args.window:
+        raise DataError(f"--prompt-tokens: from 2 to below --window; got {prompt_tokens}")
+    corpus = read_corpus(args.text, tokenizer_of(model))
+    packed_WT = pack(corpus, tokenizer_of(model), args.window)
+    if len(packed_WT) < args.windows:
+        raise DataError(
+            f"{corpus.source}: {len(packed_WT)} windows of {args.window} tokens, {args.windows} "
+            "wanted; give more text, or smaller --windows or --window"
+        )
+    windows = windows_of(model, Windows(packed_WT, args.seed).take(args.windows), prompt_tokens)
+    return {each: text_row(model, windows, each) for each in track(capacities, label="text")}
 
 
 def _about(
@@ -122,6 +148,9 @@ def _about(
         "base": asdict(model.identity),
         "data": {"name": Path(exchanges.source).name, "sha256": exchanges.sha256},
         "exchanges": measured,
+        "text": None
+        if args.text is None
+        else {"name": Path(args.text).name, "windows": args.windows, "window_tokens": args.window},
         "seed": args.seed,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
@@ -143,7 +172,7 @@ def _alone(
     dense: Answers,
 ) -> dict[str, list[PictureQuality]]:
     """Each of the two that give without the other, at the capacities that it reaches."""
-    if not any(calibration.paths.values()):
+    if not capacities or not any(calibration.paths.values()):
         return {}
     only = {
         "image tokens alone": replace(

@@ -23,6 +23,7 @@ from training.choosers import CHOOSERS
 from training.encoder_reports import cell_of
 from training.exchanges import Exchange, collated
 from training.files import write_atomically, write_json
+from training.lent_paths import TextRow
 from training.picture_quality import PictureQuality, prompt_at
 from training.pictures import Curve, draw_curves, draw_patches
 from training.reports import table
@@ -50,6 +51,7 @@ class PictureReport:
 
     about: Mapping[str, Any]
     ours: Sequence[PictureQuality]
+    texts: Mapping[float, TextRow]  # of text without an image; may be empty
     choosers: Mapping[str, Sequence[PictureQuality]]
     alone: Mapping[str, Sequence[PictureQuality]]  # image tokens or layers, without the other
     prefill: Mapping[float, Prefill]
@@ -59,6 +61,7 @@ class PictureReport:
         return {
             "about": self.about,
             "ours": [asdict(row) for row in self.ours],
+            "text": {f"{capacity:g}": asdict(row) for capacity, row in self.texts.items()},
             "choosers": {name: [asdict(r) for r in rows] for name, rows in self.choosers.items()},
             "alone": {name: [asdict(r) for r in rows] for name, rows in self.alone.items()},
             "prefill": {
@@ -180,6 +183,21 @@ def _markdown(report: PictureReport, pictures: Sequence[str]) -> str:
         ]
     if "output" in whole:
         lines += ["What is generated runs whole.", ""]
+    if report.texts:
+        text = about["text"]
+        lines += [
+            f"Text without an image: {text['windows']} windows of {text['window_tokens']} tokens "
+            f"of {text['name']}, KL to the full model in nats per token.",
+            "",
+            *table(
+                ["capacity", "KL, prompt and rest routed", "KL, every token scored", "worst miss"],
+                [
+                    [f"{capacity:g}", *map(cell_of, (row.kl, row.kl_scored, row.missed))]
+                    for capacity, row in report.texts.items()
+                ],
+            ),
+            "",
+        ]
     if report.alone:
         heads = ["what gives", "capacity", "image tokens kept", "spent", "KL", "answers right"]
         each = [

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.images import AT_ONCE, DROPPED, MERGED, ROUTED, best_within
+from benchmarks.images import AT_ONCE, DROPPED, MERGED, MIXED, ROUTED, UNIFORM, best_within
 from benchmarks.merging import ShrinkingEncoder, drop_random, merge_alike
 from elastiformer import Calibration, Phase, Step, Unit
 from elastiformer.encoder import ElasticEncoder
 from elastiformer.encoders import describe_encoder
 from elastiformer.errors import UnsupportedModel
 from tests.tiny_encoders import LAYERS, SIDE, save_tiny_encoder, tiny_encoder
-from tests.training.test_encoders import pictures
+from tests.training.test_encoders import pictures, texts
 
 
 def test_the_likest_pairs_merge_into_the_mean_of_their_patches():
@@ -85,10 +86,8 @@ def test_the_best_within_a_time_lies_between_two_strengths():
     assert best_within(curve, 2.0) == 0.9
 
 
-@pytest.fixture
-def options(tmp_path):
-    """A tiny image model with a calibrated adapter, and pictures."""
-    base = save_tiny_encoder(tmp_path / "base", tiny_encoder("vit"))
+def calibrated(base: Path, folder: Path) -> None:
+    """An adapter that leaves out whole sub-layers, the late ones first."""
     model = ElasticEncoder.load(str(base), dtype="float32")
     made = model.blank_adapter((Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS), lora_rank=0)
     path = tuple(
@@ -103,8 +102,15 @@ def options(tmp_path):
         thresholds={},
         measured=(),
     )
-    made.save(tmp_path / "adapter")
-    data = pictures(tmp_path / "images", 8)
+    made.save(folder)
+
+
+@pytest.fixture
+def options(tmp_path):
+    """A tiny image model with a calibrated adapter, and pictures."""
+    base = save_tiny_encoder(tmp_path / "base", tiny_encoder("vit"))
+    calibrated(base, tmp_path / "adapter")
+    data = pictures(tmp_path / "images", 48)
     given = ["--base", base, "--adapter", tmp_path / "adapter", "--data", data, "--threads", "1"]
     return [*map(str, given), "--dtype", "float32", "--out", str(tmp_path / "out")]
 
@@ -113,17 +119,43 @@ def test_routing_is_held_against_merging_and_dropping_in_the_same_time(options, 
     quick = ["--seconds", "0", "--least", "1", "--less", "3", "--batch", "4"]
     assert main(["images", *options, *quick, "--capacities", "1.0,0.5,0.3"]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(last["goals"]) == 3
+    assert len(last["goals"]) == 4
     found = json.loads((tmp_path / "out" / "images.json").read_text())["results"]
     settings = {row["way"]: set() for row in found["measured"]}
     for row in found["measured"]:
         settings[row["way"]].add(row["setting"])
         assert 0 <= row["accuracy"] <= 1 and row["milliseconds"]["median"] > 0
+        assert (row["realised"] is None) == (row["flop_ratio"] > 0.98)
+        if row["setting"] in ("1", "0 a layer", "0"):
+            assert row["flop_ratio"] == pytest.approx(1.0, abs=0.05)
+        if row["realised"] is not None:
+            saved = (1 - row["ratio"]["median"]) / (1 - row["flop_ratio"])
+            assert row["realised"] == pytest.approx(saved)
     assert settings[ROUTED] == {"1", "0.5"}  # 0.3 is below what was calibrated
     assert settings[MERGED] == settings[DROPPED] == {f"{less} a layer" for less in range(4)}
+    assert {row["way"] for row in found["batched"]} == {UNIFORM, MIXED}
     whole = {
         row["accuracy"] for row in found["measured"] if row["setting"] in ("1", "0 a layer", "0")
     }
-    assert len(whole) == 1  # unchanged, all are one model
+    # Unchanged, all are one model, but for rounding where its labels are as good as tied.
+    assert max(whole) - min(whole) < 0.1
     assert {each["capacity"] for each in found["equal_time"]} == {1.0, 0.5}
     assert all(set(each["others"]) == {MERGED, DROPPED, AT_ONCE} for each in found["equal_time"])
+
+
+def test_a_classifier_of_texts_is_routed_alone(tmp_path, capsys):
+    base = save_tiny_encoder(tmp_path / "base", tiny_encoder("bert"))
+    calibrated(base, tmp_path / "adapter")
+    given = ["--base", base, "--adapter", tmp_path / "adapter", "--data"]
+    given += [texts(tmp_path / "data.jsonl", 48), "--dtype", "float32", "--out", tmp_path / "out"]
+    quick = ["--seconds", "0", "--least", "1", "--batch", "4", "--capacities", "1.0,0.5"]
+    assert main(["images", *map(str, given), *quick]) == 0
+    goals = json.loads(capsys.readouterr().out.splitlines()[-1])["goals"]
+    assert [goal["wanted"] for goal in goals] == [1.0, 1.6, 0.97]
+    found = json.loads((tmp_path / "out" / "texts.json").read_text())["results"]
+    assert [(row["way"], row["setting"]) for row in found["measured"]] == [
+        (ROUTED, "1"),
+        (ROUTED, "0.5"),
+    ]
+    assert found["measured"][1]["realised"] is not None
+    assert {row["way"] for row in found["batched"]} == {UNIFORM, MIXED}

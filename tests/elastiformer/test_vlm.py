@@ -45,6 +45,7 @@ from tests.tiny_vlms import (
     PATCHES,
     TOWERS,
     save_tiny_vlm,
+    tiny_aya_vlm,
     tiny_vip_vlm,
     tiny_vlm,
     tiny_vlm_processor,
@@ -74,12 +75,12 @@ def test_packed_rows_at_capacity_1_are_the_pretrained_model_to_rounding(tower, l
 
 
 @pytest.mark.parametrize("tower", ["clip", "vit"])
-def test_vip_llava_reads_several_layers_of_its_tower_and_is_the_pretrained_model(tower):
-    model, batch = routed(tiny_vip_vlm(tower)), batch_of(2)
+@pytest.mark.parametrize("made", [tiny_vip_vlm, tiny_aya_vlm])
+def test_other_features_and_projectors_are_the_pretrained_models(made, tower):
+    """ViP-LLaVA reads several layers of its tower; Aya Vision makes one token of four patches."""
+    model, batch = routed(made(tower)), batch_of(2)
     with torch.inference_mode():
-        expected = tiny_vip_vlm(tower)(
-            input_ids=batch.ids_BT, pixel_values=batch.pixels_NCHW
-        ).logits
+        expected = made(tower)(input_ids=batch.ids_BT, pixel_values=batch.pixels_NCHW).logits
         masked = model.masked_images(batch, [(dense_plan(LAYERS), dense_plan(LAYERS))])
         few = model.masked_images(batch, [(dense_plan(LAYERS), dense_plan(LAYERS))], shares=0.4)
     assert torch.equal(masked.logits_BSV, expected)
@@ -90,10 +91,11 @@ def test_vip_llava_reads_several_layers_of_its_tower_and_is_the_pretrained_model
     torch.testing.assert_close(actual, few.logits_BSV[output_BS], **CLOSE)
 
 
-def test_vip_llava_loads_from_a_folder(tmp_path):
-    save_tiny_vlm(tmp_path / "base", tiny_vip_vlm())
+@pytest.mark.parametrize("made", [tiny_vip_vlm, tiny_aya_vlm])
+def test_what_is_like_llava_loads_from_a_folder(made, tmp_path):
+    save_tiny_vlm(tmp_path / "base", made())
     model = ElasticVlm.load(str(tmp_path / "base"), dtype="float32")
-    _, expected = run(routed(tiny_vip_vlm()), asked(model, DENSE))
+    _, expected = run(routed(made()), asked(model, DENSE))
     _, actual = run(model, asked(model, DENSE))
     torch.testing.assert_close(actual, expected, **CLOSE)
 

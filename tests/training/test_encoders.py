@@ -126,6 +126,8 @@ def test_an_encoder_is_distilled_calibrated_and_evaluated(tmp_path, capsys, fami
     written = json.loads((report / "report.json").read_text())
     assert {row["capacity"] for row in written["ours"]} == {1.0, 0.8, 0.6}
     assert set(written["baselines"]) == {"uniform", "random"}
+    saved = ElasticEncoder.load(str(base), adapter, dtype="float32").adapter
+    assert written["about"]["adapter"] == evaluated["adapter"] == saved.identity
     page = (report / "report.md").read_text()
     assert "| 0.6 |" in page
     drawn = ["frontier.png", "patches.png"] if images else ["frontier.png"]

@@ -95,6 +95,9 @@ def test_the_report_holds_every_capacity_setting_and_baseline(folders, capsys): 
 
     assert main([*command, "--update-adapter", "--baselines", "none"]) == 0
     assert "prefill time / full" in (adapter / "README.md").read_text()
+    saved = ElasticModel.load(str(base), adapter, dtype="float32").adapter
+    report = json.loads((base.parent / "report" / "report.json").read_text())
+    assert report["adapter"] == saved.identity
 
 
 def test_an_adapter_without_a_calibration_is_refused_with_what_to_do(folders, capsys):  # noqa: F811

@@ -52,7 +52,7 @@ def test_an_adapter_of_image_tokens_can_lend_its_model_channels(tmp_path, data, 
     table = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert table["runs_whole"] == ["output"] and set(table["chosen"]) == {"prompt"}
     report = tmp_path / "report"
-    options = ["--items", "4", "--repeats", "0", "--baselines", "none", "--out", str(report)]
+    options = ["--items", "4", "--repeats", "0", "--out", str(report)]
     assert main(["evaluate", *given, "--capacities", "0.6", *options]) == 0
     said = json.loads((report / "report.json").read_text())
     assert set(said["alone"]) == {"image tokens alone", "layers alone"}
@@ -96,6 +96,22 @@ def test_layers_give_along_lent_paths_what_image_tokens_do_not(tmp_path, data, c
     assert main(["evaluate", *given, *update, *report]) == 0
     rows = SavedAdapter.load(adapter).calibration.measured
     assert all(row.accuracy is not None and row.kl_text is not None for row in rows)
+    earlier = rows[-1].kl_text
+    said = json.loads((tmp_path / "r" / "report.json").read_text())
+    saved = ElasticVlm.load(base, adapter, dtype="float32").adapter
+    assert said["about"]["adapter"] == saved.identity and said["alone"] == said["text"] == {}
+
+    texts = ["--text", str(tmp_path / "text.jsonl"), "--windows", "1", "--window", "100"]
+    assert main(["evaluate", *given, *update, *report, *texts]) == 0
+    said = json.loads((tmp_path / "r" / "report.json").read_text())
+    rows = SavedAdapter.load(adapter).calibration.measured
+    assert {f"{row.capacity:g}": row.kl_text for row in rows} == {
+        capacity: row["kl"] for capacity, row in said["text"].items()
+    }
+    assert rows[-1].kl_text != earlier
+    assert "Text without an image: 1 windows" in (tmp_path / "r" / "report.md").read_text()
+    assert main(["evaluate", *given, *report, *texts[2:]]) == 1
+    assert "--windows: a vision-language model has no use" in capsys.readouterr().err
 
     capsys.readouterr()
     assert main(["calibrate", *given, *lent[:2]]) == 1
