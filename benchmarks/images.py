@@ -214,7 +214,7 @@ def _flops(model: ElasticEncoder, name: tuple[str, str], way: Way, batch: Sequen
         return sum(each.usage.flops for each in sequences)
     with FlopCounterMode(display=False) as counter:
         way(batch)
-    return counter.get_total_flops()
+    return float(counter.get_total_flops())
 
 
 def _batched(
@@ -352,9 +352,9 @@ def _report(
             ]
             for each in batched
         ]
-        heads = ("batches", "ms an item, median [quartiles]", "speed over uniform")
+        of_batches = ("batches", "ms an item, median [quartiles]", "speed over uniform")
         title = "The same items at 1.0, 0.8 and 0.6, batched in other ways"
-        tables.append(Table(title, heads, told_of))
+        tables.append(Table(title, of_batches, told_of))
     return Report(
         name=name,
         title=f"Routing{' against merging and dropping' if images else ''}: {models.name_of(args)}",
