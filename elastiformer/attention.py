@@ -171,7 +171,7 @@ class Compiled:
     def _one(self, query_NAH: Tensor, position_N: Tensor, read: Read, layer: Layer) -> Tensor:
         """The attention output of one request's queries."""
         held, is_hidden = read.held, layer.window is not None and read.last >= layer.window
-        fits = read.in_order and read.positions_K is None and read.count > 1 and not is_hidden
+        fits = read.positions_K is None and read.count > 1 and not is_hidden
         if not (
             fits and held.rows_NH.dtype == torch.bfloat16 and many_queries.takes(query_NAH.shape[2])
         ):
@@ -182,7 +182,7 @@ class Compiled:
             on_host(query_QAH),
             on_host(held.rows_NH),
             (held.key, held.value, held.room, held.length),
-            read.first,
+            position_N[read.queries].numpy(),
             held.kv_heads,
             layer.scale,
             on_host(out_QAH),

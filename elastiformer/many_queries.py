@@ -62,20 +62,21 @@ def attend(
     query_QAH: np.ndarray,
     rows_NH: np.ndarray,
     place: tuple[int, int, int, int],
-    first: int,
+    position_Q: np.ndarray,
     kv_heads: int,
     scale: float,
     out_QAH: np.ndarray,
 ) -> None:
-    """Fill in the attention output of queries at the positions from `first` on.
+    """Fill in the attention output of queries.
 
     Args:
+        position_Q: ascending.
         query_QAH, rows_NH, out_QAH: the bits of bfloat16 numbers, as uint16.
         place: where keys and values begin among the rows of the pool, head after head; how far
             apart the heads are; and how many keys there are, from position 0 on.
     """
     with TURN:
-        _attend(query_QAH, rows_NH, *place, first, kv_heads, np.float32(scale), out_QAH)
+        _attend(query_QAH, rows_NH, *place, position_Q, kv_heads, np.float32(scale), out_QAH)
 
 
 @intrinsic
@@ -119,18 +120,19 @@ def _score(
 
 @intrinsic
 def _weigh(
-    typing: Any, scores: Any, scale: Any, first: Any, seen: Any, pairs: Any, into: Any, totals: Any
-) -> Any:
+    typing: Any, scores: Any, scale: Any, position: Any, seen: Any, pairs: Any, into: Any,
+    totals: Any,
+) -> Any:  # fmt: skip
     """into[pair of keys, query] = 2^(scale * (score - largest)) of both keys, as bfloat16.
 
     Args:
-        first: the position of the first query.
+        position: of the sixteen queries, in 32 bits.
         seen: so many pairs of keys all queries see; of those up to `pairs`, each the ones up to
             its own position.
         totals: where the sums go.
     """
     number = types.intp
-    signature = types.void(scores, types.float32, number, number, number, into, totals)
+    signature = types.void(scores, types.float32, position, number, number, into, totals)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if not amx.KNOWN:  # never called
@@ -138,8 +140,8 @@ def _weigh(
         scores, into, totals = (data(context, builder, signature, args, at) for at in (0, 5, 6))
         zero = ir.Constant(I64, 0)
         nothing, least, shift = (same(number) for number in (0.0, _LEAST, _SHIFT))
-        lanes = ir.Constant(INTS, list(range(LANES)))
-        position = builder.add(everywhere(builder, builder.trunc(args[2], I32)), lanes)
+        positions = data(context, builder, signature, args, 2)
+        position = builder.load(vector_at(builder, positions, zero, kind=INTS), align=4)
         scale = everywhere(builder, args[1])
 
         def both(pair: Any, masked: bool) -> list[tuple[Any, Any]]:
@@ -266,7 +268,7 @@ def _config():  # type: ignore[no-untyped-def]
 
 @compiled(parallel=True)
 def _attend(  # type: ignore[no-untyped-def]
-    query_QAH, rows_NH, key, value, room, length, first, kv_heads, scale, out_QAH
+    query_QAH, rows_NH, key, value, room, length, position_Q, kv_heads, scale, out_QAH
 ):
     queries, heads, size = query_QAH.shape
     blocks, tiles = (length + 31) // 32, size // 16
@@ -288,7 +290,8 @@ def _attend(  # type: ignore[no-untyped-def]
         _configure(config)
         query_ = aligned(size // 32 * TILE)
         totals_, added_ = aligned(16), aligned(TILES * TILE)
-        most = (min(length, first + queries) + 15) // 16
+        most = (min(length, position_Q[queries - 1] + 1) + 15) // 16
+        position_ = np.empty(16, dtype=np.int32)
         score_ = aligned(most * TILE)
         weight_ = aligned((most + 1) // 2 * TILE)
         for turn in range(2):
@@ -298,13 +301,15 @@ def _attend(  # type: ignore[no-untyped-def]
             begin = 16 * part
             count = min(16, queries - begin)
             at, apart = (begin * heads + head) * size, heads * size
-            seen = min(length, first + begin + count)
+            seen = min(length, position_Q[begin + count - 1] + 1)
             of_keys = (seen + 15) // 16
             key_at = (key + kv_head * room) * size
             pack_queries(query_QAH, at, apart, count - 1, size // 32, query_)
             _score(rows_NH, key_at, size, query_, size // 32, of_keys, score_)
-            by_all = (first + begin + 1) // 2
-            _weigh(score_, scale_2, first + begin, by_all, of_keys * 8, weight_, totals_)
+            for lane in range(16):
+                position_[lane] = position_Q[begin + min(lane, count - 1)]
+            by_all = (position_Q[begin] + 1) // 2
+            _weigh(score_, scale_2, position_, by_all, of_keys * 8, weight_, totals_)
             for third in range(0, tiles, TILES):
                 value_at = (kv_head * tiles + third) * blocks * TILE
                 _add_weighed(value_, value_at, blocks * TILE, weight_, (of_keys + 1) // 2, added_)

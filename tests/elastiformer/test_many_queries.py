@@ -36,8 +36,10 @@ def test_it_is_attention_to_the_keys_up_to_each_position(queries, keys, heads, k
     query_QAH = (3 * torch.randn(queries, heads, size)).bfloat16()
     out_QAH = torch.full_like(query_QAH, float("nan"))
     arrays = on_host(query_QAH), on_host(rows_NH)
-    many_queries.attend(*arrays, place, first, kv_heads, size**-0.5, on_host(out_QAH))
-    sees_QK = torch.arange(first, keys)[:, None] >= torch.arange(keys)
+    position_Q = np.arange(first, keys)
+    position_Q[0] = max(first - 7, 0)  # not all need stand side by side
+    many_queries.attend(*arrays, place, position_Q, kv_heads, size**-0.5, on_host(out_QAH))
+    sees_QK = torch.from_numpy(position_Q)[:, None] >= torch.arange(keys)
     expected_AQH = F.scaled_dot_product_attention(
         query_QAH.transpose(0, 1)[None].double(),
         key_GKH[None].double(),
@@ -54,9 +56,8 @@ def test_it_is_attention_to_the_keys_up_to_each_position(queries, keys, heads, k
     alone_QAH = torch.empty_like(query_QAH[some])
     place = (*place[:3], min(first + some.stop, keys))
     arrays = on_host(query_QAH[some].contiguous()), on_host(rows_NH)
-    many_queries.attend(
-        *arrays, place, first + some.start, kv_heads, size**-0.5, on_host(alone_QAH)
-    )
+    of_some = position_Q[some]
+    many_queries.attend(*arrays, place, of_some, kv_heads, size**-0.5, on_host(alone_QAH))
     assert np.array_equal(on_host(alone_QAH), on_host(out_QAH[some]))
 
 
@@ -68,5 +69,5 @@ def test_scores_far_apart_give_numbers():
     query_QAH = torch.full((16, 1, 64), 40.0).bfloat16()
     out_QAH, small_NH = torch.empty_like(query_QAH), rows_NH.bfloat16()
     arrays = on_host(query_QAH), on_host(small_NH)
-    many_queries.attend(*arrays, (0, 16, 16, 16), 0, 1, 1.0, on_host(out_QAH))
+    many_queries.attend(*arrays, (0, 16, 16, 16), np.arange(16), 1, 1.0, on_host(out_QAH))
     assert torch.equal(out_QAH[:, 0], small_NH[16:])  # of each the latest
