@@ -2,9 +2,10 @@
 
 A back end takes all of a layer's queries at once and says its name. `Portable` runs PyTorch's
 scaled dot product attention, one call a request, on any device. `Compiled` runs all requests that
-ask with one token in one call, on a CPU. `Varlen` runs PyTorch's variable-length
-attention, one call a layer, on CUDA devices that have it. Which one runs is decided once
-(`backend`), and what it cannot express (a capped score, some heads only) is the portable one's.
+ask with one token in one call, on a CPU, and prompts in tile registers where it has them. `Varlen`
+runs PyTorch's variable-length attention, one call a layer, on CUDA devices that have it. Which one
+runs is decided once (`backend`), and what it cannot express (a capped score, some heads only) is
+the portable one's.
 Encoders, whose tokens see one another both ways, have one of their own (both_ways.py).
 
 Shape letters: N packed queries   Q queries of a request   K keys   A query heads

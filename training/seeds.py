@@ -144,13 +144,10 @@ def _one_seed(args: argparse.Namespace, seed: int) -> Json:
         call(
             calibrate,
             **common,
+            **_calibrated(args),
             adapter=adapter,
-            data=args.held_out,
             prompt_units=args.prompt_units,
             output_units=args.output_units,
-            windows=args.calibrate_windows,
-            check_windows=args.check_windows,
-            window=args.window,
             max_minutes=args.max_minutes,
             **({} if args.probes is None else {"probes": args.probes}),
             seed=seed,
@@ -159,15 +156,10 @@ def _one_seed(args: argparse.Namespace, seed: int) -> Json:
         call(
             evaluate,
             **common,
+            **_measured(args),
             **fitted,
             adapter=adapter,
-            data=args.test,
             out=report,
-            capacities=",".join(map(str, args.capacities)),
-            windows=args.windows,
-            window=args.window,
-            greedy_tokens=0,
-            repeats=0,
             baselines=RANDOM,
             baseline_seed=seed,
             repair_data=args.data,
@@ -205,29 +197,43 @@ def _recipe(args: argparse.Namespace, seed: int, folder: Path) -> Json:
             calibrate,
             ("uniform",),
             **common,
+            **_calibrated(args),
             adapter=adapter,
-            data=args.held_out,
             capacities=",".join(map(str, args.capacities)),
-            windows=args.calibrate_windows,
-            check_windows=args.check_windows,
-            window=args.window,
             seed=seed,
         )
     if not (report / "report.json").exists():
         call(
             evaluate,
             **common,
+            **_measured(args),
             adapter=adapter,
-            data=args.test,
             out=report,
-            capacities=",".join(map(str, args.capacities)),
-            windows=args.windows,
-            window=args.window,
-            greedy_tokens=0,
-            repeats=0,
             baselines="none",
         )
     return read(report)
+
+
+def _calibrated(args: argparse.Namespace) -> dict[str, Any]:
+    """What every adapter of the comparison is calibrated on."""
+    return {
+        "data": args.held_out,
+        "windows": args.calibrate_windows,
+        "check_windows": args.check_windows,
+        "window": args.window,
+    }
+
+
+def _measured(args: argparse.Namespace) -> dict[str, Any]:
+    """What every adapter of the comparison is measured on."""
+    return {
+        "data": args.test,
+        "capacities": ",".join(map(str, args.capacities)),
+        "windows": args.windows,
+        "window": args.window,
+        "greedy_tokens": 0,
+        "repeats": 0,
+    }
 
 
 def keep_shares(capacities: Sequence[float]) -> tuple[float, float]:
