@@ -26,6 +26,7 @@ from elastiformer.packed import Packed
 from elastiformer.placing import Placing
 from elastiformer.pointwise import CompiledGate, CompiledNorm, Rotation
 from elastiformer.products import one_after_another
+from elastiformer.sequence import Chunk, Kind
 from elastiformer.sub_layers import Heads, Layers, Turns
 from elastiformer.taken import Taken
 from elastiformer.thresholds import Grants
@@ -73,6 +74,24 @@ class Decoding:
         """Whether rows of prompts may run before or after these, if that is faster."""
         counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
         return not counted and self._runs is not None and self._may_run_many
+
+    def ends_apart(self, chunk: Chunk) -> bool:
+        """Whether the last token of a piece of a prompt runs after the others, by itself.
+
+        It alone is read, and picks channels: beside whole rows it would cost every product a
+        search of its own, more than one call for all layers takes. Always so, whoever else runs:
+        it then gets the same bits however its prompt was cut up.
+        """
+        sequence = chunk.sequence
+        last = sequence.length + len(chunk.ids) - 1
+        if last < 1 or sequence.phase_at(last - 1) is not Phase.PROMPT:
+            return False
+        kind = Kind(sequence.run_at(last), sequence.phase_at(last))
+        return (
+            kind.phase is Phase.OUTPUT
+            and kind.plan.only_picks
+            and self._workshop.repair_name(self._last, kind) is None
+        )
 
     def run(
         self,

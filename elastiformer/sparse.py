@@ -63,7 +63,11 @@ class SparseForm:
         """Run the chunks; float32 logits [output rows, vocabulary] of each."""
         kernels.use_threads()
         parts = _parts(chunks)
-        if not all(parts) or not self._decoding.may_run_apart:
+        if not parts[1] or not self._decoding.may_run_apart:
+            return self._run(chunks)
+        if ends := [chunk for chunk in parts[1] if self._decoding.ends_apart(chunk)]:
+            return self._run_ends_apart(chunks, parts, ends)
+        if not parts[0]:
             return self._run(chunks)
         # Decode rows beside prompts go layer by layer; by themselves they are one call.
         work = tuple(map(_work, parts))
@@ -80,6 +84,24 @@ class SparseForm:
             for part in parts
             for chunk, logits_RV in zip(part, self._run(part), strict=True)
         }
+        return [found[id(chunk)] for chunk in chunks]
+
+    def _run_ends_apart(
+        self,
+        chunks: Sequence[Chunk],
+        parts: tuple[list[Chunk], list[Chunk]],
+        ends: Sequence[Chunk],
+    ) -> list[Tensor]:
+        """What is long first, then the last tokens of some prompts with those that decode."""
+        lone, longer = parts
+        bodies, lasts = {}, {}
+        for chunk in ends:
+            bodies[id(chunk)] = Chunk(chunk.sequence, chunk.ids[:-1])
+            lasts[id(chunk)] = Chunk(chunk.sequence, chunk.ids[-1:])
+        found: dict[int, Tensor] = {}
+        for part, run in ((longer, bodies), (lone + list(ends), lasts)):
+            logits = self._run([run.get(id(chunk), chunk) for chunk in part])
+            found |= {id(chunk): of_RV for chunk, of_RV in zip(part, logits, strict=True)}
         return [found[id(chunk)] for chunk in chunks]
 
     def _run(self, chunks: Sequence[Chunk]) -> list[Tensor]:
@@ -146,6 +168,9 @@ class SparseForm:
 
     def _logits(self, h_ND: Tensor, packed: Packed) -> list[Tensor]:
         assert self.workshop.head is not None, "logits without a head"
+        if not packed.outputs.count:  # pieces of prompts: the head has nothing to read
+            nothing_RV = torch.empty(0, self.workshop.head.outputs, device=h_ND.device)
+            return [nothing_RV] * len(packed.chunks)
         h_RD = packed.outputs.of(h_ND)
         logits_RV = self.workshop.head.dense(self.workshop.final_norm(h_RD))
         if self.layout.logit_softcap is not None:

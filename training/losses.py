@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,9 @@ def kl_divergence(
     for start in range(0, len(student_NV), TOKENS_AT_ONCE):
         chunk = slice(start, start + TOKENS_AT_ONCE)
         teacher, student = teacher_NV[chunk], student_NV[chunk]
-        if student.requires_grad:
+        if form.direction is Direction.FORWARD and not form.top_k:
+            part = _Forward.apply(teacher, student, form.temperature)  # type: ignore[no-untyped-call]
+        elif student.requires_grad:
             # Probabilities of a chunk are made again on the way back, not kept.
             part = checkpoint(_kl_sum, teacher, student, form, use_reentrant=False)
             assert isinstance(part, Tensor)
@@ -121,6 +124,26 @@ def kl_per_token(teacher_NV: Tensor, student_NV: Tensor, form: Divergence) -> Te
         teacher, student = student, teacher
     kl_N = (teacher.exp() * (teacher - student)).sum(-1)
     return kl_N * form.temperature**2
+
+
+class _Forward(torch.autograd.Function):
+    """The sum over the whole vocabulary; its gradient is made on the way, in one go."""
+
+    @staticmethod
+    def forward(ctx: Any, teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> Tensor:
+        teacher = (teacher_NV.float() / temperature).log_softmax(-1)
+        student = (student_NV.float() / temperature).log_softmax(-1)
+        p_NV = teacher.exp()
+        total = (p_NV * (teacher - student)).sum() * temperature**2
+        if ctx.needs_input_grad[1]:
+            slope_NV = student.exp_().sub_(p_NV).mul_(temperature).to(student_NV.dtype)
+            ctx.save_for_backward(slope_NV)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> Any:
+        (slope_NV,) = ctx.saved_tensors
+        return None, slope_NV * slopes[0].to(slope_NV.dtype), None
 
 
 def _kl_sum(teacher_NV: Tensor, student_NV: Tensor, form: Divergence) -> Tensor:

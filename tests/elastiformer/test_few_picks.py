@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from elastiformer import Capacity, Chunk, Site, Unit, workshop
+from elastiformer.decoding import Decoding
 from elastiformer.packed import Packed
 from elastiformer.thresholds import SEARCHED
 from tests.elastiformer.elastic import by_thresholds, elastic, text
@@ -24,7 +25,8 @@ def answer(model, capacity=None):
 
 
 @pytest.fixture
-def model():
+def model(monkeypatch):
+    monkeypatch.setattr(Decoding, "ends_apart", lambda self, chunk: False)  # as on a device
     return by_thresholds(elastic(units=[Unit.CHANNELS], lora_rank=0))
 
 

@@ -125,6 +125,18 @@ def test_the_kl_of_parts_adds_up_whatever_the_chunks(monkeypatch, everywhere):
     torch.testing.assert_close(parts, whole)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_gradient_that_is_made_on_the_way_is_that_of_the_formula(everywhere, temperature):
+    teacher, student = logits(), logits().requires_grad_()
+    form = Divergence(temperature=temperature)
+
+    (3 * kl_divergence(teacher, student, everywhere, form)).backward()
+
+    again = student.detach().clone().requires_grad_()
+    (3 * kl_per_token(teacher.view(-1, VOCAB), again.view(-1, VOCAB), form).mean()).backward()
+    torch.testing.assert_close(student.grad, again.grad)
+
+
 def keep_two(*pairs):
     kept = torch.zeros(1, len(pairs), THINGS, dtype=torch.bool)
     for token, pair in enumerate(pairs):
