@@ -76,7 +76,7 @@ class Decoding:
         return not counted and self._runs is not None and self._may_run_many
 
     def ends_apart(self, chunk: Chunk) -> bool:
-        """Whether the last token of a piece of a prompt runs after the others, by itself.
+        """Whether the last token of several of a request runs after the others, by itself.
 
         It alone is read, and picks channels: beside whole rows it would cost every product a
         search of its own, more than one call for all layers takes. Always so, whoever else runs:
@@ -84,7 +84,7 @@ class Decoding:
         """
         sequence = chunk.sequence
         last = sequence.length + len(chunk.ids) - 1
-        if last < 1 or sequence.phase_at(last - 1) is not Phase.PROMPT:
+        if last >= self._window or sequence.phase_at(last - 1) is not Phase.PROMPT:
             return False
         kind = Kind(sequence.run_at(last), sequence.phase_at(last))
         return (

@@ -65,8 +65,8 @@ class SparseForm:
         parts = _parts(chunks)
         if not parts[1] or not self._decoding.may_run_apart:
             return self._run(chunks)
-        if ends := [chunk for chunk in parts[1] if self._decoding.ends_apart(chunk)]:
-            return self._run_ends_apart(chunks, parts, ends)
+        if ends := {chunk for chunk in parts[1] if self._decoding.ends_apart(chunk)}:
+            return self._run_apart(chunks, _with_ends_apart(parts, ends))
         if not parts[0]:
             return self._run(chunks)
         # Decode rows beside prompts go layer by layer; by themselves they are one call.
@@ -78,31 +78,13 @@ class SparseForm:
         return logits
 
     def _run_apart(self, chunks: Sequence[Chunk], parts: Iterable[list[Chunk]]) -> list[Tensor]:
-        """One part after the other; the logits in the order of the chunks."""
+        """One part after the other; in the order of the chunks the logits of each one's last."""
         found = {
-            id(chunk): logits_RV
+            chunk.sequence: logits_RV
             for part in parts
             for chunk, logits_RV in zip(part, self._run(part), strict=True)
         }
-        return [found[id(chunk)] for chunk in chunks]
-
-    def _run_ends_apart(
-        self,
-        chunks: Sequence[Chunk],
-        parts: tuple[list[Chunk], list[Chunk]],
-        ends: Sequence[Chunk],
-    ) -> list[Tensor]:
-        """What is long first, then the last tokens of some prompts with those that decode."""
-        lone, longer = parts
-        bodies, lasts = {}, {}
-        for chunk in ends:
-            bodies[id(chunk)] = Chunk(chunk.sequence, chunk.ids[:-1])
-            lasts[id(chunk)] = Chunk(chunk.sequence, chunk.ids[-1:])
-        found: dict[int, Tensor] = {}
-        for part, run in ((longer, bodies), (lone + list(ends), lasts)):
-            logits = self._run([run.get(id(chunk), chunk) for chunk in part])
-            found |= {id(chunk): of_RV for chunk, of_RV in zip(part, logits, strict=True)}
-        return [found[id(chunk)] for chunk in chunks]
+        return [found[chunk.sequence] for chunk in chunks]
 
     def _run(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         packed = Packed(chunks, self.workshop.device)
@@ -185,6 +167,15 @@ def _parts(chunks: Sequence[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
     for chunk in chunks:
         parts[len(chunk.ids) > 1].append(chunk)
     return parts
+
+
+def _with_ends_apart(
+    parts: tuple[list[Chunk], list[Chunk]], ends: set[Chunk]
+) -> tuple[list[Chunk], list[Chunk]]:
+    """What is long, and then the last tokens of some of it with those of one token."""
+    lone, longer = parts
+    bodies = [Chunk(x.sequence, x.ids[:-1]) if x in ends else x for x in longer]
+    return bodies, lone + [Chunk(x.sequence, x.ids[-1:]) for x in longer if x in ends]
 
 
 def _work(chunks: Sequence[Chunk]) -> Hashable:

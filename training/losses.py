@@ -101,14 +101,14 @@ def kl_divergence(
     for start in range(0, len(student_NV), TOKENS_AT_ONCE):
         chunk = slice(start, start + TOKENS_AT_ONCE)
         teacher, student = teacher_NV[chunk], student_NV[chunk]
-        if form.direction is Direction.FORWARD and not form.top_k:
+        if not student.requires_grad:
+            part = _kl_sum(teacher, student, form)
+        elif form.direction is Direction.FORWARD and not form.top_k:
             part = _Forward.apply(teacher, student, form.temperature)  # type: ignore[no-untyped-call]
-        elif student.requires_grad:
+        else:
             # Probabilities of a chunk are made again on the way back, not kept.
             part = checkpoint(_kl_sum, teacher, student, form, use_reentrant=False)
             assert isinstance(part, Tensor)
-        else:
-            part = _kl_sum(teacher, student, form)
         total = total + part
     return total / max(1, len(student_NV) if tokens is None else tokens)
 
@@ -135,9 +135,8 @@ class _Forward(torch.autograd.Function):
         student = (student_NV.float() / temperature).log_softmax(-1)
         p_NV = teacher.exp()
         total = (p_NV * (teacher - student)).sum() * temperature**2
-        if ctx.needs_input_grad[1]:
-            slope_NV = student.exp_().sub_(p_NV).mul_(temperature).to(student_NV.dtype)
-            ctx.save_for_backward(slope_NV)
+        slope_NV = student.exp_().sub_(p_NV).mul_(temperature)
+        ctx.save_for_backward(slope_NV.to(student_NV.dtype))
         return total
 
     @staticmethod

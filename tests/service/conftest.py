@@ -59,23 +59,41 @@ def elastic_model(family: str = "llama", kv: KVPolicy = "complete", **changes: A
     return model
 
 
+class Clock:
+    """Time that passes only where a test says so."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
 class Watched(ElasticModel):
-    """A real model that remembers what its steps were made of, and takes its time over them."""
+    """A real model that remembers what its steps were made of, and takes its time over them.
+
+    With a clock that time passes on the clock alone.
+    """
 
     def __init__(
         self,
         step_seconds: float = 0.0,
         token_seconds: float = 0.0,
         kv: KVPolicy = "complete",
+        clock: Clock | None = None,
     ) -> None:
         known = elastic_model(kv=kv)
         super().__init__(known.base, known.adapter, tokenizer=known.tokenizer)
         self.steps: list[list[int]] = []  # the number of tokens of each sequence
-        self._step_seconds, self._token_seconds = step_seconds, token_seconds
+        self._step_seconds, self._token_seconds, self._clock = step_seconds, token_seconds, clock
 
     def step(self, chunks: Any) -> Any:
         self.steps.append([len(chunk.ids) for chunk in chunks])
-        time.sleep(self._step_seconds + self._token_seconds * sum(self.steps[-1]))
+        seconds = self._step_seconds + self._token_seconds * sum(self.steps[-1])
+        if self._clock is None:
+            time.sleep(seconds)
+        else:
+            self._clock.seconds += seconds
         return super().step(chunks)
 
 
@@ -108,6 +126,12 @@ class House:
             for sample in family.samples
             if sample.name == name and labels.items() <= sample.labels.items()
         )
+
+    def keeps_time_by(self, clock: Clock) -> None:
+        """From now on, of the engine: everything that it measures is told by this clock."""
+        engine = self.engine
+        clock.seconds = time.monotonic()  # it never goes back
+        engine._clock = engine._ledger._clock = engine.load._clock = clock
 
     async def until_running(self, request: asyncio.Task[Any]) -> None:
         while not self.value("elasti_num_requests_running"):

@@ -22,7 +22,7 @@ from service.errors import Cancelled, Draining, EngineDead, QueueFull, StepFaile
 from service.orders import Done, Failed, Generated, Scored, Ticket
 from service.schemas import CompletionRequest
 from tests.examples import examples
-from tests.service.conftest import House, build, elastic_model, opened
+from tests.service.conftest import Clock, House, build, elastic_model, opened
 
 TIMEOUT_SECONDS = 600.0
 MOST_RUNNING, MOST_WAITING = 3, 9  # the largest order may wait whole
@@ -98,14 +98,6 @@ days = st.builds(
 
 
 # A real model on a bad day.
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __call__(self) -> float:
-        return self.seconds
 
 
 class Moody(ElasticModel):
