@@ -32,7 +32,7 @@ from elastiformer.taken import Taken
 from elastiformer.thresholds import Grants
 from elastiformer.workshop import SITES, Workshop
 
-_MOST_ROWS = 128  # that are worth a trial
+MOST_ROWS = 128  # that are worth a trial
 _NO_COUNTS = np.empty(0, dtype=np.int64)
 
 
@@ -52,6 +52,9 @@ class Decoding:
     def __init__(self, workshop: Workshop) -> None:
         self._workshop = workshop
 
+    def prepare(self) -> None:
+        """Do now what else the first step would wait for."""
+
     def fits(self, packed: Packed) -> bool:
         """Whether this step is one of those."""
         kinds = packed.distinct_kinds
@@ -62,9 +65,8 @@ class Decoding:
             and not packed.leaves_experts_out
             and all(kind.phase is Phase.OUTPUT for kind in kinds)
             and not torch._C._len_torch_dispatch_stack()  # nobody counts operators
-            and self._runs is not None
-            and not isinstance(packed.allowances, DeviceAllowances)
-            and packed.count <= (_MOST_ROWS if self._may_run_many else self._few_rows)
+            and self._is_able
+            and self._takes(packed)
             and max(packed.positions) < self._window
             and all(self._workshop.repair_name(self._last, kind) is None for kind in kinds)
         )
@@ -73,7 +75,18 @@ class Decoding:
     def may_run_apart(self) -> bool:
         """Whether rows of prompts may run before or after these, if that is faster."""
         counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
-        return not counted and self._runs is not None and self._may_run_many
+        return not counted and self._is_able and self._may_run_many
+
+    @property
+    def _is_able(self) -> bool:
+        """Whether the kernels know all that the layers hold."""
+        return self._runs is not None
+
+    def _takes(self, packed: Packed) -> bool:
+        """Whether it is these rows, so many of them, that the kernels take."""
+        if isinstance(packed.allowances, DeviceAllowances):
+            return False
+        return packed.count <= (MOST_ROWS if self._may_run_many else self._few_rows)
 
     def ends_apart(self, chunk: Chunk) -> bool:
         """Whether the last token of several of a request runs after the others, by itself.
@@ -169,11 +182,15 @@ class Decoding:
             return False
         if not isinstance(tools.gates[layer.index], CompiledGate):
             return False
+        return self._is_plain(layer) and tools.at_site(layer, Site.MLP_IN).has_tiles
+
+    def _is_plain(self, layer: Layer) -> bool:
+        """Whether a layer has no more than two norms, attention over all before, and an MLP."""
         own = (layer.query_norm, layer.key_norm, layer.after_attention, layer.after_mlp)
         closes = (layer.attention_close, layer.mlp_close)
         if any(module is not None for module in own + closes) or layer.softcap is not None:
             return False
-        return tools.layout.causal and tools.at_site(layer, Site.MLP_IN).has_tiles
+        return self._workshop.layout.causal
 
     def _likeness(self, layer: Layer) -> Hashable:
         """Layers of which this is equal run in one call."""

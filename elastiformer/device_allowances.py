@@ -40,7 +40,7 @@ class DeviceAllowances:
         outputs_LT: np.ndarray,
     ) -> None:
         assert len(owners) == len(takes_N), "rows of one request in one step"
-        device = ladder_LTG.device
+        self._device = ladder_LTG.device
         self._owners, self._takes_N, self._outputs_LT = owners, takes_N, outputs_LT
         self._granted_LTN, self._ladder_LTG = channels_LTK[:, :, kind_N], ladder_LTG
         nothing_LT = np.zeros(ladder_LTG.shape[:2], dtype=np.int64)
@@ -48,12 +48,34 @@ class DeviceAllowances:
         self._before_LTN = np.stack(
             [nothing_LT if each is None else each for each in debts], axis=2
         )
-        # All that the layers will ask for goes over at once. A copy: the first debts are kept.
-        self._debts_LTN = torch.tensor(self._before_LTN, device=device)
-        self._grants_LTN = torch.from_numpy(self._granted_LTN).to(device)
-        self._takers_N = torch.from_numpy(takes_N).to(device)
         self._at, self._rows_R = (-1, -1), np.empty(0, dtype=np.int64)
-        self._kept_RI = torch.empty(0, 0, dtype=torch.bool, device=device)
+        self._kept_RI = torch.empty(0, 0, dtype=torch.bool, device=self._device)
+
+    # What the layers ask for goes over at once.
+
+    @cached_property
+    def _debts_LTN(self) -> Tensor:
+        return torch.tensor(self._before_LTN, device=self._device)  # the first debts are kept
+
+    @cached_property
+    def _grants_LTN(self) -> Tensor:
+        return torch.from_numpy(self._granted_LTN).to(self._device)
+
+    @cached_property
+    def _takers_N(self) -> Tensor:
+        return torch.from_numpy(self._takes_N).to(self._device)
+
+    @property
+    def asked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
+        """Which rows take, what is granted and what was owed before: [N], [L, T, N]; the ladders.
+
+        For who takes in all layers at once, and says afterwards what is owed (`owe`).
+        """
+        return self._takes_N, self._granted_LTN, self._before_LTN, self._ladder_LTG
+
+    def owe(self, debts_LTN: Tensor) -> None:
+        """What is owed after all layers."""
+        self._debts_LTN = debts_LTN
 
     def granted(self, layer: int, site: int, rows_R: np.ndarray, inputs: int) -> int:
         """How many channels the rows may take in all."""

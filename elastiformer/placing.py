@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,14 @@ from elastiformer.row_kernels import on_host
 from elastiformer.sides import Bounds, Sides
 from elastiformer.single_queries import Singles
 from elastiformer.sub_layers import Cached
+
+
+class Lies(NamedTuple):
+    """Where each chunk's keys lie in each layer: int64 [L, C]."""
+
+    first_LC: np.ndarray  # among the rows of the pool
+    room_LC: np.ndarray  # how far apart the heads are
+    length_LC: np.ndarray  # how many tokens they hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +58,13 @@ class Placing:
         self._single_parts: dict[Rows, np.ndarray] = {}
         # With complete caches every layer takes every row: all places are known at once.
         self._complete = self._caches[0].complete
-        self._index_LNG: Tensor | None = None
+        self._whole_LNG: np.ndarray | None = None
         if self._complete:
-            self._index_LNG = self._everywhere()
+            self._whole_LNG = self._everywhere()
 
     def place(self, layer: int, rows: Rows, keys_values_RMH: Tensor | None) -> None:
         """Write the keys and values [R, 2G, H] of these rows into their caches."""
-        if self._index_LNG is not None:
-            index_RG = self._index_LNG[layer]
-        else:
-            index_RG = self._next(layer, rows)
+        index_RG = self._index_LNG[layer] if self._complete else self._next(layer, rows)
         if keys_values_RMH is None:
             return
         into_NH = self._pool.rows
@@ -73,17 +79,31 @@ class Placing:
 
         Caches that are not complete grow by them here: once a step.
         """
-        if self._index_LNG is not None:
-            index_LNG: np.ndarray = self._index_LNG.numpy()
-        else:
-            with_positions = zip(self._caches, self._packed.positions, strict=True)
-            index_LNG = np.stack([cache.next_rows(at) for cache, at in with_positions], axis=1)
-        first_LC, room_LC = self._first_LC, self._room_LC
-        value_LC = first_LC + self._caches[0].shape.kv_heads * room_LC
-        length_LC = np.stack([cache.length_L for cache in self._caches], axis=1)
+        index_LNG, lies = self.grow_in_all_layers(), self.lies
+        value_LC = lies.first_LC + self._caches[0].shape.kv_heads * lies.room_LC
         chunk_C = np.arange(len(self._caches))
         rows_PH = on_host(self._pool.rows)
-        return Cached(rows_PH, index_LNG, chunk_C, first_LC, value_LC, room_LC, length_LC)
+        return Cached(
+            rows_PH, index_LNG, chunk_C, lies.first_LC, value_LC, lies.room_LC, lies.length_LC
+        )
+
+    def grow_in_all_layers(self) -> np.ndarray:
+        """Make room for chunks of one row each that every layer takes: its places [L, N, 2G]."""
+        if self._whole_LNG is not None:
+            return self._whole_LNG  # complete caches have grown by the whole step
+        with_positions = zip(self._caches, self._packed.positions, strict=True)
+        return np.stack([cache.next_rows(at) for cache, at in with_positions], axis=1)
+
+    @property
+    def rows_PH(self) -> Tensor:
+        """The pool's."""
+        return self._pool.rows
+
+    @property
+    def lies(self) -> Lies:
+        """Where the chunks' keys lie now."""
+        length_LC = np.stack([cache.length_L for cache in self._caches], axis=1)
+        return Lies(self._first_LC, self._room_LC, length_LC)
 
     def keys(self, layer: int) -> np.ndarray:
         """How many keys each chunk's cache holds in a layer: [C]."""
@@ -152,7 +172,12 @@ class Placing:
             ]
         return self._parts[rows]
 
-    def _everywhere(self) -> Tensor:
+    @cached_property
+    def _index_LNG(self) -> Tensor:
+        assert self._whole_LNG is not None, "caches that are not complete"
+        return torch.from_numpy(self._whole_LNG).to(self._packed.device)
+
+    def _everywhere(self) -> np.ndarray:
         """The places of all rows in all layers, [L, N, 2G]; the caches grow by them."""
         parts_LNG = []
         for cache, span in zip(self._caches, self._packed.spans, strict=True):
@@ -160,8 +185,7 @@ class Placing:
             first_NG = cache.rows_for(0, tokens) - cache.first_row(0)
             parts_LNG.append(cache.first_rows_L[:, None, None] + first_NG)
             cache.length_L += tokens
-        index_LNG = parts_LNG[0] if len(parts_LNG) == 1 else np.concatenate(parts_LNG, axis=1)
-        return torch.from_numpy(index_LNG).to(self._packed.device)
+        return parts_LNG[0] if len(parts_LNG) == 1 else np.concatenate(parts_LNG, axis=1)
 
     def _next(self, layer: int, rows: Rows) -> Tensor:
         """The places of some rows in one layer, [R, 2G]; the caches grow by them there."""

@@ -80,8 +80,18 @@ def _as_it_is(module: nn.Module) -> Norm:
 def _root_mean_square(scale_D: Tensor, epsilon: float) -> Norm:
     if scale_D.dtype == torch.float32 and scale_D.device.type == "cpu":
         return CompiledNorm(scale_D.numpy(), epsilon)
-    width = len(scale_D)
-    return lambda x_ND: F.rms_norm(x_ND, (width,), scale_D.to(x_ND.dtype), epsilon)
+    return RootMeanSquare(scale_D, epsilon)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RootMeanSquare:
+    """x / (root mean square over the last dimension) * scale, on any device."""
+
+    scale_D: Tensor
+    epsilon: float
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        return F.rms_norm(x_ND, self.scale_D.shape, self.scale_D.to(x_ND.dtype), self.epsilon)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -98,7 +98,7 @@ class Product:
         if not self.has_tiles:
             if reading.count is None:
                 return self.at_once(reading)
-            return picked(self._weight_IO, self._bias_O, reading.x_RI, reading.index_RK())
+            return picked(self.weight_IO, self._bias_O, reading.x_RI, reading.index_RK())
         counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
         if self.pairs and len(reading.x_RI) > 1 and not counted:
             out_RO = torch.from_numpy(self._tiles.multiply_pairs(*reading.unsearched))
@@ -173,13 +173,36 @@ class Product:
             return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         return weight_OI.dtype == torch.float32
 
-    @cached_property
+    @property
+    def bias_O(self) -> Tensor | None:
+        return self._bias_O
+
+    @property
     def _weight_OI(self) -> Tensor:
+        """Of the two ways that a weight can lie, the one that is there."""
+        return self.weight_IO.T if "weight_IO" in self.__dict__ else self._as_it_lies_OI
+
+    @cached_property
+    def _as_it_lies_OI(self) -> Tensor:
         return self._joined()
 
     @cached_property
-    def _weight_IO(self) -> Tensor:
-        return self._joined().T.contiguous()
+    def weight_IO(self) -> Tensor:
+        """Input by input: what a product of few rows reads of it then lies side by side.
+
+        From here on it is the base's own memory too, where its modules hold nothing else: a weight
+        is in memory once.
+        """
+        with torch.inference_mode(False):  # who trains may need it
+            weight_IO = self._joined().T.contiguous()
+        self.__dict__.pop("_as_it_lies_OI", None)
+        for projection, part in zip(self.projections, self.parts, strict=True):
+            weight: Tensor = projection.module.weight  # type: ignore[assignment]
+            if len(projection.weight_OI) == len(weight) and isinstance(
+                projection.module, nn.Linear
+            ):
+                weight.data = weight_IO[:, part].T
+        return weight_IO
 
     @cached_property
     def _packed(self) -> Tensor | None:

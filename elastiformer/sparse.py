@@ -11,8 +11,10 @@ Shape letters: N packed tokens   R output rows   D width   V vocabulary
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Hashable, Iterable, Sequence
+from importlib.util import find_spec
 from math import log2
 
 import torch
@@ -37,6 +39,8 @@ from elastiformer.sparse_mlp import SparseMlp
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
 
+_LOG = logging.getLogger(__name__)
+
 
 class SparseForm:
     """Runs steps of packed rows for one model. One thread owns it."""
@@ -55,7 +59,7 @@ class SparseForm:
         keeping = Keeping(self.workshop)
         self._attention = SparseAttention(self.workshop, keeping)
         self._mlp = SparseMlp(self.workshop, keeping)
-        self._decoding, self._trial = Decoding(self.workshop), Trial()
+        self._decoding, self._trial = _decoding(self.workshop), Trial()
         self._rotary = Rotary(layout)
 
     @torch.inference_mode()
@@ -133,6 +137,7 @@ class SparseForm:
             self.workshop.product(layer.query, layer.key, layer.value).prepare()
         if self.workshop.head is not None:
             self.workshop.head.prepare()
+        self._decoding.prepare()
         return table
 
     def _placing(self, packed: Packed) -> Placing:
@@ -159,6 +164,18 @@ class SparseForm:
             logits_RV = logits_RV / self.layout.logit_softcap
             logits_RV = torch.tanh(logits_RV) * self.layout.logit_softcap
         return list(torch.split(logits_RV.float(), packed.output_counts))
+
+
+def _decoding(workshop: Workshop) -> Decoding:
+    """What runs rows that each are their request's latest token, on the base's device."""
+    if workshop.device.type == "cuda" and find_spec("triton") is not None:
+        from elastiformer.device_decoding import DeviceDecoding  # Triton is not everywhere
+
+        try:
+            return DeviceDecoding(workshop)
+        except Exception as error:  # whatever a compiler that is missing makes of it
+            _LOG.warning("decode steps run layer by layer, Triton cannot compile: %s", error)
+    return Decoding(workshop)
 
 
 def _parts(chunks: Sequence[Chunk]) -> tuple[list[Chunk], list[Chunk]]:

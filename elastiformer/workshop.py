@@ -61,6 +61,8 @@ class Workshop:
         # Between products a CPU works in float32: it is no slower there, and rounds less.
         self.working_dtype = working_dtype(self.device, self.dtype)
         self.backend: Backend = backend(self.device, self.dtype) if layout.causal else BothWays()
+        # Whether products of few rows on a device need no numbers of what they pick.
+        self.marks_picks = False
         self.portable: Portable | BothWays = Portable() if layout.causal else BothWays()
         self.attention_norms = [lean_norm(layer.attention_norm) for layer in layout.layers]
         self.mlp_norms = [lean_norm(layer.mlp_norm) for layer in layout.layers]
@@ -162,7 +164,7 @@ class Workshop:
         if self.ladder_LTG is None or not packed.picks or not packed.takes_N.any():
             return None
         owners = [chunk.sequence for chunk in packed.chunks]
-        if self.takes_on_device and packed.count == len(owners) > self._rows_that_pick:
+        if self.takes_on_device and packed.count == len(owners) > self._rows_that_number:
             return DeviceAllowances(
                 owners,
                 packed.takes_N,
@@ -196,8 +198,10 @@ class Workshop:
         return torch.from_numpy(self.ladder_LTG).to(self.device)
 
     @property
-    def _rows_that_pick(self) -> int:
+    def _rows_that_number(self) -> int:
         """Up to so many rows the products read picked weights alone; the host numbers the picks."""
+        if self.marks_picks:
+            return 0
         return max(self.at_site(self.layout.layers[-1], site).few.most[0] for site in SITES)
 
     @property

@@ -9,6 +9,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test may reach for the network, and a missing file must not cost a minute of retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Kernels of GPUs run on a CPU, slowly, unless the tests run on a GPU.
+if os.environ.get("ELASTI_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Callable, Generator
 from pathlib import Path

@@ -153,7 +153,7 @@ def test_a_file_named_in_the_readme_is_there(name):
 def test_every_package_asked_for_is_pinned_to_one_release():
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     constraints = (ROOT / "constraints.txt").read_text("utf-8")
-    wanted = dict(re.findall(r'^    "([\w-]+)==([^"]+)",$', project, flags=re.MULTILINE))
+    wanted = dict(re.findall(r'^    "([\w-]+)==([^";]+)[^"]*",$', project, flags=re.MULTILINE))
     pinned = {
         name.lower().replace("_", "-"): release
         for name, release in re.findall(r"^([\w-]+)==(\S+)$", constraints, flags=re.MULTILINE)
