@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import httpx
@@ -25,6 +25,8 @@ from service.settings import Key, ModelSpec, Settings
 from service.tracing import Tracing
 from tests.tiny import LAYERS, tiny, tiny_tokenizer
 
+# Only what hangs takes so long: a machine may compile for a minute, and stand still for seconds.
+PATIENCE_SECONDS = 240.0
 LOWEST = 0.5
 UNITS = (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS, Unit.HEADS, Unit.EXPERTS, Unit.CHANNELS)
 PATH = (
@@ -69,6 +71,30 @@ class Clock:
         return self.seconds
 
 
+class Hold:
+    """A model that is held takes no step but those that are let pass."""
+
+    def __init__(self, after: int) -> None:
+        self.waits = threading.Event()  # a step has begun, and may not go on
+        self._may_pass = threading.Semaphore(after)
+        self._is_over = False
+
+    def let_pass(self, steps: int) -> None:
+        self.waits.clear()
+        self._may_pass.release(steps)
+
+    def end(self) -> None:
+        self._is_over = True
+        self._may_pass.release()
+
+    def stop(self) -> None:
+        """What a step does first."""
+        if self._is_over or self._may_pass.acquire(blocking=False):
+            return
+        self.waits.set()
+        assert self._may_pass.acquire(timeout=PATIENCE_SECONDS), "nobody let this step pass"
+
+
 class Watched(ElasticModel):
     """A real model that remembers what its steps were made of, and takes its time over them.
 
@@ -86,15 +112,28 @@ class Watched(ElasticModel):
         super().__init__(known.base, known.adapter, tokenizer=known.tokenizer)
         self.steps: list[list[int]] = []  # the number of tokens of each sequence
         self._step_seconds, self._token_seconds, self._clock = step_seconds, token_seconds, clock
+        self._hold: Hold | None = None
 
     def step(self, chunks: Any) -> Any:
         self.steps.append([len(chunk.ids) for chunk in chunks])
+        if self._hold is not None:
+            self._hold.stop()
         seconds = self._step_seconds + self._token_seconds * sum(self.steps[-1])
         if self._clock is None:
             time.sleep(seconds)
         else:
             self._clock.seconds += seconds
         return super().step(chunks)
+
+    @contextmanager
+    def held(self, after: int = 0) -> Iterator[Hold]:
+        """While this lasts, so many steps are taken and the next one waits."""
+        self._hold = hold = Hold(after)
+        try:
+            yield hold
+        finally:
+            self._hold = None
+            hold.end()
 
 
 class House:
@@ -139,10 +178,15 @@ class House:
             await asyncio.sleep(0.005)
 
     async def until_idle(self) -> None:
-        async with asyncio.timeout(20):
-            # The gauges follow when the turn that ended the last request ends.
-            while not self.hall.idle or self.value("elasti_num_requests_running"):
-                await asyncio.sleep(0.005)
+        # The gauges follow when the turn that ended the last request ends.
+        await soon(lambda: self.hall.idle and not self.value("elasti_num_requests_running"))
+
+
+async def soon(condition: Callable[[], Any]) -> None:
+    """Wait until something is true of another thread."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 def build(
@@ -173,7 +217,7 @@ def in_house(visit: Callable[[House], Awaitable[None]], **options: Any) -> None:
     """Run one test's talk with a house of its own."""
 
     async def talk() -> None:
-        async with opened(build(**options)) as house, asyncio.timeout(60):
+        async with opened(build(**options)) as house, asyncio.timeout(PATIENCE_SECONDS):
             await visit(house)
 
     asyncio.run(talk())
@@ -183,9 +227,12 @@ def in_house(visit: Callable[[House], Awaitable[None]], **options: Any) -> None:
 def _compiled() -> None:
     """The first steps of a process may compile for a minute; no test's patience counts that."""
 
+    models = {"tiny": elastic_model(), "plain": ElasticModel(tiny(), tokenizer=tiny_tokenizer())}
+    asked = [{"model": name, "n": 3} for name in models] + [{"capacity": 0.6, "n": 2}]
+
     async def talk() -> None:
-        async with opened(build()) as house:
-            await asyncio.gather(*(house.complete(capacity=share) for share in (1.0, 0.6)))
+        async with opened(build(models)) as house:
+            await asyncio.gather(*(house.complete(**each) for each in asked))
 
     asyncio.run(talk())
 

@@ -22,7 +22,7 @@ from service.errors import Cancelled, Draining, EngineDead, QueueFull, StepFaile
 from service.orders import Done, Failed, Generated, Scored, Ticket
 from service.schemas import CompletionRequest
 from tests.examples import examples
-from tests.service.conftest import Clock, House, build, elastic_model, opened
+from tests.service.conftest import PATIENCE_SECONDS, Clock, House, build, elastic_model, opened
 
 TIMEOUT_SECONDS = 600.0
 MOST_RUNNING, MOST_WAITING = 3, 9  # the largest order may wait whole
@@ -293,7 +293,7 @@ def test_every_order_gets_exactly_one_ending(day):
     model.engine._clock = model.engine._ledger._clock = clock
 
     async def talk() -> None:
-        async with opened(app) as house, asyncio.timeout(20):
+        async with opened(app) as house, asyncio.timeout(PATIENCE_SECONDS):
             await live(house, model, day)
 
     asyncio.run(talk())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from elastiformer.tasks import Task
 from service.metrics import Metrics
 from service.served import load, load_model
 from service.settings import TASKS, ModelSpec, Settings
-from tests.service.conftest import House, build, elastic_model, in_house
+from tests.service.conftest import (
+    PATIENCE_SECONDS,
+    House,
+    build,
+    elastic_model,
+    in_house,
+    soon,
+)
 from tests.service.encoders import content, of_images, of_text, picture, routed, uri, visit
 from tests.tiny_encoders import (
     LABELS,
@@ -250,11 +258,18 @@ def test_requests_of_any_capacity_run_together_and_are_as_they_are_alone(task, f
         pairs = list(zip(given, asked, strict=True))
         alone = [(await house.post(path, input=g, capacity=c)).json() for g, c in pairs]
         steps: list[int] = []
-        step = model.step
-        model.step = lambda chunks: steps.append(len(chunks)) or step(chunks)
-        together = await asyncio.gather(
-            *(house.post(path, input=g, capacity=c) for g, c in pairs * 3)
-        )
+        step, all_there = model.step, threading.Event()
+
+        def noted(chunks):
+            assert all_there.wait(PATIENCE_SECONDS)
+            steps.append(len(chunks))
+            return step(chunks)
+
+        model.step = noted
+        asking = [asyncio.create_task(house.post(path, input=g, capacity=c)) for g, c in pairs * 3]
+        await soon(lambda: len(house.engine._ledger.requests) == len(asking))
+        all_there.set()
+        together = await asyncio.gather(*asking)
         assert max(steps) > 1  # they did share steps
         for answer, one in zip(together, alone * 3, strict=True):
             body = answer.json()

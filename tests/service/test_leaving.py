@@ -6,12 +6,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.service.conftest import House, Watched, build
+from tests.service.conftest import PATIENCE_SECONDS, House, Watched, build, soon
 
 LONG = {"model": "tiny", "prompt": "a", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
-pytestmark = pytest.mark.alone
-
-STEP_SECONDS = 0.05
 
 
 class Callers:
@@ -39,21 +36,15 @@ class Callers:
             await writer.wait_closed()
 
 
-async def soon(condition, seconds=20.0):
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 def on_street(street, visit, **settings):
-    """A real server over a slow model, and a visit to it."""
-    model = Watched(step_seconds=STEP_SECONDS)
+    """A real server over a model that can be held, and a visit to it."""
+    model = Watched()
     house = House(build({"tiny": model}, **settings), None)
     address = street(house.app)
 
     async def talk():
         call = Callers(address)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             try:
                 await visit(house, model, call)
             finally:
@@ -67,16 +58,17 @@ def on_street(street, visit, **settings):
 @pytest.mark.parametrize("body", [{"stream": True}, {"stream": False}, {"n": 3}])
 def test_a_closed_socket_frees_rows_and_cache_within_one_step(street, body, rudely):
     async def visit(house, model, call):
-        _, writer = await call(**body)
-        await soon(lambda: len(model.steps) > 3)
-        if rudely:
-            writer.transport.abort()
-        else:
-            writer.close()
-        steps = len(model.steps)
+        with model.held(after=3) as hold:
+            _, writer = await call(**body)
+            await soon(hold.waits.is_set)
+            if rudely:
+                writer.transport.abort()
+            else:
+                writer.close()
+            await soon(lambda: house.engine._leaving)  # the server has heard of it
+            steps = len(model.steps)
         await soon(lambda: house.hall.idle)
-        # The step that runs, and perhaps one that begins before the server hears of it.
-        assert len(model.steps) - steps <= 2
+        assert len(model.steps) == steps  # the one that ran was the last
         assert model.cache.free_blocks == model.cache.total_blocks
         await soon(lambda: house.value("elasti_num_requests_running") == 0)
         assert house.value("elasti_kv_cache_usage_perc") == 0
@@ -87,13 +79,13 @@ def test_a_closed_socket_frees_rows_and_cache_within_one_step(street, body, rude
 
 def test_a_socket_closed_in_the_middle_of_a_prompt_ends_it(street):
     async def visit(house, model, call):
-        _, writer = await call(prompt="a" * 400, max_tokens=5)
-        await soon(lambda: model.steps)
-        writer.close()
-        steps = len(model.steps)
+        with model.held(after=1) as hold:
+            _, writer = await call(prompt="a" * 400, max_tokens=5)
+            await soon(hold.waits.is_set)
+            writer.close()
+            await soon(lambda: house.engine._leaving)
         await soon(lambda: house.hall.idle)
-        assert len(model.steps) - steps <= 2
-        assert all(step == [32] for step in model.steps)
+        assert model.steps == [[32]] * 2
 
     house = on_street(street, visit, max_step_tokens=32)
     assert house.value("elasti_request_success_total", finished_reason="abort") == 1
@@ -102,16 +94,21 @@ def test_a_socket_closed_in_the_middle_of_a_prompt_ends_it(street):
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_leaves_the_queue_is_forgotten_and_the_next_one_moves_up(street, stream):
     async def visit(house, model, call):
-        _, first = await call()
-        await soon(lambda: house.engine._ledger.rows)
-        _, second = await call(stream=stream)
-        await soon(lambda: len(house.engine._ledger.requests) == 2)
-        reader, _ = await call(stream=True, max_tokens=3)
-        await soon(lambda: len(house.engine._ledger.requests) == 3)
-        second.close()
-        await soon(lambda: len(house.engine._ledger.requests) == 2, 4 * STEP_SECONDS + 5)
-        assert house.engine._ledger.rows  # the first one was not disturbed
-        first.close()
+        requests = house.engine._ledger.requests
+        with model.held(after=1) as hold:
+            _, first = await call()
+            await soon(hold.waits.is_set)
+            _, second = await call(stream=stream)
+            await soon(lambda: len(requests) == 2)
+            reader, _ = await call(stream=True, max_tokens=3)
+            await soon(lambda: len(requests) == 3)
+            second.close()
+            await soon(lambda: house.engine._leaving)
+            hold.let_pass(1)
+            await soon(hold.waits.is_set)
+            assert len(requests) == 2 and model.steps[-1] == [1]  # the first was not disturbed
+            first.close()
+            await soon(lambda: house.engine._leaving)
         answer = await reader.readuntil(b"[DONE]")  # neither was the third
         assert b'"finish_reason": "length"' in answer
 
@@ -122,10 +119,15 @@ def test_who_leaves_the_queue_is_forgotten_and_the_next_one_moves_up(street, str
 
 def test_who_stays_does_not_notice_who_leaves(street):
     async def visit(house, model, call):
-        reader, _ = await call(max_tokens=12)
-        _, writer = await call(stream=True)
-        await soon(lambda: len(house.engine._ledger.rows) == 2)
-        writer.close()
+        with model.held(after=1) as hold:
+            reader, _ = await call(max_tokens=12)
+            await soon(hold.waits.is_set)
+            _, writer = await call(stream=True)
+            await soon(lambda: len(house.engine._ledger.requests) == 2)
+            hold.let_pass(1)
+            await soon(lambda: len(house.engine._ledger.rows) == 2)
+            writer.close()
+            await soon(lambda: house.engine._leaving)
         head, _, text = (await reader.readuntil(b"}}")).partition(b"\r\n\r\n")
         assert b" 200 " in head
         text += await reader.readexactly(

@@ -21,6 +21,7 @@ from benchmarks.models import routed_tokens
 from elastiformer import ElasticModel
 from service import led
 from service.settings import Settings
+from tests.service.conftest import PATIENCE_SECONDS
 from tests.tiny import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +68,10 @@ def serving(
         process.wait()
 
 
+def calling(address: str) -> httpx.Client:
+    return httpx.Client(base_url=address, timeout=PATIENCE_SECONDS)
+
+
 def ask(client: httpx.Client, capacity: float) -> dict[str, Any]:
     body = {
         "model": "tiny",
@@ -76,7 +81,7 @@ def ask(client: httpx.Client, capacity: float) -> dict[str, Any]:
         "temperature": 0,
         "ignore_eos": True,
     }
-    answer = client.post("/v1/completions", json=body, timeout=60)
+    answer = client.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
     told: dict[str, Any] = answer.json()
     return told
@@ -92,10 +97,10 @@ def all_of(client: httpx.Client) -> list[tuple[object, object]]:
 
 def test_two_processes_serve_as_one_does_and_drain_together(folder, tmp_path):
     one = tmp_path / "one"
-    with serving(folder, one, 1) as (_, address), httpx.Client(base_url=address) as client:
+    with serving(folder, one, 1) as (_, address), calling(address) as client:
         expected = all_of(client)
     log = tmp_path / "two"
-    with serving(folder, log, 2) as (_, address), httpx.Client(base_url=address) as client:
+    with serving(folder, log, 2) as (_, address), calling(address) as client:
         assert all_of(client) == expected
         with ThreadPoolExecutor(4) as callers:
             answers = callers.map(lambda share: ask(client, share), (0.6, 1.0, 0.8, 0.6))
@@ -118,7 +123,7 @@ def test_without_the_other_process_nothing_pretends_to_serve(folder, tmp_path):
             ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
         ).stdout.split()
         os.kill(int(others[-1]), signal.SIGKILL)
-        assert process.wait(timeout=300)
+        assert process.wait(timeout=PATIENCE_SECONDS)
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{address}/health")
 

@@ -16,7 +16,7 @@ import pytest
 from elastiformer.usage import Usage
 from service.logs import JsonLines, Lines
 from service.orders import Done, Summary, Ticket
-from tests.service.conftest import Watched, in_house
+from tests.service.conftest import PATIENCE_SECONDS, Clock, Watched, in_house
 from tests.service.test_tracing import Memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,7 +139,10 @@ def test_a_probe_is_told_to_who_debugs():
 
 
 def test_who_leaves_and_who_is_late_are_told_with_what_they_spent():
+    clock = Clock()
+
     async def is_late(house):
+        house.keeps_time_by(clock)
         await house.post("/v1/completions", **LONG | {"max_tokens": 300})
 
     async def leaves(house):
@@ -149,7 +152,8 @@ def test_who_leaves_and_who_is_late_are_told_with_what_they_spent():
         await house.until_idle()
 
     with written() as lines:
-        in_house(is_late, models={"tiny": Watched(step_seconds=0.02)}, request_timeout_seconds=1)
+        slow = Watched(step_seconds=0.3, clock=clock)
+        in_house(is_late, models={"tiny": slow}, request_timeout_seconds=1)
         in_house(leaves, models={"tiny": Watched(step_seconds=0.02)})
     late, left = map(json.loads, lines)
     assert (late["status"], late["error"]) == (503, "timeout")
@@ -220,10 +224,10 @@ def test_a_server_that_logs_json_writes_nothing_else_and_loads_no_tracing(tiny_f
                     break
             address = lines[-1]["message"].split()[1]
             body = {"model": "mine", "prompt": SECRET, "max_tokens": 4, "temperature": 0}
-            reply = httpx.post(f"{address}/v1/completions", json=body, timeout=30)
+            reply = httpx.post(f"{address}/v1/completions", json=body, timeout=PATIENCE_SECONDS)
             process.send_signal(signal.SIGTERM)
             lines += map(json.loads, process.stderr)
-            assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=PATIENCE_SECONDS) == 0
         finally:
             process.kill()
     (access,) = (line for line in lines if line["logger"] == "elasti.access")

@@ -9,7 +9,7 @@ import pytest
 from elastiformer import Capacity, ElasticModel
 from service.errors import MOST_CHARACTERS
 from service.settings import Key
-from tests.service.conftest import Watched, elastic_model, in_house
+from tests.service.conftest import Watched, elastic_model, in_house, soon
 from tests.tiny import CONTEXT, VOCAB, tiny, tiny_tokenizer
 
 COMPLETION = {"prompt": "Once upon a time", "max_tokens": 3, "ignore_eos": True}
@@ -208,24 +208,26 @@ def test_the_pages_load_nothing_from_elsewhere():
 
 
 def test_a_full_queue_says_so_and_health_still_answers():
+    model = Watched()
+
     async def visit(house):
         long = {"prompt": "a", "max_tokens": 300, "ignore_eos": True}
         scheduler = house.engine._scheduler
-        running = []
-        async with asyncio.timeout(30):
-            for place in (lambda: scheduler.running, lambda: scheduler.waiting):
-                running += [
-                    asyncio.create_task(house.post("/v1/completions", **long)) for _ in range(2)
-                ]
-                while len(place()) < 2:
-                    await asyncio.sleep(0.005)
-        replies = [await house.post("/v1/completions", **COMPLETION) for _ in range(3)]
-        assert (await house.client.get("/health")).status_code == 200
-        assert (await house.client.get("/metrics")).status_code == 200
-        done = [await each for each in running]
 
-        refused = [reply for reply in (*replies, *done) if reply.status_code != 200]
-        assert refused
+        def two_more():
+            return [asyncio.create_task(house.post("/v1/completions", **long)) for _ in range(2)]
+
+        with model.held() as hold:
+            asked = two_more()
+            await soon(lambda: len(house.engine._ledger.requests) == 2)
+            hold.let_pass(1)
+            await soon(lambda: len(scheduler.running) == 2)
+            asked += two_more()
+            await soon(lambda: len(scheduler.waiting) == 2)
+            refused = [await house.post("/v1/completions", **COMPLETION) for _ in range(3)]
+            assert (await house.client.get("/health")).status_code == 200
+            assert (await house.client.get("/metrics")).status_code == 200
+        assert {(await each).status_code for each in asked} == {200}
         for reply in refused:
             assert reply.status_code == 429
             assert int(reply.headers["retry-after"]) >= 1
@@ -235,7 +237,7 @@ def test_a_full_queue_says_so_and_health_still_answers():
         reply = await house.post("/v1/completions", **COMPLETION, n=3)
         assert reply.status_code == 400 and "at most 2" in reply.text
 
-    in_house(visit, max_waiting=2, max_running=2)
+    in_house(visit, models={"tiny": model}, max_waiting=2, max_running=2)
 
 
 class Mistaken(Watched):

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tests.service.conftest import Watched, elastic_model, in_house
+from tests.service.conftest import Watched, elastic_model, in_house, soon
 from tests.tiny import CONTEXT
 
 ASKED = {"temperature": 0, "ignore_eos": True}
@@ -65,12 +65,13 @@ def test_what_must_wait_waits_in_order_and_everything_is_given_back():
             await house.complete("abc"[number] * 90, max_tokens=20, **ASKED)
             order.append(number)
 
-        asking = []
-        for number in range(3):
-            asking.append(asyncio.create_task(ask(number)))
-            while len(house.engine._ledger.requests) + len(order) <= number:
-                await asyncio.sleep(0.001)
-        used = set()
+        asking, requests = [], house.engine._ledger.requests
+        with model.held(after=1) as hold:
+            for number in range(3):
+                asking.append(asyncio.create_task(ask(number)))
+                await soon(lambda number=number: len(requests) > number)
+            await soon(hold.waits.is_set)
+            used = {house.value("elasti_kv_cache_usage_perc")}
         while not all(each.done() for each in asking):
             used.add(house.value("elasti_kv_cache_usage_perc"))
             await asyncio.sleep(0.001)
@@ -92,7 +93,10 @@ def test_more_requests_fit_where_a_lower_capacity_keeps_less():
 
         async def visit(house, capacity=capacity, model=model):
             body = ASKED | {"max_tokens": 40, "capacity": capacity}
-            await asyncio.gather(*(house.complete(each * 120, **body) for each in "abcdef"))
+            asked = [asyncio.create_task(house.complete(each * 120, **body)) for each in "abcdef"]
+            with model.held():
+                await soon(lambda: len(house.engine._ledger.requests) == len(asked))
+            await asyncio.gather(*asked)
             together[capacity == 1.0] = max(map(len, model.steps))
 
         in_house(visit, models={"tiny": model}, cache_tokens=330, prefix_cache=False)

@@ -21,7 +21,7 @@ from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.trace import SpanKind, StatusCode
 
 from service.tracing import Tracing, from_environment
-from tests.service.conftest import Watched, build, in_house
+from tests.service.conftest import PATIENCE_SECONDS, Clock, Watched, build, in_house
 
 SECRET = "xyzzy plugh"  # stands in every prompt; must stand in no span
 LONG = {"prompt": f"{SECRET} {'a' * 150}", "max_tokens": 12, "ignore_eos": True, "temperature": 0}
@@ -163,14 +163,18 @@ def test_every_kind_of_request_has_its_span_and_a_probe_has_none():
 
 
 def test_what_fails_is_marked():
+    clock = Clock()
+
     async def visit(house, memory):
+        house.keeps_time_by(clock)
         late = await house.post("/v1/completions", **LONG | {"max_tokens": 300})
         assert late.status_code == 503
         refused = await house.post("/v1/completions", **LONG, capacity=2)
         assert refused.status_code == 400
         await house.until_idle()
 
-    memory = traced(visit, models={"tiny": Watched(step_seconds=0.02)}, request_timeout_seconds=1)
+    model = Watched(step_seconds=0.3, clock=clock)
+    memory = traced(visit, models={"tiny": model}, request_timeout_seconds=1)
     assert_marked(memory, "timeout", answers=[503, 400])
 
 
@@ -273,11 +277,14 @@ def test_a_collector_receives_the_trace(street, monkeypatch):
         headers = {}
         propagate.inject(headers, trace.set_span_in_context(trace.NonRecordingSpan(sent)))
         answer = httpx.post(
-            f"{address}/v1/completions", json={"model": "tiny"} | LONG, headers=headers
+            f"{address}/v1/completions",
+            json={"model": "tiny"} | LONG,
+            headers=headers,
+            timeout=PATIENCE_SECONDS,
         )
         assert answer.status_code == 200
         begun = time.monotonic()  # a request's spans end after its answer
-        while len(collector.spans) < 5 and time.monotonic() < begun + 20:
+        while len(collector.spans) < 5 and time.monotonic() < begun + PATIENCE_SECONDS:
             time.sleep(0.02)
         tracing.close()  # sends what waits; the server's own end does the same
     assert said == []
