@@ -31,7 +31,7 @@ from deploy.dashboards.queries import VARIABLES, Window, grown, over
 from service.energy import Meter
 from service.settings import Key
 from tests.deploy.test_dashboards import panels
-from tests.service.conftest import UNITS, Watched, build
+from tests.service.conftest import PATIENCE_SECONDS, UNITS, Watched, build
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not installed"),
@@ -102,13 +102,13 @@ def scraping(target, folder):
             yield f"http://{address}"
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(PATIENCE_SECONDS)
 
 
 def until(true, what):
     began = time.monotonic()
     while not true():
-        assert time.monotonic() - began < 60, what
+        assert time.monotonic() - began < PATIENCE_SECONDS, what
         time.sleep(0.1)
 
 
@@ -132,7 +132,7 @@ async def load(address):
     ]
     ends = time.monotonic() + LOAD_SECONDS
     rounds, statuses = 0, set()
-    async with httpx.AsyncClient(base_url=f"http://{address}", timeout=30) as client:
+    async with httpx.AsyncClient(base_url=f"http://{address}", timeout=PATIENCE_SECONDS) as client:
         while rounds < LEAST_ROUNDS or time.monotonic() < ends:
             rounds += 1
             for together in (asked, failing):
@@ -156,6 +156,7 @@ def scraped(tmp_path_factory):
         keys=KEYS,
         meter=Meter(lambda: float(next(drawn))),
         max_running=6,
+        load_patience_seconds=600.0,  # a moment's standstill is no load
     )
     with (
         on_a_port(app) as target,
@@ -163,22 +164,24 @@ def scraped(tmp_path_factory):
         httpx.Client() as client,
     ):
         prometheus = Prometheus(client, address)
-        until(lambda: is_up(prometheus), (folder / "log").read_text())
+        until(lambda: scraped_at(prometheus) > 0, (folder / "log").read_text())
         start = time.time()
         asyncio.run(load(target))
-        time.sleep(1.5)  # one more scrape
+        served = time.time()
+        until(lambda: scraped_at(prometheus) > served, "one more scrape")
         end = time.time()
         # Every rate looks at the whole load: with few requests a shorter window may be empty.
         span = Span(start, end, 1.0, round(end - start))
         yield Scraped(prometheus, span, span.window(prometheus))
 
 
-def is_up(prometheus):
+def scraped_at(prometheus):
+    """When the server was last read, by Prometheus' clock; 0 if it was not."""
     try:
-        found = prometheus.now(f'up{{job="{JOB}"}}', time.time())
+        found = prometheus.now(f'timestamp(up{{job="{JOB}"}} == 1)', time.time())
     except PrometheusError:
-        return False
-    return any(course.values[-1] == 1 for course in found)
+        return 0.0
+    return max((course.values[-1] for course in found), default=0.0)
 
 
 def ask(scraped, expr, instant=True):

@@ -22,7 +22,7 @@ from deploy.ray.arrivals import ARRIVED, Arrivals, Waited
 from deploy.stage import free_port
 from service.orders import waited_before
 from tests.deploy.test_ray import RAY
-from tests.service.conftest import build, opened
+from tests.service.conftest import PATIENCE_SECONDS, build, opened
 from tests.service.test_logs import written
 from tests.service.test_tracing import Memory
 
@@ -131,14 +131,14 @@ def proxies(tmp_path_factory):
     try:
         with httpx.Client(trust_env=False) as client:
             prometheus = Prometheus(client, f"http://127.0.0.1:{port}")
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE_SECONDS
             while not number(prometheus, 'up{job="elastiformer-proxies"}'):
                 assert time.monotonic() < deadline, "the page was not read"
                 time.sleep(0.2)
             yield prometheus
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE_SECONDS)
         server.shutdown()
         server.server_close()
 

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -23,7 +23,7 @@ from service.routes import PAGE
 from service.schemas import Answered, Prediction, Wrong
 from service.served import serve
 from service.settings import ModelSpec, Settings
-from tests.service.conftest import build, elastic_model, in_house
+from tests.service.conftest import PATIENCE_SECONDS, build, elastic_model, in_house
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,14 +98,15 @@ def test_classification_agrees_with_the_likelihood_of_each_label(client):
         assert row["label"] == labels[row["probs"].index(max(row["probs"]))]
     root = str(client.base_url).removesuffix("v1/")
     body = {"inputs": "a fine day", "labels": labels}
-    ranked = httpx.post(f"{root}predict", json=body).json()
+    ask = partial(httpx.post, f"{root}predict", timeout=PATIENCE_SECONDS)
+    ranked = ask(json=body).json()
     expected = dict(zip(labels, whole["data"][0]["probs"], strict=True))
     assert {each["label"]: each["score"] for each in ranked} == pytest.approx(expected)
-    raw = httpx.post(f"{root}predict", json=body | {"inputs": ["x"], "raw_scores": True}).json()
+    raw = ask(json=body | {"inputs": ["x"], "raw_scores": True}).json()
     assert all(each["score"] < 0 for each in raw[0])
     long = body | {"inputs": "x" * 900}
-    assert httpx.post(f"{root}predict", json=long).status_code == 400
-    assert httpx.post(f"{root}predict", json=long | {"truncate": True}).status_code == 200
+    assert ask(json=long).status_code == 400
+    assert ask(json=long | {"truncate": True}).status_code == 200
 
 
 def test_the_version_tells_what_each_model_runs_on():
@@ -194,10 +195,49 @@ def test_the_page_reads_only_what_answers_hold():
     in_house(visit)
 
 
-def test_the_command_serves_tells_a_line_to_try_and_drains(tiny_folder):
+# `python -m service`, which waits for something while a file is there.
+HELD = """
+import runpy, sys, time
+from pathlib import Path
+from elastiformer import ElasticModel
+
+gate = Path(sys.argv.pop(1))
+
+{}
+
+runpy.run_module("service", run_name="__main__", alter_sys=True)
+"""
+# All steps but the first ones, of which some text has come.
+STEPS_WAIT = """
+step, steps = ElasticModel.step, []
+
+def waits(self, chunks):
+    steps.append(gate.exists())
+    while sum(steps) > 40 and gate.exists():
+        time.sleep(0.01)
+    return step(self, chunks)
+
+ElasticModel.step = waits
+"""
+# A model that is loaded and measured again and again.
+LOADING_WAITS = """
+measure_costs = ElasticModel.measure_costs
+
+def waits(self, *options):
+    while gate.exists():
+        measure_costs(self, *options)
+    return measure_costs(self, *options)
+
+ElasticModel.measure_costs = waits
+"""
+
+
+def test_the_command_serves_tells_a_line_to_try_and_drains(tiny_folder, tmp_path):
     environment = {**os.environ, "ELASTI_LOG_LEVEL": "warning", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "service", "--port", "0", "--threads", "1",
-               "--model", f"mine={tiny_folder}", "--drain-seconds", "20"]  # fmt: skip
+    gate = tmp_path / "gate"
+    command = [sys.executable, "-c", HELD.format(STEPS_WAIT), str(gate), "--port", "0",
+               "--threads", "1", "--model", f"mine={tiny_folder}",
+               "--drain-seconds", str(PATIENCE_SECONDS)]  # fmt: skip
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -217,44 +257,52 @@ def test_the_command_serves_tells_a_line_to_try_and_drains(tiny_folder):
             address = next(line for line in lines if "ready: " in line).split()[1]
             assert f"curl -N {address}/v1/chat/completions" in start
 
-            told = httpx.get(f"{address}/version").json()["models"]["mine"]
+            patient = {"timeout": PATIENCE_SECONDS}
+            told = httpx.get(f"{address}/version", **patient).json()["models"]["mine"]
             assert told["costs"] in start and told["attention"] in start
             body = {"model": "mine", "prompt": "a", "max_tokens": 250, "stream": True}
             body |= {"ignore_eos": True, "temperature": 0}
-            with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as reply:
+            gate.touch()
+            with httpx.stream("POST", f"{address}/v1/completions", json=body, **patient) as reply:
                 events = reply.iter_lines()
                 next(events)
                 process.send_signal(signal.SIGTERM)
-                deadline = time.monotonic() + 10
-                while httpx.get(f"{address}/ready").status_code == 200:
-                    assert time.monotonic() < deadline
-                refused = httpx.post(f"{address}/v1/completions", json=body)
+                while httpx.get(f"{address}/ready", **patient).status_code == 200:
+                    pass
+                refused = httpx.post(f"{address}/v1/completions", json=body, **patient)
                 assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+                gate.unlink()
                 rest = [line for line in events if line]
             assert rest[-1] == "data: [DONE]"
             assert json.loads(rest[-2][6:])["usage"]["completion_tokens"] == 250
-            assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=PATIENCE_SECONDS) == 0
         finally:
             process.kill()
             reading.join()
     assert "Traceback" not in "".join(lines)
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(("stop", "form"), [(signal.SIGTERM, "json"), (signal.SIGINT, "text")])
-def test_a_signal_while_models_load_ends_the_server_at_once_in_good_order(tiny_folder, form, stop):
+def test_a_signal_while_models_load_ends_the_server_at_once_in_good_order(
+    tiny_folder, tmp_path, form, stop
+):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "service", "--port", "0", "--threads", "1",
-               "--model", f"mine={tiny_folder}", "--log-format", form]  # fmt: skip
+    gate = tmp_path / "gate"
+    gate.touch()
+    command = [sys.executable, "-c", HELD.format(LOADING_WAITS), str(gate), "--port", "0",
+               "--threads", "1", "--model", f"mine={tiny_folder}",
+               "--log-format", form]  # fmt: skip
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     ) as process:
         assert "loading mine" in process.stderr.readline()
         process.send_signal(stop)
-        began = time.monotonic()
-        rest = process.stderr.read().splitlines()
-        assert process.wait(timeout=30) == 0
-    assert time.monotonic() - began < 10
+        try:
+            said = process.communicate(timeout=PATIENCE_SECONDS)[1]  # what loads has no end
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    rest = said.splitlines()
     (line,) = (line for line in rest if "while models were loading" in line)
     assert line == rest[-1] and stop.name in line
     assert not any("ready: " in line or "Traceback" in line for line in rest)

@@ -86,22 +86,34 @@ def test_the_loss_falls_and_the_adapter_serves(distill, tiny_folder, tmp_path):
     assert sequence.usage.unit_skipped(Unit.MLP_TOKENS) > 0
 
 
+# `python -m training`, killed when a step of this number is in the log.
+KILLED = """
+import os, runpy, signal, sys
+from training.progress import Log
+
+last, step = int(sys.argv.pop(1)), Log.step
+
+def step_of_life(self, number, values):
+    step(self, number, values)
+    if number == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Log.step = step_of_life
+runpy.run_module("training", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_a_run_killed_in_the_middle_goes_on_to_the_same_bits(distill, tiny_folder, data, tmp_path):
     options = [*QUICK, "--steps", "12", "--checkpoint-every", "3"]
     distill("whole", *options)
 
-    command = [sys.executable, "-m", "training", "distill", "--base", str(tiny_folder)]
+    command = [sys.executable, "-c", KILLED, "5", "distill", "--base", str(tiny_folder)]
     command += ["--data", data, "--out", str(tmp_path / "killed"), *options]
     log = tmp_path / "killed.run" / "progress.jsonl"
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe) as process:
-        while not (log.exists() and len(log.read_text().splitlines()) >= 4):
-            assert process.poll() is None, process.stderr.read().decode()
-            time.sleep(0.005)
-        process.kill()
-        process.communicate()
-    stopped = latest_checkpoint(tmp_path / "killed.run").step
-    assert 3 <= stopped < 12
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(log.read_text().splitlines()) == 5
+    assert latest_checkpoint(tmp_path / "killed.run").step == 3
     assert not (tmp_path / "killed").exists()
 
     report = distill("killed", *options, "--resume")
