@@ -16,11 +16,11 @@ from elastiformer.imaged import ImagedPrompt, Picture
 from elastiformer.inputs import TextInputs
 from elastiformer.sampling import GREEDY, Sampling
 from elastiformer.tasks import Task
-from service.engine import end_tokens
 from service.errors import BadRequest
 from service.items import Given, PlacedItems, place_items, refuse_labels
 from service.knob import Asked, Knob, Resolved
 from service.orders import Order
+from service.outputs import end_tokens
 from service.reach import as_run, of_chat, within_reach
 from service.scheduler import Job
 from service.schemas import (

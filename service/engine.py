@@ -1,7 +1,8 @@
 """The workshop of one served model: it turns orders into events, turn by turn on its bench.
 
 Each turn drops what was cancelled or is too late, admits what the cache has room for, runs one
-step over all running sequences of whatever capacity, chooses their next tokens and delivers them.
+step over all running sequences of whatever capacity, has their next tokens chosen (outputs.py) and
+delivers them.
 A sequence begins after what stored prefixes hold of its prompt. Every order gets exactly one
 ending: `Done`, or `Failed` with the error that its caller is told. A step that raises fails the
 orders that were in it; the engine goes on. If a turn itself fails, the engine dies: every order
@@ -14,7 +15,7 @@ import asyncio
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
@@ -27,7 +28,6 @@ from elastiformer.elastic import Elastic
 from elastiformer.errors import ElastiError, InputError
 from elastiformer.imaged import ImagedPrompt
 from elastiformer.inputs import Detokenizer, StopMatcher, TextInputs
-from elastiformer.sampling import BrokenLogits, Draw, Sampled, sample, score, side_by_side
 from elastiformer.vlm import ElasticVlm
 from service.bench import Bench
 from service.energy import Bill, Meter
@@ -35,7 +35,8 @@ from service.errors import Cancelled, Draining, EngineDead, StepFailed, TimedOut
 from service.ledger import Ledger
 from service.load import Load
 from service.metrics import Metrics
-from service.orders import Order, Scored, Ticket, fetched_for, waited_before
+from service.orders import Order, Ticket, fetched_for, waited_before
+from service.outputs import Outputs, end_tokens
 from service.pace import Pace
 from service.rows import Request, Row, draw_of, grouped
 from service.scheduler import Entry, Job, Limits, Scheduler, Share
@@ -80,10 +81,10 @@ class Engine:
         self._scheduler = Scheduler(limits)
         self._pace = Pace()
         self._leaving: list[Request] = []  # cancelled since the last turn
-        self._ends = self._end_tokens()
         self._bench = bench or Bench(f"engine {name}")
         self._wake = self._bench.wake
         self._ledger = Ledger(name, metrics, self._scheduler, self._wake, clock, meter)
+        self._outputs = Outputs(self._ledger, self._end_tokens())
         self._stopping = False
         self._death: BaseException | None = None
 
@@ -327,8 +328,7 @@ class Engine:
 
     def _read(self, shares: Many[Share], logits: Many[Tensor]) -> None:
         """What is made of a step's outputs."""
-        self._score(shares, logits)
-        self._draw(shares, logits)
+        self._outputs.read(shares, logits)
 
     def _metered(self, rows: Many[Row], chunks: Many[Chunk]) -> Many[Tensor]:
         """One step of the model; what it took is on its requests' bills before any of them ends."""
@@ -343,67 +343,6 @@ class Engine:
         )
         return logits
 
-    def _score(self, shares: Iterable[Share], logits: Iterable[Tensor]) -> None:
-        """Read the log-probabilities of known tokens off the rows before them."""
-        for share, logits_RV in zip(shares, logits, strict=True):
-            entry, job = share.entry, share.entry.job
-            if not (job.scored or job.given):
-                continue
-            row, known = self._ledger.rows[entry], job.known
-            first = entry.done - len(logits_RV) + 1  # the token that the first row is about
-            targets = known[first : entry.done + 1]
-            if targets:
-                top = row.request.order.sampling.logprobs or 0
-                try:
-                    row.scores += score(logits_RV[: len(targets)], targets, top)
-                except BrokenLogits as error:
-                    self._ledger.fail(row.request, StepFailed(str(error)))
-                    continue
-            if entry.done == job.fed_tokens:
-                self._ledger.deliver(row, Scored(job.number, tuple(row.scores)))
-                if not job.most_new:
-                    self._ledger.end(entry, "length")
-
-    def _draw(self, shares: Iterable[Share], logits: Iterable[Tensor]) -> None:
-        """Choose the next token of every row that has one to come, all rows together."""
-        ledger = self._ledger
-        entries: list[Entry] = []
-        last: list[Tensor] = []
-        for share, logits_RV in zip(shares, logits, strict=True):
-            entry = share.entry
-            if entry in ledger.rows and entry.ready == 0:
-                if entry.job.most_new:
-                    entries.append(entry)
-                    last.append(logits_RV[-1])
-                else:
-                    ledger.end(entry, "length")
-        while entries:
-            try:
-                sampled = sample(side_by_side(last), [self._wish(entry) for entry in entries])
-            except BrokenLogits as error:
-                # A failed request takes its other rows with it.
-                for request in {ledger.rows[entries[place]].request for place in error.rows}:
-                    ledger.fail(request, StepFailed(str(error)))
-                kept = [place for place, entry in enumerate(entries) if entry in ledger.rows]
-                entries, last = [entries[p] for p in kept], [last[p] for p in kept]
-                continue
-            for entry, token in zip(entries, sampled, strict=True):
-                self._append(entry, token)
-            return
-
-    def _wish(self, entry: Entry) -> Draw:
-        row = self._ledger.rows[entry]
-        if entry.generated_tokens < row.request.order.least_new:
-            return replace(row.draw, banned=self._ends)
-        return row.draw
-
-    def _append(self, entry: Entry, sampled: Sampled) -> None:
-        row = self._ledger.rows[entry]
-        event = row.take(sampled, self._ends, self._clock())
-        self._ledger.deliver(row, event)
-        if event.ended:
-            self._ledger.end(entry, event.ended)
-
     def _abandon(self, error: Exception) -> None:
         self._ledger.fail_all(error)
         self._gauge()
@@ -414,16 +353,6 @@ class Engine:
         series.cache_usage.set(scheduler.reserved_blocks / self.limits.cache_blocks)
         series.waiting.set(len(scheduler.waiting))
         series.running.set(len(scheduler.running))
-
-
-def end_tokens(model: Elastic) -> tuple[int, ...]:
-    """The tokens that end a text, from the base model's generation settings and its tokenizer."""
-    assert model.tokenizer is not None
-    settings = model.base.generation_config
-    asked = settings.eos_token_id if settings is not None else None
-    ends = list(asked) if isinstance(asked, list | tuple) else [asked]
-    ends.append(model.tokenizer.eos_token_id)
-    return tuple(dict.fromkeys(token for token in ends if token is not None))
 
 
 def _kind(error: Exception) -> str:

@@ -46,6 +46,10 @@ class Ledger:
         """Owe it an ending; `wake` is held."""
         self.requests |= dict.fromkeys(request.entries, request)
 
+    def now(self) -> float:
+        """In seconds, by the engine's clock."""
+        return self._clock()
+
     def oldest(self) -> Request | None:
         with self._wake:
             return next(iter(self.requests.values()), None)

@@ -29,20 +29,20 @@ LOW_TO_HIGH = """
         encoder __init__
 
     service: __init__ errors build hosts settings schemas scheduler pace metrics load knob orders
-        fetching energy rows bench ledger middleware engine encoder_engine led served zero_shot
-        items reach desk tracing logs answers readings streams routes app server __main__
+        fetching energy rows bench ledger outputs middleware engine encoder_engine led served
+        zero_shot items reach desk tracing logs answers readings streams routes app server __main__
 
     training: __init__ files options signals progress processes packages data start stream examples
         exchanges choosers image_draws losses lessons student encoder_student picture_student
-        checkpoint mixed fitting fashion_mnist convolutions vision masked_images reviews canvases
-        corpora sentiment canvas_tower canvas_sets canvas_answers canvas_model build quality
-        encoder_quality picture_quality allotment tuning sensitivity regression picking
-        channel_choices channel_sizes learnt ablation_rows baselines repaired pictures stopwatch
-        reports encoder_reports loop encoder_calibrate encoder_evaluate path_search lent_paths
-        picture_reports picture_evaluate picture_meter picture_calibrate overlap subjects
-        domain_data domain_report recipe_report ablation_report distill repair ranks ablation
-        calibrate evaluate ablate domains recipe reconstruct summarize goals seeds synthesize
-        __main__
+        checkpoint mixed fitting fashion_mnist convolutions neighbours vision masked_images
+        reviews canvases corpora sentiment canvas_tower canvas_sets canvas_answers
+        canvas_model build quality encoder_quality picture_quality allotment tuning
+        sensitivity regression picking channel_choices channel_sizes learnt ablation_rows
+        baselines repaired pictures stopwatch reports encoder_reports loop encoder_calibrate
+        encoder_evaluate path_search lent_paths picture_reports picture_evaluate
+        picture_meter picture_calibrate overlap subjects domain_data domain_report
+        recipe_report ablation_report learners distill repair ranks ablation calibrate
+        evaluate ablate domains recipe reconstruct summarize goals seeds synthesize __main__
 """
 
 _COMPILED = {

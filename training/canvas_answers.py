@@ -26,8 +26,8 @@ from training.canvases import CORNERS, KINDS, Question
 from training.data import seed_of
 from training.fitting import Schedule, fit
 from training.mixed import autocast, mixed
+from training.neighbours import PATCH
 from training.sentiment import Changed, Kept
-from training.vision import PATCH
 
 IMAGE = SMOLLM2.renamed[1]
 BEFORE, AFTER = "<|im_start|>user\n", "\n"  # the image

@@ -30,7 +30,8 @@ from training.canvas_tower import PATCHES, Canvases, patch_accuracy, train_tower
 from training.canvases import KINDS, LEAST, MOST, SIDE
 from training.fashion_mnist import fetch_images
 from training.files import RunError, write_atomically, write_json
-from training.vision import PATCH, image_processor
+from training.neighbours import PATCH
+from training.vision import image_processor
 
 LANGUAGE = SMOLLM2.name
 UNUSED = SMOLLM2.renamed[0]  # a token that no chat holds: it gives its place to IMAGE

@@ -26,7 +26,7 @@ from training.fashion_mnist import Images, normalized
 from training.files import RunError
 from training.fitting import Schedule, fit, optimizers_of
 from training.mixed import autocast, mixed
-from training.vision import PATCH, positions
+from training.neighbours import PATCH, positions
 
 PATCHES = (SIDE // PATCH) ** 2
 

@@ -33,6 +33,7 @@ from training import distill
 from training.calibrate import capacities
 from training.data import Windows, some_windows, tokenizer_of
 from training.files import RunError, same_run, write_json
+from training.learners import read_text, sample_of
 from training.loop import VERSIONS, Text
 from training.options import command_line, names, real, whole
 from training.path_search import thresholds
@@ -231,11 +232,11 @@ class Study:
 
     @cached_property
     def _text(self) -> Text:
-        return distill.read_text(self._options(ALONE["heads"]), tokenizer_of(self._model))
+        return read_text(self._options(ALONE["heads"]), tokenizer_of(self._model))
 
     @cached_property
     def _sample(self) -> Tensor:
-        return distill.sample_of(self._text, self._args.seed)
+        return sample_of(self._text, self._args.seed)
 
     @cached_property
     def _held(self) -> tuple[list[Window], str]:

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.images import AT_ONCE, DROPPED, MERGED, MIXED, ROUTED, UNIFORM, best_within
+from benchmarks.images_report import (
+    AT_ONCE,
+    DROPPED,
+    MERGED,
+    MIXED,
+    ROUTED,
+    UNIFORM,
+    best_within,
+)
 from benchmarks.merging import ShrinkingEncoder, drop_random, merge_alike
 from elastiformer import Calibration, Phase, Step, Unit
 from elastiformer.encoder import ElasticEncoder

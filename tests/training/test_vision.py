@@ -11,18 +11,8 @@ from training import vision
 from training.convolutions import Convolutions
 from training.fashion_mnist import normalized
 from training.fitting import Stopped
-from training.vision import (
-    GRID,
-    OFFSETS,
-    Scales,
-    Size,
-    Student,
-    Views,
-    accuracy,
-    in_colour,
-    lessons,
-    stay_in,
-)
+from training.neighbours import GRID, OFFSETS
+from training.vision import Scales, Size, Student, Views, accuracy, in_colour, lessons, stay_in
 
 TINY = Size(width=32, layers=4, heads=2, inner=40)
 
