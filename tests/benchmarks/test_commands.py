@@ -280,6 +280,7 @@ def test_a_plan_of_a_mix_is_checked_at_the_very_moments_that_are_simulated(run):
     assert planned["overhead"] > 0  # measured over HTTP
     assert planned["mode"] == "1, 0.6"
     assert len(planned["checked"]) == 5
+    assert sum(point["finished"] for point in planned["checked"]) > 0
     for seed, point in enumerate(planned["checked"]):
         assert point["sent"] == len(moments(point["rate"], 0.5, seed))
         assert point["finished_on_paper"] <= point["sent"] == point["finished"]

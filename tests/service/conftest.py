@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -76,23 +77,26 @@ class Hold:
 
     def __init__(self, after: int) -> None:
         self.waits = threading.Event()  # a step has begun, and may not go on
-        self._may_pass = threading.Semaphore(after)
-        self._is_over = False
+        self._may_pass: float = after
+        self._changed = threading.Condition()
 
-    def let_pass(self, steps: int) -> None:
-        self.waits.clear()
-        self._may_pass.release(steps)
+    def let_pass(self, steps: float) -> None:
+        with self._changed:
+            self._may_pass += steps
+            self.waits.clear()
+            self._changed.notify_all()
 
     def end(self) -> None:
-        self._is_over = True
-        self._may_pass.release()
+        self.let_pass(math.inf)
 
     def stop(self) -> None:
         """What a step does first."""
-        if self._is_over or self._may_pass.acquire(blocking=False):
-            return
-        self.waits.set()
-        assert self._may_pass.acquire(timeout=PATIENCE_SECONDS), "nobody let this step pass"
+        with self._changed:
+            if not self._may_pass:
+                self.waits.set()
+                may_pass = self._changed.wait_for(lambda: self._may_pass, PATIENCE_SECONDS)
+                assert may_pass, "nobody let this step pass"
+            self._may_pass -= 1
 
 
 class Watched(ElasticModel):
@@ -116,8 +120,8 @@ class Watched(ElasticModel):
 
     def step(self, chunks: Any) -> Any:
         self.steps.append([len(chunk.ids) for chunk in chunks])
-        if self._hold is not None:
-            self._hold.stop()
+        if (hold := self._hold) is not None:
+            hold.stop()
         seconds = self._step_seconds + self._token_seconds * sum(self.steps[-1])
         if self._clock is None:
             time.sleep(seconds)

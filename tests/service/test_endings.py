@@ -108,8 +108,9 @@ def test_an_error_in_mid_stream_arrives_as_an_event(street):
     model = Failing()
     address = street(build({"tiny": model}))
     asked = {"url": f"{address}/v1/completions", "json": LONG | {"model": "tiny", "stream": True}}
+    asked["timeout"] = PATIENCE_SECONDS
     # What fails before anything was sent is told by a status.
-    with model.held(after=6) as hold, httpx.stream("POST", **asked, timeout=60) as reply:
+    with model.held(after=6) as hold, httpx.stream("POST", **asked) as reply:
         lines = reply.iter_lines()
         chunks = [next(lines)]
         hold.end()

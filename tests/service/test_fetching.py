@@ -380,13 +380,15 @@ def test_redirects_are_followed_to_listed_hosts_alone_and_not_for_ever(host, nam
     assert len(host.asked) == 4
 
 
+@pytest.mark.alone
 def test_bytes_and_time_are_bounded(host):
     at = f"http://127.0.0.1:{host.port}"
     told = refused(f"{at}/endless", "127.0.0.1")
     assert "at most 20000 bytes together" in told and f"'{at}/endless'" in told
-    # The host goes on when it is let go, which is later than this.
+    begun = time.monotonic()
     told = refused(f"{at}/slow", "127.0.0.1", most_seconds=0.3)
     assert "may take 0.3 seconds; " in told and f"'{at}/slow'" in told
+    assert time.monotonic() - begun < 5
 
 
 def test_the_images_of_a_request_count_together_and_each_address_once(host):
