@@ -70,6 +70,7 @@ def test_every_request_that_readme_shows_of_an_embedded_model_runs_as_it_stands(
     for line in requests:
         answer = ran(line.replace("127.0.0.1:8000", address))
         if "choices" in answer:
+            assert r"\"temperature\": 0" in line  # or the answer would be drawn
             assert answer["usage"]["compute"]["tokens_skipped"]["image_tokens"] > 0
             said.append(answer["choices"][0]["message"]["content"])
         elif isinstance(answer, list):
