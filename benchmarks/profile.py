@@ -78,6 +78,7 @@ KERNELS: tuple[tuple[ModuleType, str], ...] = (
     (row_kernels, "normalise"),
     (row_kernels, "gate"),
     (row_kernels, "turn"),
+    (row_kernels, "add"),
     (attention, "attend"),
     (many_queries, "attend"),
 )

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from elastiformer.attention import Read, Reads
 from elastiformer.families import Layer
+from elastiformer.spare_rows import empty
 
 
 class BothWays:
@@ -37,7 +38,7 @@ class BothWays:
         if sides.queries.each is not None and sides.keys.each is not None:
             sizes = sides.queries.each, sides.keys.each
             return _together(query_NAH, keys_values_RMH, *sizes, layer.scale).to(working)
-        out_NAH = torch.empty_like(query_NAH)
+        out_NAH = empty(tuple(query_NAH.shape), query_NAH.dtype, query_NAH.device)
         for group in sides.queries.groups(sides.keys, query_NAH.device):
             out_RAH = _together(
                 query_NAH.index_select(0, group.query_R),

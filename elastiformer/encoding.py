@@ -27,6 +27,7 @@ from elastiformer.encoders import EncoderLayout
 from elastiformer.packed import Packed
 from elastiformer.placing import Placing, WholePlacing
 from elastiformer.sequence import Chunk, Item, WholeSequence
+from elastiformer.spare_rows import empty
 from elastiformer.sparse import SparseForm
 from elastiformer.tasks import Task
 
@@ -69,9 +70,10 @@ class EncoderForm(SparseForm):
         parts_TD = [part_of[place] for place in range(len(part_of))]
         for chunk, part_TD in zip(packed.chunks, parts_TD, strict=True):
             assert len(part_TD) == len(chunk.ids), f"{len(part_TD)} tokens of {len(chunk.ids)}"
-        return torch.cat(parts_TD).to(
-            self.workshop.working_dtype if packed.picks else self._between
-        )
+        dtype = self.workshop.working_dtype if packed.picks else self._between
+        h_ND = empty((packed.count, parts_TD[0].shape[1]), dtype, self.workshop.device)
+        torch.cat([part_TD.to(dtype) for part_TD in parts_TD], out=h_ND)
+        return h_ND
 
     def _together(self, items: Sequence[Item]) -> Tensor:
         """The embedded tokens of items of one form, [B, T, D], padded; of an image all patches."""

@@ -64,18 +64,21 @@ _WORDS = ir.VectorType(ir.IntType(16), 2 * LANES)
 
 
 def round_picked(
-    x_RI: np.ndarray, norms_I: np.ndarray, start_S: np.ndarray, least_R: np.ndarray
-) -> np.ndarray:
-    """The picked of x as bfloat16, of which it gives the bits; zeros for the rest. Only where ABLE.
+    x_RI: np.ndarray,
+    norms_I: np.ndarray,
+    start_S: np.ndarray,
+    least_R: np.ndarray,
+    small_RI: np.ndarray,
+) -> None:
+    """Fill in the picked of x as bfloat16, and zeros for the rest. Only where ABLE.
 
     Args:
         start_S: where each row's picks would begin, and the last ones end (largest.py).
         least_R: what they reach, or SEARCHED.
+        small_RI: the bits, as uint16.
     """
-    small_RI = np.empty(x_RI.shape, dtype=np.uint16)
     with TURN:
         _round_rows(x_RI, norms_I, start_S, least_R, small_RI)
-    return small_RI
 
 
 def takes(inputs: int, form: np.dtype[Any]) -> bool:

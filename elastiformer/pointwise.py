@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elastiformer import row_kernels
+from elastiformer import row_kernels, spare_rows
 from elastiformer.families import Layer
 
 # Types of cosines, and of what they turn, that the compiled rotation takes.
@@ -104,7 +104,7 @@ class CompiledNorm:
     def __call__(self, x_ND: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Computed in float32, and given as `dtype`: that, or bfloat16."""
         x_ND = x_ND.contiguous()
-        out_ND = torch.empty_like(x_ND, dtype=dtype)
+        out_ND = spare_rows.empty(tuple(x_ND.shape), dtype, x_ND.device)
         width = len(self.scale_D)
         of_row, into = (row_kernels.on_host(each.view(-1, width)) for each in (x_ND, out_ND))
         row_kernels.normalise(of_row, self.scale_D, self.epsilon, into)
@@ -139,7 +139,8 @@ class CompiledGate:
 
     def __call__(self, both_N2I: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Computed in float32, and given as `dtype`."""
-        out_NI = both_N2I.new_empty(len(both_N2I), both_N2I.shape[1] // 2, dtype=dtype)
+        shape = (len(both_N2I), both_N2I.shape[1] // 2)
+        out_NI = spare_rows.empty(shape, dtype, both_N2I.device)
         row_kernels.gate(self.form, *map(row_kernels.on_host, (both_N2I, out_NI)))
         return out_NI
 

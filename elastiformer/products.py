@@ -29,6 +29,7 @@ from elastiformer.families import Projection
 from elastiformer.lanes import ahead_of
 from elastiformer.originals import Originals
 from elastiformer.readings import Reading
+from elastiformer.spare_rows import widened
 from elastiformer.sub_layers import Weight
 from elastiformer.tiles import Picks, Tiles, everything
 
@@ -303,7 +304,7 @@ def _packed_linear(
 ) -> Tensor:
     # oneDNN ignores the scalars of "none"; there the FLOP formula finds the picks among zeros.
     scalars = [] if count is None else [count]
-    rows = len(x_RI)
+    rows, x_RI = len(x_RI), widened(x_RI)
     if rows == 1 and not torch._C._len_torch_dispatch_stack():  # nobody counts operators
         x_RI = x_RI.expand(2, -1)  # a lone row may be summed in another order than one of many
     out_RO: Tensor = torch.ops.mkldnn._linear_pointwise.default(

@@ -18,6 +18,8 @@ from torch import Tensor
 from elastiformer import pairs
 from elastiformer.largest import keep_largest
 from elastiformer.packed import Rows
+from elastiformer.row_kernels import on_host
+from elastiformer.spare_rows import empty
 from elastiformer.tiles import Picks, Wanted, all_searched, even_starts, everything, search
 
 
@@ -102,10 +104,13 @@ class Reading:
 
     def rounded(self, dtype: torch.dtype) -> Tensor:
         """`only_RI` in a smaller type."""
+        if self.x_RI.dtype == dtype:
+            return self.only_RI
+        small_RI = empty(tuple(self.x_RI.shape), dtype, self.x_RI.device)
         if self._wanted is None or dtype != torch.bfloat16 or not pairs.ABLE:
-            return self.only_RI.to(dtype)
-        bits_RI = pairs.round_picked(self.on_host_RI, *self._wanted)
-        return torch.from_numpy(bits_RI).view(torch.bfloat16)
+            return small_RI.copy_(self.only_RI)
+        pairs.round_picked(self.on_host_RI, *self._wanted, on_host(small_RI))
+        return small_RI
 
     @property
     def unsearched(self) -> tuple[np.ndarray, Wanted | None]:

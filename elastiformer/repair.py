@@ -1,6 +1,7 @@
 """The low-rank addition to the products of some rows in one layer.
 
-Shape letters: R rows   I inputs   O outputs   K rank, in `Joined` of all pairs
+Shape letters: R rows   P rows with spare ones   I inputs   O outputs
+    K rank, in `Joined` of all pairs
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from elastiformer.lora import LoraPair
 from elastiformer.packed import Rows
 from elastiformer.products import Product
 from elastiformer.readings import Reading
+from elastiformer.spare_rows import widened
 
 
 class Part(NamedTuple):
@@ -50,9 +52,10 @@ class Joined(NamedTuple):
 
     def mend(self, reading: Reading, out_RO: Tensor, rows: Rows) -> None:
         """Repair these rows of a product, in place."""
-        inner_RK = F.linear(rows.of(reading.only_RI), self.a_KI)
+        inner_PK = F.linear(widened(rows.of(reading.only_RI)), self.a_KI)
         for inner, outputs, b_OK in self.parts:
-            rows.add(out_RO[:, outputs], F.linear(inner_RK[:, inner], b_OK))
+            branch_PO = F.linear(inner_PK[:, inner], b_OK)
+            rows.add(out_RO[:, outputs], branch_PO[: rows.count])
 
 
 class Repair:

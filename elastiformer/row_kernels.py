@@ -1,11 +1,12 @@
-"""What a CPU does to one row at a time between two products, compiled: norms, rotations, gates.
+"""What a CPU does to one row at a time between two products, compiled: norms, rotations, gates,
+and sums.
 
 Each of them is one call for all rows. As PyTorch's operators, at one row, they would take longer
 to start than to run. The arithmetic is strict, so a row gets the same bits whatever other rows
 there are, in whichever loop it is done.
 
 Shape letters: N rows   D width   M heads   H head size   R rotated part of a head   I neurons
-    G key/value heads   P rows of the pool
+    G key/value heads   P rows of the pool   S some rows   E all numbers of a memory
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from elastiformer.kernels import TURN, compiled
 
-_ALONE = 4  # so few rows are done faster by one thread
+_ALONE = 4  # so few rows are done faster by one thread,
+_SUMS_ALONE = 2**18  # and so few sums
 _SUMS = 16  # kept side by side, so that vector code can add them
 _SHIFT = np.float32(1.5 * 2**23)  # a float32 of this size has no room for fractions
 SILU, GELU = 0, 1
+SUMMED = (torch.float32, torch.bfloat16)  # types of which `add` takes two alike
 # Division by zero gives infinity, as in PyTorch: a check for it would keep loops from vector code.
 _STRICT: Any = {"fastmath": False, "error_model": "numpy"}
 
@@ -69,11 +72,35 @@ def turn(x_NMH: np.ndarray, heads: int, cos_NR: np.ndarray, sin_NR: np.ndarray) 
         _turn_side_by_side(x_NMH, heads, cos_NR, sin_NR)
 
 
+def add(into_ND: Tensor, index_S: np.ndarray, x_SD: Tensor) -> None:
+    """Add to some rows, each of which comes once, in place.
+
+    PyTorch's `index_add_` goes number by number where what it adds to is a part of longer rows.
+
+    Args:
+        into_ND, x_SD: both float32, or both bfloat16; the numbers of a row side by side.
+    """
+    given = flat(into_ND), into_ND.stride(0), index_S, on_host(x_SD)
+    if x_SD.numel() <= _SUMS_ALONE:
+        _add_in_turn(*given)
+        return
+    with TURN:
+        _add_side_by_side(*given)
+
+
 def on_host(x: Tensor) -> np.ndarray:
     """A tensor as kernels take it: of bfloat16, the bits."""
     is_small = x.dtype == torch.bfloat16
     array: np.ndarray = (x.view(torch.uint16) if is_small else x).numpy()
     return array
+
+
+def flat(x_ND: Tensor) -> np.ndarray:
+    """The memory from a tensor's first number to its last, of rows that may lie apart: [E]."""
+    first_1D = x_ND[:1]
+    assert first_1D.is_contiguous(), "a row whose numbers do not lie side by side"
+    count = (len(x_ND) - 1) * x_ND.stride(0) + first_1D.numel()
+    return on_host(x_ND.as_strided((count,), (1,)))
 
 
 @intrinsic
@@ -225,3 +252,23 @@ def _turn_in_turn(x_NMH, heads, cos_NR, sin_NR):  # type: ignore[no-untyped-def]
 def _turn_side_by_side(x_NMH, heads, cos_NR, sin_NR):  # type: ignore[no-untyped-def]
     for row in prange(len(x_NMH)):
         _turn_row(x_NMH[row], heads, cos_NR[row], sin_NR[row])
+
+
+@compiled(**_STRICT)
+def _add_row(into_D, x_D):  # type: ignore[no-untyped-def]
+    for d in range(len(x_D)):
+        into_D[d] = _as_stored(_wide(into_D[d]) + _wide(x_D[d]), into_D)
+
+
+@compiled(**_STRICT)
+def _add_in_turn(into_E, stride, index_S, x_SD):  # type: ignore[no-untyped-def]
+    for place in range(len(index_S)):
+        first = index_S[place] * stride
+        _add_row(into_E[first : first + x_SD.shape[1]], x_SD[place])
+
+
+@compiled(parallel=True, **_STRICT)
+def _add_side_by_side(into_E, stride, index_S, x_SD):  # type: ignore[no-untyped-def]
+    for place in prange(len(index_S)):
+        first = index_S[place] * stride
+        _add_row(into_E[first : first + x_SD.shape[1]], x_SD[place])

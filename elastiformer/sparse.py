@@ -34,6 +34,7 @@ from elastiformer.placing import Placing
 from elastiformer.pointwise import Norm
 from elastiformer.rotary import Rotary, Rotations
 from elastiformer.sequence import Chunk
+from elastiformer.spare_rows import with_room
 from elastiformer.sparse_attention import SparseAttention
 from elastiformer.sparse_mlp import SparseMlp
 from elastiformer.taken import Taken
@@ -96,7 +97,7 @@ class SparseForm:
         placing, taken = self._placing(packed), Taken(packed, self.shape)
         h_ND = self._embed(packed)
         rotations = self._rotary.of(packed, h_ND)
-        self._run_layers(h_ND, packed, placing, taken, rotations)
+        h_ND = self._run_layers(h_ND, packed, placing, taken, rotations)
         logits = self._logits(h_ND, packed)
         taken.settle(self.adapter.units if self.adapter is not None else ())
         if packed.allowances is not None:
@@ -107,27 +108,31 @@ class SparseForm:
 
     def _run_layers(
         self, h_ND: Tensor, packed: Packed, placing: Placing, taken: Taken, rotations: Rotations
-    ) -> None:
+    ) -> Tensor:
+        """What the layers leave; `h_ND` may be changed."""
         if not self._decoding.fits(packed):
-            self._layer_by_layer(h_ND, packed, placing, taken, rotations)
-            return
+            return self._layer_by_layer(h_ND, packed, placing, taken, rotations)
         work = self._decoding.work(packed)
         whole = work is None or self._trial.goes_first_way(work)
         begun = time.perf_counter()
-        run = self._decoding.run if whole else self._layer_by_layer
-        run(h_ND, packed, placing, taken, rotations)
+        if whole:
+            self._decoding.run(h_ND, packed, placing, taken, rotations)
+        else:
+            h_ND = self._layer_by_layer(h_ND, packed, placing, taken, rotations)
         if work is not None:
             self._trial.took(work, whole, time.perf_counter() - begun)
+        return h_ND
 
     def _layer_by_layer(
         self, h_ND: Tensor, packed: Packed, placing: Placing, taken: Taken, rotations: Rotations
-    ) -> None:
+    ) -> Tensor:
         for layer, closes in zip(self.layout.layers, self.workshop.closes, strict=True):
             kind = layer.layer_type if layer.layer_type in rotations else None
             self._attention.run(layer, h_ND, packed, placing, taken, rotations.get(kind))
-            _close(h_ND, closes.attention)
+            h_ND = _closed(h_ND, closes.attention)
             self._mlp.run(layer, h_ND, packed, taken)
-            _close(h_ND, closes.mlp)
+            h_ND = _closed(h_ND, closes.mlp)
+        return h_ND
 
     def prepare(self, seconds: float) -> CostTable:
         """Lay out all products now, and measure which is faster when."""
@@ -202,7 +207,6 @@ def _work(chunks: Sequence[Chunk]) -> Hashable:
     return round(2 * log2(sum(len(chunk.ids) for chunk in chunks))), round(4 * log2(linear))
 
 
-def _close(h_ND: Tensor, norm: Norm | None) -> None:
-    """The norm of families that norm the residual after a sub-layer, in place."""
-    if norm is not None:
-        h_ND.copy_(norm(h_ND))
+def _closed(h_ND: Tensor, norm: Norm | None) -> Tensor:
+    """The residual after a sub-layer, which some families norm."""
+    return h_ND if norm is None else with_room(norm, h_ND)

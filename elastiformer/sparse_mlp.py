@@ -17,6 +17,7 @@ from elastiformer.keeping import Keeping
 from elastiformer.packed import Packed, Rows
 from elastiformer.pointwise import CompiledGate, in_type, makes_anew
 from elastiformer.readings import Values
+from elastiformer.spare_rows import with_room
 from elastiformer.sparse_experts import SparseExperts
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
@@ -66,7 +67,7 @@ class SparseMlp:
             out_RO = tools.mended(layer, front, reading, packed, rows)
         if not isinstance(gate, CompiledGate):
             active = layer.activation if gate is None else gate
-            out_RO = active(out_RO.to(values.dtype))
+            out_RO = with_room(active, out_RO.to(values.dtype))
         made = Values(out_RO, values.dtype, gate if isinstance(gate, CompiledGate) else Tensor.to)
         reading = tools.read(layer, Site.MLP_OUT, made, packed, rows)
         return tools.mended(layer, down, reading, packed, rows)

@@ -20,13 +20,13 @@ LOW_TO_HIGH = """
         priced families encoder_families encoders experts routers lora lora_files unpacking
         shipped originals weights encoder_weights vlms vlm_weights misfits adapter_files adapter
         saved_adapter kernels thresholds plan_grid masked pool cache sequence imaged endings
-        prefixes memory row_kernels pointwise allowances device_allowances packed rotary taken costs
-        vectors stored_tile lanes largest pairs amx tile_blocks many_queries single_queries
-        sub_layers tiles readings products flop_formulas expert_table repair sides attention
-        both_ways placing workshop keeping sparse_heads sparse_attention sparse_experts
-        sparse_mlp decoding device_kernels device_decoding sparse encoding imaging sight planning
-        drawing sampling inputs images encoder_inputs picture_inputs elastic model sharded led vlm
-        encoder __init__
+        prefixes memory spare_rows row_kernels pointwise allowances device_allowances packed rotary
+        taken costs vectors stored_tile lanes largest pairs amx tile_blocks many_queries
+        single_queries sub_layers tiles readings products flop_formulas expert_table repair sides
+        attention both_ways placing workshop keeping sparse_heads sparse_attention
+        sparse_experts sparse_mlp decoding device_kernels device_decoding sparse encoding imaging
+        sight planning drawing sampling inputs images encoder_inputs picture_inputs elastic model
+        sharded led vlm encoder __init__
 
     service: __init__ errors build hosts settings schemas scheduler pace metrics load knob orders
         fetching energy rows bench ledger outputs middleware engine encoder_engine led served

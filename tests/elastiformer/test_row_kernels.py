@@ -76,6 +76,21 @@ def test_a_rotation_is_the_one_in_operators_and_spares_the_heads_after(rows):
     assert torch.equal(small_NMH, widened_NMH.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", row_kernels.SUMMED)
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (33, 24), (2000, 300)])
+def test_a_sum_over_some_rows_is_pytorchs_and_spares_what_stands_beside(dtype, rows, width):
+    torch.manual_seed(rows)
+    wide_NO, x_RD = torch.randn(rows + 7, 3 * width).to(dtype), torch.randn(rows, width).to(dtype)
+    index_R = torch.randperm(rows + 7)[:rows].sort().values
+    expected_NO = wide_NO.clone()
+    expected_NO[:, width : 2 * width].index_add_(0, index_R, x_RD)
+    row_kernels.add(wide_NO[:, width : 2 * width], index_R.numpy(), x_RD)
+    assert torch.equal(wide_NO, expected_NO)
+    whole_ND = torch.zeros(rows + 7, width, dtype=dtype)
+    row_kernels.add(whole_ND, index_R.numpy(), x_RD)
+    assert torch.equal(whole_ND[index_R], x_RD)
+
+
 def test_what_is_not_a_number_stays_none():
     both_N2I = torch.tensor([[float("nan"), 1.0, 2.0, 3.0]])
     out_NI = torch.empty(1, 2)
