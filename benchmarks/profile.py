@@ -43,6 +43,7 @@ from elastiformer import (
     readings,
     row_kernels,
     sub_layers,
+    whole_requests,
 )
 from training.options import whole
 from training.progress import track
@@ -81,6 +82,7 @@ KERNELS: tuple[tuple[ModuleType, str], ...] = (
     (row_kernels, "add"),
     (attention, "attend"),
     (many_queries, "attend"),
+    (whole_requests, "attend"),
 )
 
 

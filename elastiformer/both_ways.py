@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from elastiformer import whole_requests
 from elastiformer.attention import Read, Reads
 from elastiformer.families import Layer
 from elastiformer.spare_rows import empty
@@ -20,7 +21,8 @@ class BothWays:
     """An encoder's attention: every query sees all keys of its request, or a window both ways.
 
     Requests with as many queries and keys are one call, as images are, and so are others of like
-    length, padded. Where a window hides keys, each request is a call.
+    length, padded. In bfloat16, where a CPU has tile registers, all are one (whole_requests.py).
+    Where a window hides keys, each request is a call.
     """
 
     name = "sdpa, both ways"
@@ -32,6 +34,11 @@ class BothWays:
             outs = [self.one(query_NAH, position_N, read, layer) for read in reads.each]
             return torch.cat(outs)
         working, keys_values_RMH = query_NAH.dtype, sides.keys_values_RMH
+        if _goes_in_tiles(query_NAH):
+            out_NAH = empty(tuple(query_NAH.shape), working, query_NAH.device)
+            starts = sides.queries.starts, sides.keys.starts
+            whole_requests.attend(query_NAH, keys_values_RMH, *starts, layer.scale, out_NAH)
+            return out_NAH
         if sides.queries.each == 1 and working == torch.bfloat16 and query_NAH.is_cpu:
             # For lone queries PyTorch's kernel takes twice as long in bfloat16.
             query_NAH, keys_values_RMH = query_NAH.float(), keys_values_RMH.float()
@@ -64,6 +71,13 @@ class BothWays:
             scale=layer.scale,
         )[0]
         return out_AQH.transpose(0, 1)
+
+
+def _goes_in_tiles(query_NAH: Tensor) -> bool:
+    if query_NAH.dtype != torch.bfloat16 or not query_NAH.is_cpu:
+        return False
+    counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
+    return not counted and whole_requests.takes(query_NAH.shape[2])
 
 
 def _together(

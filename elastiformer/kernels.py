@@ -33,6 +33,7 @@ _FILES = (  # all that hold compiled loops
     "thresholds.py",
     "tile_blocks.py",
     "vectors.py",
+    "whole_requests.py",
 )
 _STAMP = tuple(
     (name, status.st_mtime, status.st_size)

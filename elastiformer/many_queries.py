@@ -216,43 +216,53 @@ def _weigh(
     return signature, generate
 
 
-@intrinsic
-def _add_weighed(
-    typing: Any, values: Any, at: Any, apart: Any, weights: Any, blocks: Any, into: Any
-) -> Any:
-    """into[tile of channels, channel, query] = values times weights, over so many blocks of keys.
+def adding(tiles: int) -> Any:
+    """`_add_weighed` for so many tiles of channels at a time."""
 
-    Args:
-        at: where the blocks of the first tile of channels lie; the other tiles' `apart`.
-    """
-    number = types.intp
-    signature = types.void(values, number, number, weights, number, into)
+    @intrinsic
+    def _add_weighed(
+        typing: Any, values: Any, at: Any, apart: Any, weights: Any, blocks: Any, into: Any
+    ) -> Any:
+        """into[tile of channels, channel, query] = values times weights, over the blocks of keys.
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if not amx.KNOWN:  # never called
+        Args:
+            at: where the blocks of the first tile of channels lie; the other tiles' `apart`.
+        """
+        number = types.intp
+        signature = types.void(values, number, number, weights, number, into)
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            if not amx.KNOWN:  # never called
+                return context.get_dummy_value()
+            values, weights, into = (
+                data(context, builder, signature, args, at) for at in (0, 3, 5)
+            )
+            of_weights, of_values = _register(tiles), _register(tiles + 1)
+            firsts = [builder.add(args[1], times(builder, args[2], j)) for j in range(tiles)]
+            for j in range(tiles):
+                _call(builder, "tilezero", _register(j))
+
+            def add(block: Any, _: list[Any]) -> list[Any]:
+                along = times(builder, block, TILE)
+                _call(builder, "tileloadd64", of_weights, bytes_at(builder, weights, along), _LINE)
+                for j, first in enumerate(firsts):
+                    place = bytes_at(builder, values, builder.add(first, along))
+                    _call(builder, "tileloadd64", of_values, place, _LINE)
+                    _call(builder, "tdpbf16ps", _register(j), of_values, of_weights)
+                return []
+
+            loop(builder, ir.Constant(I64, 0), args[4], [], add)
+            for j in range(tiles):
+                to = bytes_at(builder, into, ir.Constant(I64, j * TILE))
+                _call(builder, "tilestored64", _register(j), to, _LINE)
             return context.get_dummy_value()
-        values, weights, into = (data(context, builder, signature, args, at) for at in (0, 3, 5))
-        of_weights, of_values = _register(TILES), _register(TILES + 1)
-        firsts = [builder.add(args[1], times(builder, args[2], j)) for j in range(TILES)]
-        for j in range(TILES):
-            _call(builder, "tilezero", _register(j))
 
-        def add(block: Any, _: list[Any]) -> list[Any]:
-            along = times(builder, block, TILE)
-            _call(builder, "tileloadd64", of_weights, bytes_at(builder, weights, along), _LINE)
-            for j, first in enumerate(firsts):
-                place = bytes_at(builder, values, builder.add(first, along))
-                _call(builder, "tileloadd64", of_values, place, _LINE)
-                _call(builder, "tdpbf16ps", _register(j), of_values, of_weights)
-            return []
+        return signature, generate
 
-        loop(builder, ir.Constant(I64, 0), args[4], [], add)
-        for j in range(TILES):
-            to = bytes_at(builder, into, ir.Constant(I64, j * TILE))
-            _call(builder, "tilestored64", _register(j), to, _LINE)
-        return context.get_dummy_value()
+    return _add_weighed
 
-    return signature, generate
+
+_add_weighed = adding(TILES)
 
 
 @compiled()
@@ -278,7 +288,7 @@ def _attend(  # type: ignore[no-untyped-def]
         at = (value + head * room + 32 * block) * size
         to = (head * tiles * blocks + block) * TILE
         count = min(32, length - 32 * block)
-        pack_values(rows_NH, at, size, count, value_, to, blocks * TILE)
+        pack_values(rows_NH, at, size, tiles, count, value_, to, blocks * TILE)
     config = _config()
     parts = (queries + 15) // 16
     scale_2 = scale * np.float32(1.4426950408889634)
@@ -313,5 +323,5 @@ def _attend(  # type: ignore[no-untyped-def]
             for third in range(0, tiles, TILES):
                 value_at = (kv_head * tiles + third) * blocks * TILE
                 _add_weighed(value_, value_at, blocks * TILE, weight_, (of_keys + 1) // 2, added_)
-                put_out(added_, totals_, out_QAH, at + third * 16, apart, count)
+                put_out(added_, TILES, totals_, out_QAH, at + third * 16, apart, count)
         _release()

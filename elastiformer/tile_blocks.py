@@ -91,26 +91,27 @@ def pack_queries(
 
 @intrinsic
 def pack_values(
-    typing: Any, rows: Any, at: Any, size: Any, count: Any, into: Any, to: Any, apart: Any
-) -> Any:
+    typing: Any, rows: Any, at: Any, between: Any, tiles: Any, count: Any, into: Any, to: Any,
+    apart: Any,
+) -> Any:  # fmt: skip
     """into[tile of channels, channel, pair of keys] = the values of 32 keys, of which `count` are.
 
     Args:
-        at: of the first key's value; the keys lie `size` apart.
+        at: of the first key's value, of so many tiles of channels; the keys lie so far `between`.
         to: where the first tile goes; the others `apart`.
     """
     number = types.intp
-    signature = types.void(rows, number, number, number, into, number, number)
+    signature = types.void(rows, number, number, number, number, into, number, number)
     halves = ir.VectorType(ir.IntType(16), LANES)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        from_, into = (data(context, builder, signature, args, place) for place in (0, 4))
+        from_, into = (data(context, builder, signature, args, place) for place in (0, 5))
         zero, nothing = ir.Constant(I64, 0), ir.Constant(INTS, [0] * LANES)
         sixteen = ir.Constant(INTS, [16] * LANES)
         places, held = [], []
         for key in range(2 * LANES):
             own = ir.Constant(I64, key)
-            held.append(builder.icmp_signed("<", own, args[3]))
+            held.append(builder.icmp_signed("<", own, args[4]))
             places.append(builder.mul(builder.select(held[-1], own, zero), args[2]))
 
         def pack(tile: Any, _: list[Any]) -> list[Any]:
@@ -124,12 +125,12 @@ def pack_values(
                 builder.or_(low, builder.shl(high, sixteen))
                 for low, high in zip(wide[::2], wide[1::2], strict=True)
             ]
-            start = builder.add(args[5], builder.mul(args[6], tile))
+            start = builder.add(args[6], builder.mul(args[7], tile))
             for channel, line in enumerate(_turned(builder, lines)):
                 builder.store(line, vector_at(builder, into, start, channel, INTS), align=64)
             return []
 
-        loop(builder, zero, builder.udiv(args[2], ir.Constant(I64, LANES)), [], pack)
+        loop(builder, zero, args[3], [], pack)
         return context.get_dummy_value()
 
     return signature, generate
@@ -151,19 +152,22 @@ def paired(builder: Any, first: Any, second: Any) -> Any:
 
 
 @intrinsic
-def put_out(typing: Any, added: Any, totals: Any, out: Any, at: Any, apart: Any, count: Any) -> Any:
+def put_out(
+    typing: Any, added: Any, tiles: Any, totals: Any, out: Any, at: Any, apart: Any, count: Any
+) -> Any:
     """out[query, channel] = added[channel, query] / total[query] as bfloat16, of `count` queries.
 
     Args:
+        added: so many tiles of channels.
         at: of the first query's channels; the queries lie `apart`.
     """
     number = types.intp
-    signature = types.void(added, totals, out, number, number, number)
+    signature = types.void(added, number, totals, out, number, number, number)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if not amx.KNOWN:  # never called
             return context.get_dummy_value()
-        added, totals, out = (data(context, builder, signature, args, at) for at in (0, 1, 2))
+        added, totals, out = (data(context, builder, signature, args, at) for at in (0, 2, 3))
         zero = ir.Constant(I64, 0)
         total = builder.load(vector_at(builder, totals, zero), align=4)
         share = builder.fdiv(same(1.0), total)
@@ -172,19 +176,22 @@ def put_out(typing: Any, added: Any, totals: Any, out: Any, at: Any, apart: Any,
             builder.module, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512"
         )
         halves = ir.VectorType(ir.IntType(16), LANES)
-        for j in range(TILES):
-            lines = []
+
+        def put(tile: Any, _: list[Any]) -> list[Any]:
+            lines, start = [], times(builder, tile, TILE)
             for channel in range(LANES):
-                start = ir.Constant(I64, j * TILE)
                 line = builder.load(vector_at(builder, added, start, channel), align=64)
                 lines.append(builder.fmul(line, share))
+            first = builder.add(args[4], times(builder, tile, LANES))
             for query, line in enumerate(_turned(builder, lines)):
                 own = ir.Constant(I64, query)
-                with builder.if_then(builder.icmp_signed("<", own, args[5])):
-                    place = builder.add(args[3], builder.mul(args[4], own))
-                    place = builder.add(place, ir.Constant(I64, j * LANES))
+                with builder.if_then(builder.icmp_signed("<", own, args[6])):
+                    place = builder.add(first, builder.mul(args[5], own))
                     small = builder.bitcast(builder.call(rounded, [line]), halves)
                     builder.store(small, vector_at(builder, out, place, kind=halves), align=2)
+            return []
+
+        loop(builder, zero, args[1], [], put)
         return context.get_dummy_value()
 
     return signature, generate
