@@ -21,9 +21,9 @@ LOW_TO_HIGH = """
         shipped originals weights encoder_weights vlms vlm_weights misfits adapter_files adapter
         saved_adapter kernels thresholds plan_grid masked pool cache sequence imaged endings
         prefixes memory spare_rows row_kernels pointwise allowances device_allowances packed rotary
-        taken costs vectors stored_tile lanes largest pairs amx tile_blocks many_queries whole_requests
-        single_queries sub_layers tiles readings products flop_formulas expert_table repair sides
-        attention both_ways placing workshop keeping sparse_heads sparse_attention
+        taken costs vectors stored_tile lanes largest pairs amx tile_blocks many_queries
+        whole_requests single_queries sub_layers tiles readings products flop_formulas expert_table
+        repair sides attention both_ways placing workshop keeping sparse_heads sparse_attention
         sparse_experts sparse_mlp decoding device_kernels device_decoding sparse encoding imaging
         sight planning drawing sampling inputs images encoder_inputs picture_inputs elastic model
         sharded led vlm encoder __init__
