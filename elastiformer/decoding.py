@@ -22,7 +22,7 @@ from elastiformer import sub_layers
 from elastiformer.capacity import Phase, Site
 from elastiformer.device_allowances import DeviceAllowances
 from elastiformer.families import Layer
-from elastiformer.packed import Packed
+from elastiformer.packed import Packed, Rows
 from elastiformer.placing import Placing
 from elastiformer.pointwise import CompiledGate, CompiledNorm, Rotation
 from elastiformer.products import one_after_another
@@ -33,6 +33,7 @@ from elastiformer.thresholds import Grants
 from elastiformer.workshop import SITES, Workshop
 
 MOST_ROWS = 128  # that are worth a trial
+MOST_LATE_ROWS = 32  # more are faster layer by layer
 _NO_COUNTS = np.empty(0, dtype=np.int64)
 
 
@@ -126,6 +127,49 @@ class Decoding:
             sub_layers.run(h, run.layers, turns, cached.of(of_run), grants.of(of_run))
             for layer in range(run.first, run.stop):
                 taken.keys(placing.keys(layer))
+
+    def may_run_late(self, rows: Rows, packed: Packed) -> bool:
+        """Whether some rows, which from some layer on run whole, may run by themselves from there.
+
+        They get the bits that they would get beside the others, but for the order in which the
+        sum over keys is made.
+        """
+        counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
+        if counted or self._runs is None or not 0 < rows.count <= MOST_LATE_ROWS:
+            return False
+        return bool(self._may_run_many or rows.count <= self._few_rows) and (
+            max(packed.positions[row] for row in rows.rows_R) < self._window
+        )
+
+    def run_late(
+        self,
+        h_ND: Tensor,
+        rows: Rows,
+        layers: slice,
+        packed: Packed,
+        placing: Placing,
+        rotations: dict[str | None, Rotation],
+    ) -> None:
+        """Run some layers over some rows of the residual, in place; all of their channels.
+
+        The keys and values that the other rows leave in these layers are there already.
+        """
+        assert self._runs is not None, "rows that may not run so"
+        h_RD = np.ascontiguousarray(rows.of(h_ND).numpy())
+        nothing_NR = np.empty((rows.count, 0), dtype=np.float32)
+        cached = placing.lone(rows)
+        grants = _granted(packed.channels_LTK, packed.kind_N[rows.rows_R])
+        for run in self._runs:
+            some = slice(max(run.first, layers.start), min(run.stop, layers.stop))
+            if some.start >= some.stop:
+                continue
+            rotation = rotations.get(run.layer_type, rotations.get(None))
+            turns = Turns(nothing_NR, nothing_NR)
+            if rotation is not None:
+                turns = Turns(*rows.turn(rotation).on_host)
+            inside = slice(some.start - run.first, some.stop - run.first)
+            sub_layers.run(h_RD, run.layers.of(inside), turns, cached.of(some), grants.of(some))
+        rows.put(h_ND, torch.from_numpy(h_RD))
 
     @cached_property
     def _last(self) -> Layer:
@@ -238,7 +282,11 @@ def _grants(packed: Packed) -> Grants:
     assert not isinstance(packed.allowances, DeviceAllowances), "a step that does not fit"
     if packed.allowances is not None:
         return packed.allowances.grants
-    channels_LTK, kind_N = packed.channels_LTK, packed.kind_N
+    return _granted(packed.channels_LTK, packed.kind_N)
+
+
+def _granted(channels_LTK: np.ndarray, kind_N: np.ndarray) -> Grants:
+    """Rows that take what they are granted."""
     no_ladder_LTG = np.empty((*channels_LTK.shape[:2], 0), dtype=np.float32)
     no_debts_LTO = np.empty(no_ladder_LTG.shape, dtype=np.int64)
     return Grants(

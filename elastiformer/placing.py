@@ -64,7 +64,7 @@ class Placing:
 
     def place(self, layer: int, rows: Rows, keys_values_RMH: Tensor | None) -> None:
         """Write the keys and values [R, 2G, H] of these rows into their caches."""
-        index_RG = self._index_LNG[layer] if self._complete else self._next(layer, rows)
+        index_RG = rows.of(self._index_LNG[layer]) if self._complete else self._next(layer, rows)
         if keys_values_RMH is None:
             return
         into_NH = self._pool.rows
@@ -86,6 +86,28 @@ class Placing:
         return Cached(
             rows_PH, index_LNG, chunk_C, lies.first_LC, value_LC, lies.room_LC, lies.length_LC
         )
+
+    def lone(self, rows: Rows) -> Cached:
+        """Where keys and values of some rows go in all layers, and what each of them reads.
+
+        Of complete caches: each reads the keys up to its own position.
+        """
+        assert self._whole_LNG is not None, "caches that are not complete"
+        chunk_R = self._packed.chunk_N[rows.rows_R]
+        first_LR, room_LR = self._first_LC[:, chunk_R], self._room_LC[:, chunk_R]
+        value_LR = first_LR + self._caches[0].shape.kv_heads * room_LR
+        length_R = np.array(self._packed.positions, dtype=np.int64)[rows.rows_R] + 1
+        length_LR = np.tile(length_R, (len(first_LR), 1))
+        index_LRG = np.ascontiguousarray(self._whole_LNG[:, rows.rows_R])
+        return Cached(
+            on_host(self._pool.rows), index_LRG, np.arange(rows.count),
+            first_LR, value_LR, room_LR, length_LR,
+        )  # fmt: skip
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer takes every row."""
+        return self._complete
 
     def grow_in_all_layers(self) -> np.ndarray:
         """Make room for chunks of one row each that every layer takes: its places [L, N, 2G]."""
@@ -205,7 +227,7 @@ class WholePlacing(Placing):
     """Of sequences that run in one step: a layer's keys and values last until the next one's."""
 
     def __init__(self, packed: Packed) -> None:
-        self._packed = packed
+        self._packed, self._complete = packed, False
         self._parts: dict[Rows, list[_Part]] = {}
         self._bounds: dict[Rows, Bounds] = {}
         none_S = np.empty(0, dtype=np.int64)

@@ -23,6 +23,7 @@ from elastiformer.accounting import (
     repaired_from,
 )
 from elastiformer.capacity import (
+    LayerPlan,
     Plan,
     Site,
     dense_plan,
@@ -76,6 +77,22 @@ class PricedPlan:
     leaves_heads_out: bool
     leaves_experts_out: bool
     _root: Callable[[Plan], PricedPlan]
+
+    @cached_property
+    def left_from(self) -> int:
+        """The layer from which on, but for the last one, all sub-layers are left out."""
+        return self._alike_from(lambda layer: layer.attention_tokens == 0 == layer.mlp_tokens)
+
+    @cached_property
+    def whole_from(self) -> int:
+        """The layer from which on, but for the last one, nothing is left out."""
+        return self._alike_from(lambda layer: layer == LayerPlan())
+
+    def _alike_from(self, holds: Callable[[LayerPlan], bool]) -> int:
+        first = len(self.plan) - 1
+        while first and holds(self.plan[first - 1]):
+            first -= 1
+        return first
 
     @cached_property
     def rooted(self) -> PricedPlan:

@@ -28,6 +28,7 @@ from elastiformer.costs import CostTable, Trial
 from elastiformer.decoding import Decoding
 from elastiformer.families import Layout
 from elastiformer.keeping import Keeping
+from elastiformer.late_layers import LateLayers
 from elastiformer.originals import Originals
 from elastiformer.packed import Packed
 from elastiformer.placing import Placing
@@ -61,6 +62,7 @@ class SparseForm:
         self._attention = SparseAttention(self.workshop, keeping)
         self._mlp = SparseMlp(self.workshop, keeping)
         self._decoding, self._trial = _decoding(self.workshop), Trial()
+        self._late = LateLayers(self.workshop, self._attention, self._decoding)
         self._rotary = Rotary(layout)
 
     @torch.inference_mode()
@@ -126,7 +128,12 @@ class SparseForm:
     def _layer_by_layer(
         self, h_ND: Tensor, packed: Packed, placing: Placing, taken: Taken, rotations: Rotations
     ) -> Tensor:
+        late = self._late.of(packed, placing)
         for layer, closes in zip(self.layout.layers, self.workshop.closes, strict=True):
+            if late is not None and layer.index in late.layers:
+                if layer.index == late.layers.start:
+                    self._late.run(late, h_ND, packed, placing, taken, rotations)
+                continue
             kind = layer.layer_type if layer.layer_type in rotations else None
             self._attention.run(layer, h_ND, packed, placing, taken, rotations.get(kind))
             h_ND = _closed(h_ND, closes.attention)

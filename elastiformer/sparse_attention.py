@@ -69,6 +69,20 @@ class SparseAttention:
             assert x_ND is not None, "routers decide here"
             self._heads.run(layer, x_ND, by_head, kept, h_ND, packed, placing, rotation)
 
+    def place_keys(
+        self,
+        layer: Layer,
+        h_ND: Tensor,
+        rows: Rows,
+        packed: Packed,
+        placing: Placing,
+        rotation: Rotation | None,
+    ) -> None:
+        """Leave keys and values of rows that ask nothing."""
+        norm = self.workshop.attention_norms[layer.index]
+        values = Values(h_ND, h_ND.dtype, partial(in_type, norm), makes_anew(norm))
+        self._project(layer, values, packed, placing, (rows, packed.nothing), rotation)
+
     def _project(
         self,
         layer: Layer,

@@ -47,6 +47,16 @@ class Weight(NamedTuple):
     ahead: int
     pairs: bool  # whether several rows are multiplied as in pairs.py, or amx.py
 
+    def of(self, layers: slice) -> Weight:
+        """Of some layers."""
+        return self._replace(
+            weight_SICW=self.weight_SICW[layers],
+            steps=self.steps[layers],
+            lows=self.lows[layers],
+            bias_O=self.bias_O[layers],
+            norms_I=self.norms_I[layers],
+        )
+
 
 class Heads(NamedTuple):
     """How a layer's attention is cut into heads."""
@@ -69,6 +79,17 @@ class Layers(NamedTuple):
     gated: Weight  # the gate and what it is to act on
     form: int  # of the gate (row_kernels.py)
     down: Weight
+
+    def of(self, layers: slice) -> Layers:
+        """Some of them."""
+        return self._replace(
+            attention_scale_LD=self.attention_scale_LD[layers],
+            mlp_scale_LD=self.mlp_scale_LD[layers],
+            front=self.front.of(layers),
+            out=self.out.of(layers),
+            gated=self.gated.of(layers),
+            down=self.down.of(layers),
+        )
 
 
 class Cached(NamedTuple):

@@ -39,10 +39,14 @@ def text(tokens: int = TOKENS, seed: int = 3) -> Tensor:
 
 
 def elastic(
-    family: str = "llama", units: Many[Unit] = EVERY_UNIT, **choices: object
+    family: str = "llama",
+    units: Many[Unit] = EVERY_UNIT,
+    layers: int = LAYERS,
+    **choices: object,
 ) -> ElasticModel:
     """A tiny model with an untrained, shaken adapter: no score is near another."""
-    model = ElasticModel(tiny(family))
+    changes = {} if layers == LAYERS else {"num_hidden_layers": layers}
+    model = ElasticModel(tiny(family, **changes))
     settings = {"experts": EXPERTS, "lora_rank": 2, "calibration_ids": text(), **choices}
     adapter: Adapter = model.blank_adapter(units, **settings)  # type: ignore[arg-type]
     shaken = torch.Generator().manual_seed(5)

@@ -1,0 +1,126 @@
+"""The late layers of prompts: few rows run them in one call, and nothing else comes of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from elastiformer import (
+    Chunk,
+    ElasticModel,
+    LayerPlan,
+    Phase,
+    Sequence,
+    Unit,
+)
+from elastiformer.capacity import DENSE
+from elastiformer.late_layers import LateLayers
+from tests.devices import cpu_only
+from tests.elastiformer.elastic import PROMPT, TOKENS, elastic, run, text
+from tests.tiny import LAYERS
+
+pytestmark = cpu_only
+LEFT = LayerPlan(attention_tokens=0.0, mlp_tokens=0.0)
+ENDS = 3  # tokens of a prompt that run whole at its end
+
+
+def ending(model: ElasticModel, first: int, prompt: int = PROMPT) -> Sequence:
+    """One whose prompt leaves all layers from `first` on, but for its last tokens."""
+    pricing = model._planner.pricing
+    layers = len(model.layout.layers)
+    plan = (LayerPlan(),) * first + (LEFT,) * (layers - first)
+    before, whole = pricing[Phase.PROMPT].of(plan), pricing[Phase.PROMPT].dense
+    output = pricing[Phase.OUTPUT].dense
+    sequence = model.sequence(DENSE, prompt, TOKENS)
+
+    def plan_at(phase, position):
+        if phase is Phase.OUTPUT:
+            return output
+        return whole if position >= prompt - 1 - ENDS else before
+
+    sequence._plan_at = plan_at
+    return sequence
+
+
+def ran(monkeypatch) -> list[tuple[range, int, int]]:
+    """The layers of each step that ran so, with how many rows run and left them."""
+    found, run_them = [], LateLayers.run
+
+    def noted(self, late, *rest):
+        found.append((late.layers, late.whole.count, late.left.count))
+        run_them(self, late, *rest)
+
+    monkeypatch.setattr(LateLayers, "run", noted)
+    return found
+
+
+def both_ways(model: ElasticModel, monkeypatch, pieces: list[int], first: int):
+    """Logits, keys and values, and usage: with the late layers apart, and layer by layer."""
+    ids = text()[0].tolist()
+    results = []
+    for apart in (True, False):
+        with monkeypatch.context() as patched:
+            if not apart:
+                patched.setattr(LateLayers, "of", lambda self, packed, placing: None)
+            sequence = ending(model, first)
+            cuts, at = [], 0
+            for size in pieces:
+                cuts.append(ids[at : at + size])
+                at += size
+            logits = run(model, sequence, [*cuts, *([token] for token in ids[at:])])
+            kept = [sequence.cache.held(layer) for layer in range(len(model.layout.layers))]
+            states = [torch.stack([held.keys_GKH, held.values_GKH]).clone() for held in kept]
+            results.append((logits, states, sequence.usage))
+            sequence.release()
+    return results
+
+
+@pytest.mark.parametrize("units", [(Unit.CHANNELS,), (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS)])
+@pytest.mark.parametrize("pieces", [[PROMPT], [PROMPT - 2, 2], [2, PROMPT - 2], [1, 3, 5]])
+@pytest.mark.parametrize("first", [0, 1])
+def test_late_layers_leave_what_they_leave_layer_by_layer(units, pieces, first, monkeypatch):
+    """With repairs of the rows that leave them, too."""
+    model = elastic("llama", units, layers=LAYERS + 1)
+    found = ran(monkeypatch)
+    (logits, states, usage), (expected, expected_states, expected_usage) = both_ways(
+        model, monkeypatch, pieces, first
+    )
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    for own, other in zip(states, expected_states, strict=True):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)
+    assert usage == expected_usage
+    assert found and all(layers == range(first, LAYERS) for layers, _, _ in found)
+    left = PROMPT - 1 - ENDS - 1  # position 0 is kept everywhere
+    assert sum(count for _, _, count in found) <= left
+
+
+def test_requests_of_a_step_run_them_together(monkeypatch):
+    model = elastic("llama", (Unit.CHANNELS,), layers=LAYERS + 1)
+    found = ran(monkeypatch)
+    ids = [text(seed=seed)[0].tolist() for seed in range(2)]
+    alone = []
+    for own in ids:
+        sequence = ending(model, 1)
+        alone.append(model.step([Chunk(sequence, own[:PROMPT])])[0])
+    found.clear()
+    together = [ending(model, 1) for _ in ids]
+    logits = model.step([Chunk(s, own[:PROMPT]) for s, own in zip(together, ids, strict=True)])
+    torch.testing.assert_close(torch.cat(logits), torch.cat(alone), atol=1e-5, rtol=1e-5)
+    assert len(found) == 1 and found[0][1:] == (2 * (1 + ENDS + 1), 2 * (PROMPT - 1 - ENDS - 1))
+
+
+def test_nobody_but_whole_rows_goes_that_way(monkeypatch):
+    """Dense prompts, and rows that leave out something else in those layers."""
+    model = elastic("llama", (Unit.CHANNELS, Unit.HEADS), layers=LAYERS + 1)
+    found = ran(monkeypatch)
+    dense = ending(model, LAYERS + 1)
+    model.step([Chunk(dense, text()[0, :PROMPT].tolist())])
+    pricing = model._planner.pricing[Phase.OUTPUT]
+    some = pricing.of((LayerPlan(heads=0.5),) * (LAYERS + 1))
+    sequence = ending(model, 1)
+    plan_at = sequence._plan_at
+    sequence._plan_at = lambda phase, position: (
+        some if phase is Phase.OUTPUT else plan_at(phase, position)
+    )
+    model.step([Chunk(sequence, text()[0, :PROMPT].tolist())])
+    assert not found
