@@ -20,7 +20,6 @@ from elastiformer.cache import CacheShape, SequenceCache, blocks_of
 from elastiformer.capacity import Capacity, Plan
 from elastiformer.costs import CostTable
 from elastiformer.elastic import NO_ROUTING, Elastic
-from elastiformer.endings import EndingPlans
 from elastiformer.errors import CapacityError, InputError
 from elastiformer.families import describe
 from elastiformer.masked import MaskedResult, run_masked
@@ -135,10 +134,10 @@ class ElasticModel(Elastic):
             raise InputError("a prompt has at least one token; got none")
         self._check_context(most_tokens)
         cache = self._room_for(capacity, prompt_tokens, most_tokens, scored)
-        plans = self._planner.ending_plans(capacity, prompt_tokens)
-        sequence = Sequence(plans.after(), prompt_tokens, most_tokens, scored, cache)
+        plan_at = self._planner.plan_at(capacity, prompt_tokens)
+        sequence = Sequence(plan_at, prompt_tokens, most_tokens, scored, cache)
         if prompt is not None and not scored:
-            self._adopt(sequence, plans, tuple(prompt), shared)
+            self._adopt(sequence, tuple(prompt), shared)
         return sequence
 
     def _check_context(self, tokens: int) -> None:
@@ -158,14 +157,12 @@ class ElasticModel(Elastic):
         pool = self.cache or self._growing
         return SequenceCache(pool, self._cache_shape, rooms, complete, self.device)
 
-    def _adopt(
-        self, sequence: Sequence, plans: EndingPlans, keys: tuple[int, ...], shared: bool
-    ) -> None:
+    def _adopt(self, sequence: Sequence, keys: tuple[int, ...], shared: bool) -> None:
         """Let a new sequence begin after what is stored under the keys of its prompt's tokens."""
         if self.prefixes is not None:
             assert len(keys) == sequence.prompt_tokens, "a prompt of another length"
             sequence.prompt, sequence.shares_prompt = keys, shared
-            self.prefixes.adopt(sequence, keys, plans)
+            self.prefixes.adopt(sequence, keys)
 
     def step(self, chunks: Many[Chunk]) -> list[Tensor]:
         """Run the next tokens of any mix of sequences.

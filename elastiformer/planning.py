@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,7 +24,6 @@ from elastiformer.capacity import (
     UnitShares,
     dense_plan,
 )
-from elastiformer.endings import Ending, EndingPlans, PlanAt, prompt_ending
 from elastiformer.errors import CapacityError
 from elastiformer.priced import PricedPlan, Pricing
 from elastiformer.routers import TOKEN_UNITS, most_kept
@@ -31,9 +31,14 @@ from elastiformer.sequence import Kind
 
 _REMEMBERED = 4096
 _STEPS_PER_OCTAVE = 8
+# What follows a prompt reads its last tokens most: they run whole, and those before make up for it.
+_END_TOKENS, _END_PART = 8, 16  # so many, but no more than one of so many,
+_END_PRICE = 0.011  # nor more than take so much from the capacity of the others
 # An answer hangs on its first tokens most: they run whole where a prompt's image tokens make up for
 # half of it beforehand, and for the other half nobody does: so much of the capacity at most.
 _OPENING_TOKENS, _OPENING_PRICE = 8, 0.011
+
+PlanAt = Callable[[Phase, int], PricedPlan]
 
 
 class _Priced(NamedTuple):
@@ -45,6 +50,13 @@ class _Priced(NamedTuple):
 
     def at(self, position: int) -> PricedPlan:
         return self.fuller if self.schedule.is_fuller(position) else self.leaner
+
+
+class Ending(NamedTuple):
+    """The last tokens of a prompt, which run whole, and what the others then ask for."""
+
+    tokens: int
+    others: float
 
 
 class Opening(NamedTuple):
@@ -86,18 +98,19 @@ class Planner:
 
         The last tokens of a prompt run whole, as far as the others can make up for it.
         """
-        return self.ending_plans(capacity, prompt_tokens).after()
+        if isinstance(capacity.prompt, UnitShares) or capacity.prompt == 1.0:
+            return self._plan_at(capacity, prompt_tokens)
+        ending = self._ending(capacity.prompt, prompt_context(prompt_tokens))
+        first = prompt_tokens - 1 - ending.tokens  # the very last token is of phase output
+        dense = self.pricing[Phase.PROMPT].dense
+        before = self._plan_at(replace(capacity, prompt=ending.others), prompt_tokens)
 
-    def ending_plans(self, capacity: Capacity, prompt_tokens: int) -> EndingPlans:
-        """The same, and what changes where some of the prompt is stored."""
-        share = capacity.prompt
-        if isinstance(share, UnitShares) or share == 1.0:
-            ending, others = Ending(0, 1.0), capacity
-        else:
-            ending = self._ending(share, prompt_context(prompt_tokens))
-            others = replace(capacity, prompt=ending.others)
-        before, dense = self._plan_at(others, prompt_tokens), self.pricing[Phase.PROMPT].dense
-        return EndingPlans(before, dense, prompt_tokens, ending)
+        def plan_at(phase: Phase, position: int) -> PricedPlan:
+            if phase is Phase.PROMPT and position >= first:
+                return dense
+            return before(phase, position)
+
+        return plan_at
 
     def _plan_at(self, capacity: Capacity, prompt_tokens: int) -> PlanAt:
         """The same without that: what all tokens of a phase do alike."""
@@ -170,18 +183,18 @@ class Planner:
         layers = len(self.shape.layers)
         if self.shape.kv == "complete":
             return (most_tokens,) * layers
-        plans = self.ending_plans(capacity, prompt_tokens)
+        plan_at = self.plan_at(capacity, prompt_tokens)
         prompts = 0 if scored else prompt_tokens - 1
-        outputs = range(max(prompts, 1), most_tokens)
-        most_of_outputs = _most_kept(plans.before, Phase.OUTPUT, outputs, layers)
-        # How a prompt ends hangs on what is stored of it.
-        endings = [
-            _most_kept(plans.at(last_whole), Phase.PROMPT, range(1, prompts), layers)
-            for last_whole in range(plans.ending.tokens + 1)
-        ]
-        most_of_prompt = map(max, zip(*endings, strict=True))
-        # Position 0 is kept everywhere.
-        return tuple(map(sum, zip((1,) * layers, most_of_prompt, most_of_outputs, strict=True)))
+        rooms = [1] * layers  # position 0 is kept everywhere
+        for phase, positions in (
+            (Phase.PROMPT, range(1, prompts)),
+            (Phase.OUTPUT, range(max(prompts, 1), most_tokens)),
+        ):
+            under = Counter(plan_at(phase, position) for position in positions)
+            for layer in range(layers):
+                shares = {plan: plan.plan[layer].attention_tokens for plan in under}
+                rooms[layer] += most_kept([(shares[plan], n) for plan, n in under.items()])
+        return tuple(rooms)
 
     def _make_schedule(self, share: float, phase: Phase, context: int) -> Schedule:
         assert self.calibration is not None
@@ -217,13 +230,23 @@ class Planner:
             self._schedule(share, phase, context)
 
 
-def _most_kept(plan_at: PlanAt, phase: Phase, positions: range, layers: int) -> list[int]:
-    """The most of these tokens that each layer can come to keep, [L]."""
-    under = Counter(plan_at(phase, position) for position in positions)
-    return [
-        most_kept([(plan.plan[layer].attention_tokens, n) for plan, n in under.items()])
-        for layer in range(layers)
-    ]
+def prompt_ending(
+    calibration: Calibration, shape: ModelShape, share: float, context: int
+) -> Ending:
+    """How a prompt of about `context` tokens ends: with fewer where the others cannot pay."""
+    lowest, dense = calibration.lowest, dense_plan(len(shape.layers))
+    whole = shape.of_phase(Phase.PROMPT).planned_share(dense, context)
+    if not lowest < share < whole:
+        return Ending(0, share)
+    price = min(_END_PRICE, share - lowest)
+    payable = math.floor(price / (whole - share + price) * context)
+    tokens = min(_END_TOKENS, context // _END_PART, payable)
+    others = others_share(share, whole, tokens, context)
+    try:
+        calibration.schedule(others, Phase.PROMPT, shape, context)
+    except CapacityError:  # out of the path's reach at this length
+        return Ending(0, share)
+    return Ending(tokens, others)
 
 
 def answer_opening(share: float, sent: int) -> Opening:
@@ -244,6 +267,11 @@ def opened(plan_at: PlanAt, whole: PricedPlan, first: int) -> PlanAt:
         return plan_at(phase, position)
 
     return plan_or_whole
+
+
+def others_share(share: float, whole: float, tokens: int, context: int) -> float:
+    """What the others of a prompt ask for, where so many tokens of it spend `whole` each."""
+    return share - (whole - share) * tokens / (context - tokens)
 
 
 def prompt_context(tokens: int) -> int:

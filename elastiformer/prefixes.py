@@ -3,10 +3,9 @@
 What a token leaves in the cache depends on every token before it and on the plan each of them ran
 under. So a stored piece is found by its tokens *and* their plans, piece after piece from the
 start: nothing computed at one capacity is served to another, and nothing of phase output to a
-prompt. How a prompt ends hangs on what is stored of it (endings.py): what others left that went on
-from the same pieces is looked for too. A hit copies into the sequence's own room: tens of kilobytes
-a token, instead of a token's products. Stored pieces live in blocks of the pool that nobody needs,
-and give way when somebody does, the least recently used first.
+prompt. A hit copies into the sequence's own room: tens of kilobytes a token, instead of a token's
+products. Stored pieces live in blocks of the pool that nobody needs, and give way when somebody
+does, the least recently used first.
 
 Pieces are multiples of PIECE_TOKENS. Of a prompt that several sequences are known to share, the
 rest before its last token is stored too; it serves that prompt and no longer one.
@@ -17,17 +16,13 @@ Shape letters: L layers   G key/value heads
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from elastiformer.capacity import Phase
-from elastiformer.endings import EndingPlans
 from elastiformer.pool import Extent, Pool
 from elastiformer.priced import PricedPlan
 from elastiformer.sequence import DebtKey, Sequence
@@ -35,7 +30,6 @@ from elastiformer.sequence import DebtKey, Sequence
 PIECE_TOKENS = 32
 
 _Key = tuple[tuple[int, ...], tuple[PricedPlan, ...]]  # of a piece: its tokens and their plans
-_PlanOf = Callable[[int], PricedPlan]  # of a prompt's token, by position
 
 
 @dataclass(eq=False, slots=True)
@@ -63,28 +57,17 @@ class PrefixStore:
         self.stored_tokens = self.queried_tokens = self.hit_tokens = 0
         pool.evict_with(self._evict, lambda: self._blocks)
 
-    def adopt(self, sequence: Sequence, prompt: Many[int], plans: EndingPlans) -> None:
+    def adopt(self, sequence: Sequence, prompt: Many[int]) -> None:
         """Copy the longest stored beginning of a prompt into a new sequence."""
         usable = len(prompt) - 1  # the last prompt token is of phase output
         self.queried_tokens += usable
         path: list[_Piece] = []
         here = self._root
-        # How a request may have ended this prompt that began with the pieces found.
-        endings: dict[int, _PlanOf] = {}
-        while True:
-            last_whole = plans.last_whole(here.stop)
-            if last_whole not in endings:
-                endings[last_whole] = partial(plans.at(last_whole), Phase.PROMPT)
-            found = (self._next(here, each, prompt, usable) for each in endings.values())
-            child = next((each for each in found if each is not None), None)
-            if child is None:
-                break
+        while child := self._next(here, sequence, prompt, usable):
             path.append(child)
             here = child
         if path:
             self._copy(path, sequence)
-            stored = tuple(plan for piece in path for plan in piece.key[1])
-            sequence.resume(here.stop, here.debts, plans.after(stored))
             self.hit_tokens += here.stop
             self._touch(here)
         sequence.stored = here.stop
@@ -122,13 +105,13 @@ class PrefixStore:
             sequence.stored = stop
 
     def _next(
-        self, here: _Piece, plan_of: _PlanOf, prompt: Many[int], usable: int
+        self, here: _Piece, sequence: Sequence, prompt: Many[int], usable: int
     ) -> _Piece | None:
         lengths = sorted({len(tokens) for tokens, _ in here.children}, reverse=True)
         for length in lengths:
             stop = here.stop + length
             if stop == usable or (stop < usable and length % PIECE_TOKENS == 0):
-                child = here.children.get(_key(plan_of, prompt, here.stop, stop))
+                child = here.children.get(_key(sequence, prompt, here.stop, stop))
                 if child is not None:
                     return child
         return None
@@ -137,13 +120,13 @@ class PrefixStore:
         """The piece that ends at `stop`; None when it has been evicted."""
         here: _Piece | None = self._root
         while here is not None and here.stop < stop:
-            here = self._next(here, sequence.plan_at, prompt, stop)
+            here = self._next(here, sequence, prompt, stop)
         return here
 
     def _add(
         self, parent: _Piece, sequence: Sequence, prompt: Many[int], stop: int
     ) -> _Piece | None:
-        key = _key(sequence.plan_at, prompt, parent.stop, stop)
+        key = _key(sequence, prompt, parent.stop, stop)
         if key in parent.children:
             return parent.children[key]
         cache = sequence.cache
@@ -204,6 +187,7 @@ class PrefixStore:
             cache.length_L += piece.kept_L
         rows = self._pool.rows
         rows[self._index(np.concatenate(targets))] = rows[self._index(np.concatenate(sources))]
+        sequence.resume(path[-1].stop, path[-1].debts)
 
     def _touch(self, piece: _Piece) -> None:
         """Note its use; its parents' after its own, so that a child is always evicted first."""
@@ -228,5 +212,6 @@ class PrefixStore:
         return torch.from_numpy(rows).to(self._pool.rows.device)
 
 
-def _key(plan_of: _PlanOf, prompt: Many[int], start: int, stop: int) -> _Key:
-    return tuple(prompt[start:stop]), tuple(map(plan_of, range(start, stop)))
+def _key(sequence: Sequence, prompt: Many[int], start: int, stop: int) -> _Key:
+    plans = tuple(sequence.plan_at(position) for position in range(start, stop))
+    return tuple(prompt[start:stop]), plans

@@ -149,15 +149,9 @@ class Sequence:
             if key[2] is Phase.PROMPT
         }
 
-    def resume(
-        self,
-        length: int,
-        debts: Mapping[DebtKey, tuple[float, int]],
-        plan_at: Callable[[Phase, int], PricedPlan],
-    ) -> None:
-        """Go on after `length` tokens that somebody else has computed under these plans."""
+    def resume(self, length: int, debts: Mapping[DebtKey, tuple[float, int]]) -> None:
+        """Go on after `length` tokens that somebody else has computed alike."""
         self.length = self.cached_tokens = length
-        self._plan_at = plan_at
         self._debts = {key: Debt(owed, seen) for key, (owed, seen) in debts.items()}
 
     @property

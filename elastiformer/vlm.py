@@ -260,13 +260,12 @@ class ElasticVlm(ElasticModel):
         self._check_context(prompt.tokens + most_new)
         tokens = len(prompt.ids)
         cache = self._room_for(prompt.capacity, tokens, tokens + most_new, scored=False)
-        plans = self._planner.ending_plans(prompt.capacity, tokens)
+        plan_at = self._planner.plan_at(prompt.capacity, tokens)
         if prompt.opening:
             whole = self._planner.pricing[Phase.OUTPUT].dense
-            before = opened(plans.before, whole, tokens - 1 + prompt.opening)
-            plans = replace(plans, before=before)
-        sequence = ImagedSequence(plans.after(), tokens + most_new, cache, prompt)
-        self._adopt(sequence, plans, prompt.keys, shared)
+            plan_at = opened(plan_at, whole, tokens - 1 + prompt.opening)
+        sequence = ImagedSequence(plan_at, tokens + most_new, cache, prompt)
+        self._adopt(sequence, prompt.keys, shared)
         return sequence
 
     def step(self, chunks: Many[Chunk]) -> list[Tensor]:

@@ -19,8 +19,8 @@ LOW_TO_HIGH = """
     elastiformer: errors tasks capacity usage accounting calibration calibration_reading card
         priced families encoder_families encoders experts routers lora lora_files unpacking
         shipped originals weights encoder_weights vlms vlm_weights misfits adapter_files adapter
-        saved_adapter kernels thresholds plan_grid masked pool cache sequence imaged endings
-        prefixes memory spare_rows row_kernels pointwise allowances device_allowances packed rotary
+        saved_adapter kernels thresholds plan_grid masked pool cache sequence imaged prefixes
+        memory spare_rows row_kernels pointwise allowances device_allowances packed rotary
         taken costs vectors stored_tile lanes largest pairs amx tile_blocks many_queries
         whole_requests single_queries sub_layers tiles readings products flop_formulas expert_table
         repair sides attention both_ways placing workshop keeping sparse_heads sparse_attention

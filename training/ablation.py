@@ -21,8 +21,7 @@ from elastiformer import AdapterError, CapacityError, ElasticModel, Phase, Unit,
 from elastiformer.adapter import blank
 from elastiformer.calibration import unit_of
 from elastiformer.capacity import Plan, rooted
-from elastiformer.endings import others_share
-from elastiformer.planning import prompt_context
+from elastiformer.planning import others_share, prompt_context
 from training.ablation_report import Point
 from training.ablation_rows import EndingRow, LeavingRow, OutputRow, Row, kept, rows_of
 from training.allotment import uniform

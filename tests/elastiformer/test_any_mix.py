@@ -39,9 +39,7 @@ from elastiformer.accounting import KVPolicy
 from elastiformer.calibration import output_context
 from elastiformer.costs import SINGLE_ROWS
 from elastiformer.decoding import Decoding
-from elastiformer.endings import prompt_ending
-from elastiformer.planning import prompt_context
-from elastiformer.prefixes import PIECE_TOKENS
+from elastiformer.planning import prompt_context, prompt_ending
 from tests.devices import DEVICE, cpu_only
 from tests.elastiformer.elastic import by_thresholds, elastic
 from tests.elastiformer.mixes import (
@@ -175,8 +173,7 @@ def untouched(family: str):
     return base
 
 
-def plan_at(model: ElasticModel, ran: Ran, position: int) -> Plan:
-    asked = ran.asked
+def plan_at(model: ElasticModel, asked: Asked, position: int) -> Plan:
     share = asked.capacity.of(asked.phase_at(position))
     if isinstance(share, UnitShares):
         return (share.layer_plan(),) * LAYERS
@@ -187,14 +184,9 @@ def plan_at(model: ElasticModel, ran: Ran, position: int) -> Plan:
     phase = asked.phase_at(position)
     if phase is Phase.PROMPT:
         ending = prompt_ending(model.calibration, model.shape, share, context)
-        share, last = ending.others, asked.prompt_tokens - 1
-        whole = ending.of(last - ran.cached) if ran.cached else ending.tokens
-        if position < ran.cached and position >= last - ending.tokens:
-            # What is stored here is of a request that began with more of it or with less.
-            stored = ran.sequence.plan_at(position).plan
-            whole = ending.tokens if stored == dense_plan(LAYERS) else 0
-        if position >= last - whole:
+        if position >= asked.prompt_tokens - 1 - ending.tokens:
             return dense_plan(LAYERS)
+        share = ending.others
     return model.calibration.schedule(share, phase, model.shape, context).plan_at(position)
 
 
@@ -203,7 +195,7 @@ def masked(model: ElasticModel, ran: Ran) -> tuple[Tensor, list[Tensor]]:
     asked = ran.asked
     ids_BT = torch.tensor([ran.ids[: ran.fed]], device=DEVICE)
     places = range(ran.fed)
-    plans = [plan_at(model, ran, place) for place in places]
+    plans = [plan_at(model, asked, place) for place in places]
     place_T = torch.arange(ran.fed, device=DEVICE)
     phases = [asked.phase_at(place) for place in places]
     output_T = torch.tensor([phase is Phase.OUTPUT for phase in phases], device=DEVICE)
@@ -217,8 +209,6 @@ def alone(model: ElasticModel, ran: Ran) -> Usage:
     """What the same chunks cost a request that runs by itself and computes all its tokens."""
     asked = ran.asked
     sequence = model.sequence(asked.capacity, asked.prompt_tokens, asked.most_tokens, asked.scored)
-    pricing = model._planner.pricing
-    sequence._plan_at = lambda phase, place: pricing[phase].of(plan_at(model, ran, place))
     begin, before = 0, Usage()
     if ran.cached:
         model.step([Chunk(sequence, ran.ids[: ran.cached])])
@@ -383,22 +373,6 @@ def test_any_mix_of_channels_decodes_in_one_call_and_gives_each_request_its_own(
 @given(mix=mixes(alike=True), family=st.sampled_from(FAMILIES), kv=policies, tokens=sizes)
 def test_a_stored_beginning_is_what_would_have_been_computed(mix, family, kv, tokens):
     run_mix(Made(family, kv), Room(tokens, prefixes=True), mix)
-
-
-@pytest.mark.parametrize("kv", ["complete", "kept"])
-@pytest.mark.parametrize("share", [0.55, 0.6])
-def test_a_stored_end_of_a_prompt_is_what_would_have_been_computed(share, kv):
-    """The last tokens of these prompts, which run whole, lie on both sides of a piece's end."""
-    lengths, found = (124, 130, 130, 136, 136, 130), (0, 96, 128, 96, 128, 128)
-    mix = [
-        Asked(Capacity(share, share), tokens, NEW, arrives=2 * NEW * number, cuts=(PIECE_TOKENS,))
-        for number, tokens in enumerate(lengths)
-    ]
-    made = Made("llama", kv)
-    over = together(served(made, Room(1000, prefixes=True)), mix)
-    assert tuple(ran.cached for ran in over) == found
-    problems = [misfits(made, ran) for ran in over]
-    assert not any(problems), problems
 
 
 def test_what_is_wrong_is_seldom_put_down_to_rounding():

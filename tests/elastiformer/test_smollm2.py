@@ -7,16 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import elastiformer
 from elastiformer import DENSE, Capacity, Chunk, ElasticModel, Phase, PlanGrid, dense_plan
 from elastiformer.lora import LoraPair
-from elastiformer.planning import prompt_context
-from elastiformer.prefixes import PIECE_TOKENS
-from tests.examples import examples
 
 BASE = "smollm2-135m-instruct"
 ADAPTER = Path(elastiformer.__file__).parent / "adapters" / BASE
@@ -114,52 +109,6 @@ def test_a_prompt_ends_whole_and_the_tokens_before_make_up_for_it(model, share, 
     dense = dense_plan(len(model.layout.layers))
     assert [plan == dense for plan in plans] == [False] * (128 - whole) + [True] * whole
     assert sum(spent) / 128 == pytest.approx(share, abs=0.003)
-
-
-@examples(60)
-@given(
-    percent=st.integers(51, 99),
-    prompt_tokens=st.integers(129, 700),
-    pieces=st.integers(1, 20),
-)
-def test_what_follows_a_stored_beginning_is_planned_for_what_was_asked(
-    model, percent, prompt_tokens, pieces
-):
-    share, last = percent / 100, prompt_tokens - 1
-    stored = min(pieces, last // PIECE_TOKENS) * PIECE_TOKENS
-    shape, context = model.shape.of_phase(Phase.PROMPT), prompt_context(prompt_tokens)
-    whole = shape.planned_share(dense_plan(len(model.layout.layers)), context)
-    plans = model._planner.ending_plans(Capacity(share, share), prompt_tokens)
-    beginning = tuple(plans.at(0)(Phase.PROMPT, position) for position in range(stored))
-    plan_at = plans.after(beginning)
-
-    assert [plan_at(Phase.PROMPT, position) for position in range(stored)] == list(beginning)
-    spent = [
-        shape.planned_share(plan_at(Phase.PROMPT, position).plan, context)
-        for position in range(stored, last)
-    ]
-    over = sum(spent) - len(spent) * min(share, whole)
-    assert over <= 0.01 * len(spent) + 0.2  # of a token: one more under the fuller plan
-    assert over >= -0.02 * len(spent) - 0.5
-
-
-@pytest.mark.parametrize("share", [0.8, 0.65])
-def test_a_capacity_is_kept_where_most_of_the_prompt_is_stored(model, ids, share):
-    served = ElasticModel(model.base, model.adapter)
-    served.open_cache(512)
-    capacity, prompt = Capacity(share, share), ids[:150]
-    other = prompt[: 4 * PIECE_TOKENS] + ids[30:52]
-    first = served.sequence(capacity, 150, 150, prompt=other)
-    served.step([Chunk(first, other)])
-    assert first.usage.capacity_spent == pytest.approx(share, abs=0.005)
-    first.release()
-    sequence = served.sequence(capacity, 150, 170, prompt=prompt)
-    assert sequence.cached_tokens == 4 * PIECE_TOKENS
-    feed = prompt[sequence.length :]
-    for token in ids[150:163]:
-        served.step([Chunk(sequence, feed)])
-        feed = [token]
-        assert sequence.usage.capacity_spent == pytest.approx(share, abs=0.02)
 
 
 def test_the_sparse_form_takes_the_decisions_that_the_masked_form_measured(ids):

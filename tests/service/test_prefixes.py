@@ -1,7 +1,4 @@
-"""Promises of stored prefixes: what begins alike is computed once, counted, and served to its like.
-
-Below 1.0 fewer of a prompt's last tokens run whole where a beginning is stored: `endings.py`.
-"""
+"""Promises of stored prefixes: what begins alike is computed once, counted, and changes nothing."""
 
 import json
 
