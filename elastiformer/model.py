@@ -137,7 +137,8 @@ class ElasticModel(Elastic):
         plan_at = self._planner.plan_at(capacity, prompt_tokens)
         sequence = Sequence(plan_at, prompt_tokens, most_tokens, scored, cache)
         if prompt is not None and not scored:
-            self._adopt(sequence, tuple(prompt), shared)
+            most = self._planner.most_stored(capacity, prompt_tokens, most_tokens)
+            self._adopt(sequence, tuple(prompt), shared, most)
         return sequence
 
     def _check_context(self, tokens: int) -> None:
@@ -157,12 +158,12 @@ class ElasticModel(Elastic):
         pool = self.cache or self._growing
         return SequenceCache(pool, self._cache_shape, rooms, complete, self.device)
 
-    def _adopt(self, sequence: Sequence, keys: tuple[int, ...], shared: bool) -> None:
+    def _adopt(self, sequence: Sequence, keys: tuple[int, ...], shared: bool, most: int) -> None:
         """Let a new sequence begin after what is stored under the keys of its prompt's tokens."""
         if self.prefixes is not None:
             assert len(keys) == sequence.prompt_tokens, "a prompt of another length"
             sequence.prompt, sequence.shares_prompt = keys, shared
-            self.prefixes.adopt(sequence, keys)
+            self.prefixes.adopt(sequence, keys, most)
 
     def step(self, chunks: Many[Chunk]) -> list[Tensor]:
         """Run the next tokens of any mix of sequences.

@@ -34,6 +34,7 @@ _STEPS_PER_OCTAVE = 8
 # What follows a prompt reads its last tokens most: they run whole, and those before make up for it.
 _END_TOKENS, _END_PART = 8, 16  # so many, but no more than one of so many,
 _END_PRICE = 0.011  # nor more than take so much from the capacity of the others
+_EXCESS = 0.015  # of the capacity, where most of a prompt is stored
 # An answer hangs on its first tokens most: they run whole where a prompt's image tokens make up for
 # half of it beforehand, and for the other half nobody does: so much of the capacity at most.
 _OPENING_TOKENS, _OPENING_PRICE = 8, 0.011
@@ -111,6 +112,25 @@ class Planner:
             return before(phase, position)
 
         return plan_at
+
+    def most_stored(self, capacity: Capacity, prompt_tokens: int, most_tokens: int) -> int:
+        """How many of a prompt's tokens may come from a store, if not all that are prompt.
+
+        A prompt's last tokens run whole, and those before make up for it, if they run: what is
+        stored costs nothing and so pays for nothing. So many must run, and as many tokens follow
+        as may, that no more than `_EXCESS` is spent beyond what was asked.
+        """
+        share, most = capacity.prompt, prompt_tokens - 1
+        if isinstance(share, UnitShares) or share == 1.0:
+            return most
+        context = prompt_context(prompt_tokens)
+        ending, layers = self._ending(share, context), len(self.shape.layers)
+        if not ending.tokens:
+            return most
+        whole = self.shape.of_phase(Phase.PROMPT).planned_share(dense_plan(layers), context)
+        others = share - ending.others  # what each of them spares
+        owed = ending.tokens * (whole - share + others) - _EXCESS * (most_tokens - prompt_tokens)
+        return max(0, most - max(ending.tokens, math.ceil(owed / (_EXCESS + others))))
 
     def _plan_at(self, capacity: Capacity, prompt_tokens: int) -> PlanAt:
         """The same without that: what all tokens of a phase do alike."""

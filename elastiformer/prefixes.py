@@ -57,8 +57,12 @@ class PrefixStore:
         self.stored_tokens = self.queried_tokens = self.hit_tokens = 0
         pool.evict_with(self._evict, lambda: self._blocks)
 
-    def adopt(self, sequence: Sequence, prompt: Many[int]) -> None:
-        """Copy the longest stored beginning of a prompt into a new sequence."""
+    def adopt(self, sequence: Sequence, prompt: Many[int], most: int) -> None:
+        """Copy the longest stored beginning of a prompt into a new sequence.
+
+        Args:
+            most: its tokens at most, unless all that are prompt are stored.
+        """
         usable = len(prompt) - 1  # the last prompt token is of phase output
         self.queried_tokens += usable
         path: list[_Piece] = []
@@ -66,6 +70,9 @@ class PrefixStore:
         while child := self._next(here, sequence, prompt, usable):
             path.append(child)
             here = child
+        if here.stop < usable:
+            path = [piece for piece in path if piece.stop <= most]
+            here = path[-1] if path else self._root
         if path:
             self._copy(path, sequence)
             self.hit_tokens += here.stop

@@ -265,7 +265,7 @@ class ElasticVlm(ElasticModel):
             whole = self._planner.pricing[Phase.OUTPUT].dense
             plan_at = opened(plan_at, whole, tokens - 1 + prompt.opening)
         sequence = ImagedSequence(plan_at, tokens + most_new, cache, prompt)
-        self._adopt(sequence, prompt.keys, shared)
+        self._adopt(sequence, prompt.keys, shared, most=tokens - 1)
         return sequence
 
     def step(self, chunks: Many[Chunk]) -> list[Tensor]:

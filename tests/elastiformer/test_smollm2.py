@@ -193,3 +193,21 @@ def test_in_bfloat16_batch_mates_move_a_request_by_no_more_than_rounding_does():
         if capacity == 1.0:
             assert (alone - mixed).abs().max() <= 0.5
             assert torch.equal(together[0], together[len(MOST_BY_ROUNDING)])
+
+
+@pytest.mark.parametrize(("share", "new"), [(0.8, 1), (0.8, 12), (0.8, 40), (0.65, 1), (0.65, 40)])
+def test_a_capacity_is_kept_where_a_prompt_is_stored_and_its_text_stays(model, ids, share, new):
+    served = ElasticModel(model.base, model.adapter)
+    served.open_cache(1024)
+    capacity, prompt = Capacity(share, share), ids[:150]
+    logits = []
+    for _ in range(2):
+        sequence = served.sequence(capacity, 150, 150 + new, prompt=prompt)
+        logits.append(served.step([Chunk(sequence, prompt[sequence.length :])])[0])
+        for token in ids[150 : 149 + new]:
+            logits.append(served.step([Chunk(sequence, [token])])[0])
+        sequence_spent = sequence.usage.capacity_spent
+        assert sequence_spent == pytest.approx(share, abs=0.02), sequence.cached_tokens
+        sequence.release()
+    assert sequence.cached_tokens >= (96 if new == 40 else 64)
+    torch.testing.assert_close(torch.cat(logits[:new]), torch.cat(logits[new:]), atol=0.02, rtol=0)
