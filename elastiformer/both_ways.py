@@ -25,7 +25,9 @@ class BothWays:
     Where a window hides keys, each request is a call.
     """
 
-    name = "sdpa, both ways"
+    def __init__(self, device: torch.device, dtype: torch.dtype, head_size: int) -> None:
+        in_tiles = _takes_tiles(device, dtype, head_size)
+        self.name = "tiles, both ways" if in_tiles else "sdpa, both ways"
 
     def attend(self, query_NAH: Tensor, position_N: Tensor, reads: Reads, layer: Layer) -> Tensor:
         sides = reads.sides
@@ -73,11 +75,13 @@ class BothWays:
         return out_AQH.transpose(0, 1)
 
 
+def _takes_tiles(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    return device.type == "cpu" and dtype == torch.bfloat16 and whole_requests.takes(head_size)
+
+
 def _goes_in_tiles(query_NAH: Tensor) -> bool:
-    if query_NAH.dtype != torch.bfloat16 or not query_NAH.is_cpu:
-        return False
     counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
-    return not counted and whole_requests.takes(query_NAH.shape[2])
+    return not counted and _takes_tiles(query_NAH.device, query_NAH.dtype, query_NAH.shape[2])
 
 
 def _together(

@@ -60,10 +60,15 @@ class Workshop:
         self.device, self.dtype = weight.device, weight.dtype
         # Between products a CPU works in float32: it is no slower there, and rounds less.
         self.working_dtype = working_dtype(self.device, self.dtype)
-        self.backend: Backend = backend(self.device, self.dtype) if layout.causal else BothWays()
+        of_both_ways = (self.device, self.dtype, layout.layers[0].shape.head_dim)
+        self.backend: Backend = (
+            backend(self.device, self.dtype) if layout.causal else BothWays(*of_both_ways)
+        )
         # Whether products of few rows on a device need no numbers of what they pick.
         self.marks_picks = False
-        self.portable: Portable | BothWays = Portable() if layout.causal else BothWays()
+        self.portable: Portable | BothWays = (
+            Portable() if layout.causal else BothWays(*of_both_ways)
+        )
         self.attention_norms = [lean_norm(layer.attention_norm) for layer in layout.layers]
         self.mlp_norms = [lean_norm(layer.mlp_norm) for layer in layout.layers]
         self.closes = [
