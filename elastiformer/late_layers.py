@@ -12,6 +12,7 @@ Shape letters: N packed tokens   D width
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,7 +20,9 @@ from torch import Tensor
 from elastiformer.decoding import Decoding
 from elastiformer.packed import Packed, Rows
 from elastiformer.placing import Placing
+from elastiformer.priced import PricedPlan
 from elastiformer.rotary import Rotations
+from elastiformer.sequence import Chunk
 from elastiformer.sparse_attention import SparseAttention
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
@@ -40,6 +43,13 @@ class LateLayers:
 
     def __init__(self, workshop: Workshop, attention: SparseAttention, decoding: Decoding) -> None:
         self._workshop, self._attention, self._decoding = workshop, attention, decoding
+
+    def would_wait(self, lone: Sequence[Chunk], longer: Sequence[Chunk]) -> bool:
+        """Whether rows that are each a request's latest keep the others of a step from this."""
+        last = len(self._workshop.layout.layers) - 1
+        if all(_plan(chunk).whole_from == 0 for chunk in lone):
+            return False
+        return any(last - _plan(chunk).left_from >= _LEAST_LAYERS for chunk in longer)
 
     def of(self, packed: Packed, placing: Placing) -> Late | None:
         """Those of a step; None where it has none that are worth it."""
@@ -73,3 +83,8 @@ class LateLayers:
             taken.keys(placing.keys(layer.index))
         layers = slice(late.layers.start, late.layers.stop)
         self._decoding.run_late(h_ND, late.whole, layers, packed, placing, rotations)
+
+
+def _plan(chunk: Chunk) -> PricedPlan:
+    """Of the token in a chunk's middle, which is neither a prompt's first nor one of its last."""
+    return chunk.sequence.run_at(chunk.sequence.length + len(chunk.ids) // 2)

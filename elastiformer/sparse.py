@@ -76,6 +76,8 @@ class SparseForm:
             return self._run_apart(chunks, _with_ends_apart(parts, ends))
         if not parts[0]:
             return self._run(chunks)
+        if self._late.would_wait(*parts):
+            return self._run_apart(chunks, parts)
         # Decode rows beside prompts go layer by layer; by themselves they are one call.
         work = tuple(map(_work, parts))
         together = self._trial.goes_first_way(work)

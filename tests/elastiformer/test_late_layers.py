@@ -14,6 +14,7 @@ from elastiformer import (
     Unit,
 )
 from elastiformer.capacity import DENSE
+from elastiformer.costs import Trial
 from elastiformer.late_layers import LateLayers
 from tests.devices import cpu_only
 from tests.elastiformer.elastic import PROMPT, TOKENS, elastic, run, text
@@ -124,3 +125,23 @@ def test_nobody_but_whole_rows_goes_that_way(monkeypatch):
     )
     model.step([Chunk(sequence, text()[0, :PROMPT].tolist())])
     assert not found
+
+
+@pytest.mark.parametrize("picks", [True, False])
+def test_rows_that_pick_do_not_keep_a_prompt_from_it(picks, monkeypatch):
+    """They run by themselves; whole ones go along."""
+    model = elastic("llama", (Unit.CHANNELS,), layers=LAYERS + 1)
+    found = ran(monkeypatch)
+    output = model._planner.pricing[Phase.OUTPUT]
+    share = 0.5 if picks else 1.0
+    plan = output.of((LayerPlan(mlp_out=share),) * (LAYERS + 1))
+    ids = text()[0].tolist()
+    decodes = model.sequence(DENSE, 4, TOKENS)
+    model.step([Chunk(decodes, ids[:4])])
+    decodes._plan_at = lambda phase, position: plan
+    found.clear()
+    piece = ending(model, 1, prompt=2 * PROMPT)
+    monkeypatch.setattr(Trial, "goes_first_way", lambda self, work: True)  # together
+    model.step([Chunk(decodes, ids[4:5]), Chunk(piece, ids[:PROMPT])])
+    with_it = 0 if picks else 1
+    assert found == [(range(1, LAYERS), 1 + with_it, PROMPT - 1)]
