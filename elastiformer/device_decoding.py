@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from elastiformer import device_attention as attention
 from elastiformer import device_kernels as kernels
 from elastiformer.capacity import Site
 from elastiformer.decoding import MOST_ROWS, Decoding
@@ -286,8 +287,10 @@ class _Step:
             front, out, gated, down = (self._at(layer, at, takes, way) for at in range(len(SITES)))
             x_ND = self._normalise(tools.attention_norms[place], branch_SND, front)
             out_SNO = self._product(layer, Site.ATTENTION_IN, x_ND, front, way)
-            query_NAH = kernels.place(out_SNO, self._turn_NR, rows_PH, lies, place, shape.heads)
-            x_NI = kernels.attend(query_NAH, rows_PH, lies, place, shape.kv_heads, layer.scale, out)
+            query_NAH = attention.place(out_SNO, self._turn_NR, rows_PH, lies, place, shape.heads)
+            x_NI = attention.attend(
+                query_NAH, rows_PH, lies, place, shape.kv_heads, layer.scale, out
+            )
             branch_SND = self._product(layer, Site.ATTENTION_OUT, x_NI, out, way)
             x_ND = self._normalise(tools.mlp_norms[place], branch_SND, gated)
             both_SNO = self._product(layer, Site.MLP_IN, x_ND, gated, way)

@@ -1,4 +1,4 @@
-"""Kernels of a decode step on a GPU, in Triton: norms, takes, products, rotation, attention, gates.
+"""Kernels of a decode step on a GPU, in Triton: norms, takes, gates, and the product of a lone row.
 
 Each stands for several operators of PyTorch, whose launches and whose way through memory would take
 longer than their arithmetic. Between kernels values are in the base's type, as there; within one,
@@ -7,9 +7,10 @@ and in sums that several programs share, they are float32.
 The product of a lone row reads only what the row kept of a weight: for it the weight lies input by
 input.
 
-Shape letters: N rows   D width   I inputs   O outputs   S parts of a sum   M heads, all of them
-    A query heads   G key/value heads   H head size   R rotated part of a head   K keys   P rows of
-    the pool   L layers   T sites   B a block
+Attention has a file of its own (device_attention.py).
+
+Shape letters: N rows   D width   I inputs   O outputs   S parts of a sum   L layers   T sites
+    B a block
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ from torch import Tensor
 
 from elastiformer.thresholds import HASTE, PATIENCE
 
-_KEYS = 64  # that a program attends to in one go
-_PROGRAMS = 264  # that keep a large GPU busy
-_MOST_PARTS = 16
+PROGRAMS = 264  # that keep a large GPU busy
+MOST_PARTS = 16
 SILU, GELU = 0, 1
 
 
@@ -126,7 +126,7 @@ def normalise(
     block = triton.next_power_of_2(width)
     _normalise[(rows,)](
         h_ND, h_ND if branch_SND is None else branch_SND, scale_D, out_ND, width, epsilon, rows,
-        PARTS=0 if branch_SND is None else len(branch_SND), BLOCK=block, num_warps=_warps(block),
+        PARTS=0 if branch_SND is None else len(branch_SND), BLOCK=block, num_warps=warps(block),
         **at.arguments(h_ND),
     )  # fmt: skip
     return out_ND
@@ -144,7 +144,7 @@ def gate(form: int, both_SNO: Tensor, at: At, dtype: torch.dtype) -> Tensor:
     block = triton.next_power_of_2(both // 2)
     _gate[(rows,)](
         both_SNO, out_NI, both // 2, rows, FORM=form, PARTS=parts, BLOCK=block,
-        num_warps=_warps(block), **at.arguments(both_SNO),
+        num_warps=warps(block), **at.arguments(both_SNO),
     )  # fmt: skip
     return out_NI
 
@@ -157,7 +157,7 @@ def multiply_one(kept: Kept, weight_IO: Tensor, bias_O: Tensor | None, tile: Til
     """
     inputs, outputs = weight_IO.shape
     tiles = triton.cdiv(outputs, tile.outputs)
-    parts = max(1, min(tile.programs // tiles, _MOST_PARTS, triton.cdiv(inputs, tile.inputs)))
+    parts = max(1, min(tile.programs // tiles, MOST_PARTS, triton.cdiv(inputs, tile.inputs)))
     out_S1O = torch.empty(parts, 1, outputs, dtype=torch.float32, device=weight_IO.device)
     _multiply_one[(tiles, parts)](
         *kept, weight_IO, weight_IO if bias_O is None else bias_O, out_S1O, outputs, parts,
@@ -167,75 +167,12 @@ def multiply_one(kept: Kept, weight_IO: Tensor, bias_O: Tensor | None, tile: Til
     return out_S1O
 
 
-def place(
-    out_SNO: Tensor,
-    turn_NR: tuple[Tensor, Tensor] | None,
-    rows_PH: Tensor,
-    lies: tuple[Tensor, Tensor, Tensor],
-    layer: int,
-    heads: int,
-) -> Tensor:
-    """Rotate queries and keys, and write keys and values into the pool; the queries [N, A, H].
-
-    Args:
-        out_SNO: queries, keys and values side by side, in parts whose sum they are.
-        turn_NR: cosines and sines; None where nothing is rotated.
-        lies: int64 [L, N]: where a request's keys begin among the pool's rows (below 0: it is
-            none), how far apart heads are, and how many tokens a head holds with this one.
-    """
-    parts, rows, outputs = out_SNO.shape
-    size = rows_PH.shape[1]
-    kv_heads = (outputs // size - heads) // 2
-    query_NAH = torch.empty(rows, heads, size, dtype=rows_PH.dtype, device=rows_PH.device)
-    cos_NR, sin_NR = turn_NR if turn_NR is not None else (query_NAH, query_NAH)
-    _place[(rows, outputs // size)](
-        out_SNO, cos_NR, sin_NR, query_NAH, rows_PH, *lies, layer * rows, rows, outputs,
-        heads, kv_heads, SIZE=size, TURNED=0 if turn_NR is None else cos_NR.shape[1],
-        PARTS=parts, BLOCK=max(16, triton.next_power_of_2(size)), num_warps=1,
-    )  # fmt: skip
-    return query_NAH
-
-
-def attend(
-    query_NAH: Tensor,
-    rows_PH: Tensor,
-    lies: tuple[Tensor, Tensor, Tensor],
-    layer: int,
-    kv_heads: int,
-    scale: float,
-    at: At,
-) -> Tensor:
-    """Each query over all keys of its request; zero but for what each row takes: [N, A x H]."""
-    rows, heads, size = query_NAH.shape
-    parts = max(1, min(_PROGRAMS // (rows * kv_heads), _MOST_PARTS))
-    parts = 1 << (parts.bit_length() - 1)
-    device = query_NAH.device
-    out_SNAH = torch.empty(parts, rows, heads, size, dtype=torch.float32, device=device)
-    most_SNA = torch.empty(parts, rows, heads, dtype=torch.float32, device=device)
-    total_SNA = torch.empty_like(most_SNA)
-    group = heads // kv_heads
-    _attend[(rows, kv_heads, parts)](
-        query_NAH, rows_PH, *lies, layer * rows, out_SNAH, most_SNA, total_SNA, rows, heads, group,
-        kv_heads, scale, SIZE=size, PARTS=parts, QUERIES=max(16, triton.next_power_of_2(group)),
-        BLOCK=max(16, triton.next_power_of_2(size)), KEYS=_KEYS,
-        PRECISION="ieee" if query_NAH.dtype == torch.float32 else "tf32", num_warps=4,
-    )  # fmt: skip
-    width = heads * size
-    out_NI = torch.empty(rows, width, dtype=query_NAH.dtype, device=device)
-    block = triton.next_power_of_2(width)
-    _together[(rows,)](
-        out_SNAH, most_SNA, total_SNA, out_NI, width, rows, heads, SIZE=size, PARTS=parts,
-        BLOCK=block, num_warps=_warps(block), **at.arguments(query_NAH),
-    )  # fmt: skip
-    return out_NI
-
-
-def _warps(block: int) -> int:
+def warps(block: int) -> int:
     return max(1, min(block // 512, 16))
 
 
 @triton.jit
-def _sum_of(parts, row, at, inside, rows, width, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def sum_of(parts, row, at, inside, rows, width, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
     """A row of a sum that lies in parts."""
     total = tl.load(parts + row * width + at, mask=inside, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
@@ -245,7 +182,7 @@ def _sum_of(parts, row, at, inside, rows, width, PARTS: tl.constexpr):  # type: 
 
 
 @triton.jit
-def _taken(  # type: ignore[no-untyped-def]
+def taken(  # type: ignore[no-untyped-def]
     x_B, at_B, inside_B, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
     kept_index, kept_value, kept_count, row, inputs, LISTS: tl.constexpr, PATIENCE: tl.constexpr,
     HASTE: tl.constexpr,
@@ -283,13 +220,13 @@ def _normalise(  # type: ignore[no-untyped-def]
     inside_B = at_B < width
     x_B = tl.load(h + row * width + at_B, mask=inside_B, other=0.0).to(tl.float32)
     if PARTS:
-        x_B += _sum_of(branch, row, at_B, inside_B, rows, width, PARTS)
+        x_B += sum_of(branch, row, at_B, inside_B, rows, width, PARTS)
         tl.store(h + row * width + at_B, x_B.to(h.dtype.element_ty), mask=inside_B)
     root = tl.rsqrt(tl.sum(x_B * x_B, 0) / width + epsilon)
     x_B = x_B * root * tl.load(scale + at_B, mask=inside_B, other=0.0).to(tl.float32)
     x_B = x_B.to(out.dtype.element_ty).to(tl.float32)
     if PICKS:
-        x_B = _taken(
+        x_B = taken(
             x_B, at_B, inside_B, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
             kept_index, kept_value, kept_count, row, width, LISTS, PATIENCE, HASTE,
         )  # fmt: skip
@@ -306,8 +243,8 @@ def _gate(  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     at_B = tl.arange(0, BLOCK)
     inside_B = at_B < inputs
-    first_B = _sum_of(both, row, at_B, inside_B, rows, 2 * inputs, PARTS)
-    second_B = _sum_of(both, row, at_B + inputs, inside_B, rows, 2 * inputs, PARTS)
+    first_B = sum_of(both, row, at_B, inside_B, rows, 2 * inputs, PARTS)
+    second_B = sum_of(both, row, at_B + inputs, inside_B, rows, 2 * inputs, PARTS)
     if FORM == 0:
         first_B = first_B * tl.sigmoid(first_B)
     else:
@@ -315,7 +252,7 @@ def _gate(  # type: ignore[no-untyped-def]
         first_B = first_B * tl.sigmoid(2 * inner_B)  # 0.5 * (1 + tanh(inner))
     x_B = (first_B * second_B).to(out.dtype.element_ty).to(tl.float32)
     if PICKS:
-        x_B = _taken(
+        x_B = taken(
             x_B, at_B, inside_B, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
             kept_index, kept_value, kept_count, row, inputs, LISTS, PATIENCE, HASTE,
         )  # fmt: skip
@@ -350,119 +287,3 @@ def _multiply_one(  # type: ignore[no-untyped-def]
         bias_O = tl.load(bias + at_O, mask=inside_O, other=0.0).to(tl.float32)
         sum_O += tl.where(part == 0, bias_O, 0.0)
     tl.store(out + part * outputs + at_O, sum_O, mask=inside_O)
-
-
-@triton.jit(do_not_specialize=["at"])
-def _place(  # type: ignore[no-untyped-def]
-    out, cos, sin, query, pool, key, room, length, at, rows, outputs, heads, kv_heads,
-    SIZE: tl.constexpr, TURNED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row, head = tl.program_id(0), tl.program_id(1)
-    at_B = tl.arange(0, BLOCK)
-    inside_B = at_B < SIZE
-    x_B = _sum_of(out, row, head * SIZE + at_B, inside_B, rows, outputs, PARTS)
-    if TURNED:
-        half = TURNED // 2
-        other_B = tl.where(at_B < half, at_B + half, at_B - half)
-        turns_B = at_B < tl.where(head < heads + kv_heads, TURNED, 0)
-        y_B = _sum_of(out, row, head * SIZE + other_B, turns_B, rows, outputs, PARTS)
-        cos_B = tl.load(cos + row * TURNED + at_B, mask=turns_B, other=1.0).to(tl.float32)
-        sin_B = tl.load(sin + row * TURNED + at_B, mask=turns_B, other=0.0).to(tl.float32)
-        x_B = x_B * cos_B + tl.where(at_B < half, -y_B, y_B) * sin_B
-    if head < heads:
-        into_B = query + (row * heads + head) * SIZE + at_B
-        tl.store(into_B, x_B.to(query.dtype.element_ty), mask=inside_B)
-    else:
-        first = tl.load(key + at + row)
-        to = first + (head - heads) * tl.load(room + at + row) + tl.load(length + at + row) - 1
-        if first >= 0:
-            tl.store(pool + to * SIZE + at_B, x_B.to(pool.dtype.element_ty), mask=inside_B)
-
-
-@triton.jit(do_not_specialize=["at"])
-def _attend(  # type: ignore[no-untyped-def]
-    query, pool, key, room, length, at, out, most, total, rows, heads, group, kv_heads, scale,
-    SIZE: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    row, of_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    at_B, place_Q = tl.arange(0, BLOCK), tl.arange(0, QUERIES)
-    inside_B, asks_Q = at_B < SIZE, place_Q < group
-    head_Q = row * heads + of_head * group + place_Q
-    query_QB = tl.load(
-        query + head_Q[:, None] * SIZE + at_B[None, :],
-        mask=asks_Q[:, None] & inside_B[None, :],
-        other=0.0,
-    )
-    keys, apart = tl.load(length + at + row), tl.load(room + at + row)
-    first_key = tl.load(key + at + row) + of_head * apart
-    first_value = first_key + kv_heads * apart
-    each = tl.cdiv(tl.cdiv(keys, PARTS), KEYS) * KEYS
-    stop = tl.minimum((part + 1) * each, keys)
-    most_Q = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
-    total_Q = tl.zeros((QUERIES,), dtype=tl.float32)
-    sum_QB = tl.zeros((QUERIES, BLOCK), dtype=tl.float32)
-    for begin in range(part * each, stop, KEYS):
-        at_K = begin + tl.arange(0, KEYS)
-        there_K = at_K < stop
-        key_BK = tl.load(
-            pool + (first_key + at_K)[None, :] * SIZE + at_B[:, None],
-            mask=there_K[None, :] & inside_B[:, None],
-            other=0.0,
-        )
-        score_QK = scale * tl.dot(query_QB, key_BK, input_precision=PRECISION)
-        score_QK = tl.where(there_K[None, :], score_QK, float("-inf"))
-        higher_Q = tl.maximum(most_Q, tl.max(score_QK, 1))
-        weight_QK = tl.exp(score_QK - higher_Q[:, None])
-        less_Q = tl.exp(most_Q - higher_Q)
-        value_KB = tl.load(
-            pool + (first_value + at_K)[:, None] * SIZE + at_B[None, :],
-            mask=there_K[:, None] & inside_B[None, :],
-            other=0.0,
-        )
-        weighed_QB = tl.dot(
-            weight_QK.to(pool.dtype.element_ty), value_KB, input_precision=PRECISION
-        )
-        sum_QB = sum_QB * less_Q[:, None] + weighed_QB
-        total_Q = total_Q * less_Q + tl.sum(weight_QK, 1)
-        most_Q = higher_Q
-    into_Q = part * rows * heads + head_Q
-    tl.store(most + into_Q, most_Q, mask=asks_Q)
-    tl.store(total + into_Q, total_Q, mask=asks_Q)
-    into_QB = out + into_Q[:, None] * SIZE + at_B[None, :]
-    tl.store(into_QB, sum_QB, mask=asks_Q[:, None] & inside_B[None, :])
-
-
-@triton.jit(do_not_specialize=["place", "ladder_place"])
-def _together(  # type: ignore[no-untyped-def]
-    parts, most, total, out, width, rows, heads, norms, takes, granted, debts, ladder, place,
-    ladder_place, rungs, kept_index, kept_value, kept_count, SIZE: tl.constexpr,
-    PARTS: tl.constexpr, PICKS: tl.constexpr, LISTS: tl.constexpr, PATIENCE: tl.constexpr,
-    HASTE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    at_B = tl.arange(0, BLOCK)
-    inside_B = at_B < width
-    head_B = at_B // SIZE
-    highest_B = tl.full((BLOCK,), -1e30, dtype=tl.float32)  # of a row without keys, too
-    for part in tl.static_range(PARTS):
-        from_B = (part * rows + row) * heads + head_B
-        some_B = tl.load(most + from_B, mask=inside_B, other=0.0)
-        highest_B = tl.maximum(highest_B, some_B)
-    sum_B = tl.zeros((BLOCK,), dtype=tl.float32)
-    weight_B = tl.zeros((BLOCK,), dtype=tl.float32)
-    for part in tl.static_range(PARTS):
-        from_B = (part * rows + row) * heads + head_B
-        less_B = tl.exp(tl.load(most + from_B, mask=inside_B, other=0.0) - highest_B)
-        sum_B += less_B * tl.load(
-            parts + (part * rows + row) * width + at_B, mask=inside_B, other=0.0
-        )
-        weight_B += less_B * tl.load(total + from_B, mask=inside_B, other=1.0)
-    x_B = sum_B / tl.maximum(weight_B, 1e-30)
-    x_B = x_B.to(out.dtype.element_ty).to(tl.float32)
-    if PICKS:
-        x_B = _taken(
-            x_B, at_B, inside_B, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
-            kept_index, kept_value, kept_count, row, width, LISTS, PATIENCE, HASTE,
-        )  # fmt: skip
-    tl.store(out + row * width + at_B, x_B.to(out.dtype.element_ty), mask=inside_B)
