@@ -118,11 +118,9 @@ class Decoding:
         """Run all layers over the residual, in place."""
         assert self._runs is not None, "a step that does not fit"
         h = h_ND.numpy()
-        nothing_NR = np.empty((packed.count, 0), dtype=np.float32)
         grants, cached = _grants(packed), placing.place_in_all_layers()
         for run in self._runs:
-            rotation = rotations.get(run.layer_type, rotations.get(None))
-            turns = Turns(nothing_NR, nothing_NR) if rotation is None else Turns(*rotation.on_host)
+            turns = _turns(run, rotations, packed.everything)
             of_run = slice(run.first, run.stop)
             sub_layers.run(h, run.layers, turns, cached.of(of_run), grants.of(of_run))
             for layer in range(run.first, run.stop):
@@ -156,17 +154,13 @@ class Decoding:
         """
         assert self._runs is not None, "rows that may not run so"
         h_RD = np.ascontiguousarray(rows.of(h_ND).numpy())
-        nothing_NR = np.empty((rows.count, 0), dtype=np.float32)
         cached = placing.lone(rows)
         grants = _granted(packed.channels_LTK, packed.kind_N[rows.rows_R])
         for run in self._runs:
             some = slice(max(run.first, layers.start), min(run.stop, layers.stop))
             if some.start >= some.stop:
                 continue
-            rotation = rotations.get(run.layer_type, rotations.get(None))
-            turns = Turns(nothing_NR, nothing_NR)
-            if rotation is not None:
-                turns = Turns(*rows.turn(rotation).on_host)
+            turns = _turns(run, rotations, rows)
             inside = slice(some.start - run.first, some.stop - run.first)
             sub_layers.run(h_RD, run.layers.of(inside), turns, cached.of(some), grants.of(some))
         rows.put(h_ND, torch.from_numpy(h_RD))
@@ -275,6 +269,15 @@ class Decoding:
     @staticmethod
     def _heads(layer: Layer) -> Heads:
         return Heads(layer.shape.heads, layer.shape.kv_heads, np.float32(layer.scale))
+
+
+def _turns(run: _Run, rotations: dict[str | None, Rotation], rows: Rows) -> Turns:
+    """How layers that are alike rotate some rows."""
+    rotation = rotations.get(run.layer_type, rotations.get(None))
+    if rotation is not None:
+        return Turns(*rows.turn(rotation).on_host)
+    nothing_RR = np.empty((rows.count, 0), dtype=np.float32)
+    return Turns(nothing_RR, nothing_RR)
 
 
 def _grants(packed: Packed) -> Grants:

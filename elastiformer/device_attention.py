@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastiformer.device_kernels import MOST_PARTS, PROGRAMS, At, sum_of, taken, warps
+from elastiformer.device_kernels import MOST_PARTS, PROGRAMS, At, give, sum_of, warps
 
 _KEYS = 64  # that a program attends to in one go
 
@@ -190,10 +190,7 @@ def _together(  # type: ignore[no-untyped-def]
         )
         weight_B += less_B * tl.load(total + from_B, mask=inside_B, other=1.0)
     x_B = sum_B / tl.maximum(weight_B, 1e-30)
-    x_B = x_B.to(out.dtype.element_ty).to(tl.float32)
-    if PICKS:
-        x_B = taken(
-            x_B, at_B, inside_B, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
-            kept_index, kept_value, kept_count, row, width, LISTS, PATIENCE, HASTE,
-        )  # fmt: skip
-    tl.store(out + row * width + at_B, x_B.to(out.dtype.element_ty), mask=inside_B)
+    give(
+        x_B, at_B, inside_B, out, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
+        kept_index, kept_value, kept_count, row, width, PICKS, LISTS, PATIENCE, HASTE,
+    )  # fmt: skip

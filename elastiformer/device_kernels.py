@@ -182,7 +182,7 @@ def sum_of(parts, row, at, inside, rows, width, PARTS: tl.constexpr):  # type: i
 
 
 @triton.jit
-def taken(  # type: ignore[no-untyped-def]
+def _taken(  # type: ignore[no-untyped-def]
     x_B, at_B, inside_B, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
     kept_index, kept_value, kept_count, row, inputs, LISTS: tl.constexpr, PATIENCE: tl.constexpr,
     HASTE: tl.constexpr,
@@ -208,6 +208,22 @@ def taken(  # type: ignore[no-untyped-def]
     return tl.where(kept_B, x_B, 0.0)
 
 
+@triton.jit
+def give(  # type: ignore[no-untyped-def]
+    x_B, at_B, inside_B, out, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
+    kept_index, kept_value, kept_count, row, inputs, PICKS: tl.constexpr, LISTS: tl.constexpr,
+    PATIENCE: tl.constexpr, HASTE: tl.constexpr,
+):  # fmt: skip
+    """Store a row, in the type of `out`, as far as the row takes it."""
+    x_B = x_B.to(out.dtype.element_ty).to(tl.float32)
+    if PICKS:
+        x_B = _taken(
+            x_B, at_B, inside_B, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
+            kept_index, kept_value, kept_count, row, inputs, LISTS, PATIENCE, HASTE,
+        )  # fmt: skip
+    tl.store(out + row * inputs + at_B, x_B.to(out.dtype.element_ty), mask=inside_B)
+
+
 @triton.jit(do_not_specialize=["place", "ladder_place"])
 def _normalise(  # type: ignore[no-untyped-def]
     h, branch, scale, out, width, epsilon, rows, norms, takes, granted, debts, ladder, place,
@@ -224,13 +240,10 @@ def _normalise(  # type: ignore[no-untyped-def]
         tl.store(h + row * width + at_B, x_B.to(h.dtype.element_ty), mask=inside_B)
     root = tl.rsqrt(tl.sum(x_B * x_B, 0) / width + epsilon)
     x_B = x_B * root * tl.load(scale + at_B, mask=inside_B, other=0.0).to(tl.float32)
-    x_B = x_B.to(out.dtype.element_ty).to(tl.float32)
-    if PICKS:
-        x_B = taken(
-            x_B, at_B, inside_B, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
-            kept_index, kept_value, kept_count, row, width, LISTS, PATIENCE, HASTE,
-        )  # fmt: skip
-    tl.store(out + row * width + at_B, x_B.to(out.dtype.element_ty), mask=inside_B)
+    give(
+        x_B, at_B, inside_B, out, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
+        kept_index, kept_value, kept_count, row, width, PICKS, LISTS, PATIENCE, HASTE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["place", "ladder_place"])
@@ -250,13 +263,11 @@ def _gate(  # type: ignore[no-untyped-def]
     else:
         inner_B = 0.7978845608028654 * (first_B + 0.044715 * first_B * first_B * first_B)
         first_B = first_B * tl.sigmoid(2 * inner_B)  # 0.5 * (1 + tanh(inner))
-    x_B = (first_B * second_B).to(out.dtype.element_ty).to(tl.float32)
-    if PICKS:
-        x_B = taken(
-            x_B, at_B, inside_B, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
-            kept_index, kept_value, kept_count, row, inputs, LISTS, PATIENCE, HASTE,
-        )  # fmt: skip
-    tl.store(out + row * inputs + at_B, x_B.to(out.dtype.element_ty), mask=inside_B)
+    x_B = first_B * second_B
+    give(
+        x_B, at_B, inside_B, out, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
+        kept_index, kept_value, kept_count, row, inputs, PICKS, LISTS, PATIENCE, HASTE,
+    )  # fmt: skip
 
 
 @triton.jit
