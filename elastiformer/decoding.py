@@ -69,7 +69,7 @@ class Decoding:
             and self._is_able
             and self._takes(packed)
             and max(packed.positions) < self._window
-            and all(self._workshop.repair_name(self._last, kind) is None for kind in kinds)
+            and all(self._workshop.mending.name(self._last, kind) is None for kind in kinds)
         )
 
     @property
@@ -104,7 +104,7 @@ class Decoding:
         return (
             kind.phase is Phase.OUTPUT
             and kind.plan.only_picks
-            and self._workshop.repair_name(self._last, kind) is None
+            and self._workshop.mending.name(self._last, kind) is None
         )
 
     def run(

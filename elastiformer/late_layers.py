@@ -63,7 +63,7 @@ class LateLayers:
             return None
         last_layer = self._workshop.layout.layers[-1]
         for kind in kinds:
-            if kind.plan.whole_from <= first and self._workshop.repair_name(last_layer, kind):
+            if kind.plan.whole_from <= first and self._workshop.mending.name(last_layer, kind):
                 return None  # it lacks something of earlier layers
         return Late(range(first, last), whole, left)
 

@@ -50,6 +50,12 @@ class Rows:
             return None
         return slice(first, first + self.count)
 
+    @cached_property
+    def _is_here_N(self) -> np.ndarray:
+        is_here_N = np.zeros(self._of, dtype=bool)
+        is_here_N[self.rows_R] = True
+        return is_here_N
+
     def of(self, x_N: Tensor) -> Tensor:
         if self.all:
             return x_N
@@ -75,7 +81,7 @@ class Rows:
 
     def without(self, rows: Rows) -> Rows:
         """Those of these rows that are not among `rows`."""
-        return self._some(np.setdiff1d(self.rows_R, rows.rows_R, assume_unique=True))
+        return self._some(self.rows_R[~rows._is_here_N[self.rows_R]])
 
     def turn(self, rotation: Rotation) -> Rotation:
         """The rotation of these rows; made once, as every layer asks."""
@@ -99,9 +105,7 @@ class Rows:
         if self.all:
             return rows
         if rows not in self._met:  # every layer asks again
-            self._met[rows] = self._some(
-                np.intersect1d(self.rows_R, rows.rows_R, assume_unique=True)
-            )
+            self._met[rows] = self._some(self.rows_R[rows._is_here_N[self.rows_R]])
         return self._met[rows]
 
     def _some(self, rows_R: np.ndarray) -> Rows:

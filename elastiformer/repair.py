@@ -58,6 +58,24 @@ class Joined(NamedTuple):
             rows.add(out_RO[:, outputs], branch_PO[: rows.count])
 
 
+class Folded(Product):
+    """A product with all pairs of a repair in its weights: another copy of them, and no more work.
+
+    For whole rows that all have the repair.
+    """
+
+    def __init__(self, product: Product, pairs: Joined) -> None:
+        super().__init__(product.projections)
+        self._pairs, self.few = pairs, product.few
+
+    def _joined(self) -> Tensor:
+        weight_OI = super()._joined()
+        folded_OI = weight_OI.float().clone()
+        for inner, outputs, b_OK in self._pairs.parts:
+            folded_OI[outputs] += b_OK.float() @ self._pairs.a_KI[inner].float()
+        return folded_OI.to(weight_OI.dtype)
+
+
 class Repair:
     """The pairs, by module path, of one group of rows in one layer; perhaps none."""
 

@@ -14,7 +14,7 @@ from functools import partial
 from torch import Tensor
 
 from elastiformer.capacity import Site, Unit
-from elastiformer.families import Layer
+from elastiformer.families import Layer, Projection
 from elastiformer.keeping import Keeping, Kept
 from elastiformer.packed import Packed, Rows
 from elastiformer.placing import Placing
@@ -98,11 +98,15 @@ class SparseAttention:
         if not cached.count:
             placing.place(layer.index, cached, None)
             return None
+        parts: tuple[Projection, ...] = (layer.key, layer.value)
         together = asking.count == cached.count
-        parts = (layer.query, layer.key, layer.value) if together else (layer.key, layer.value)
+        if together and not tools.mending.folds_keys(layer, tools.product(*parts), packed):
+            parts = (layer.query, *parts)
+        else:
+            together = False
         of_cached = values.among(cached)
         reading = tools.read(layer, Site.ATTENTION_IN, of_cached, packed, cached, *parts)
-        out_RO = tools.mended(layer, tools.product(*parts), reading, packed, cached)
+        out_RO = tools.mending.run(layer, tools.product(*parts), reading, packed, cached)
         if layer.key_norm is not None or packed.has_lone_rows:
             out_RO = out_RO.to(values.dtype)  # lone rows are not rounded when they run alone
         own = shape.attention_width if together else 0
@@ -124,7 +128,7 @@ class SparseAttention:
             return None
         of_asking = values.among(asking)
         reading = tools.read(layer, Site.ATTENTION_IN, of_asking, packed, asking, layer.query)
-        out_QO = tools.mended(layer, tools.product(layer.query), reading, packed, asking)
+        out_QO = tools.mending.run(layer, tools.product(layer.query), reading, packed, asking)
         out_QO = out_QO.to(out_RO.dtype)
         query_QAH = out_QO.view(asking.count, shape.heads, shape.head_dim)
         if layer.query_norm is not None:
@@ -150,5 +154,5 @@ class SparseAttention:
         values = Values(out_QO, h_ND.dtype)
         reading = tools.read(layer, Site.ATTENTION_OUT, values, packed, rows)
         product = tools.at_site(layer, Site.ATTENTION_OUT)
-        branch_QD = tools.mended(layer, product, reading, packed, rows)
+        branch_QD = tools.mending.run(layer, product, reading, packed, rows)
         kept.join(h_ND, branch_QD, rows, layer.after_attention)

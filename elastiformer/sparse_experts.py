@@ -58,7 +58,7 @@ class SparseExperts:
             counts.neurons,
             counts.mlp_in,
             counts.mlp_out,
-            self.workshop.repair_name(layer, kind),
+            self.workshop.mending.name(layer, kind),
         )
 
     def _of_group(
@@ -70,7 +70,7 @@ class SparseExperts:
         chosen_RM = best(scores_RM, keep_R)
         gate_RM = part_gate(scores_RM, chosen_RM, tools.part_gate).to(x_RD.dtype)
         reading = tools.picked(layer, Site.MLP_IN, x_RD, packed, rows)
-        repair = tools.repair(layer, group.repair)
+        repair = tools.mending.repair(layer, group.repair)
         for projection in layer.at_site(Site.MLP_IN):
             repair.read(projection, reading.only_RI)
         index_RK = None if reading.count is None else reading.index_RK()

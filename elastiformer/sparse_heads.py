@@ -65,7 +65,7 @@ class SparseHeads:
 
     def _group(self, layer: Layer, kind: Kind) -> HeadGroup:
         counts = kind.plan.counts[layer.index]
-        repair = self.workshop.repair_name(layer, kind)
+        repair = self.workshop.mending.name(layer, kind)
         return HeadGroup(counts.heads, counts.attention_in, counts.attention_out, repair)
 
     def _branch(
@@ -80,7 +80,7 @@ class SparseHeads:
     ) -> Tensor:
         tools = self.workshop
         reading = tools.picked(layer, Site.ATTENTION_IN, x_RD, packed, rows)
-        repair = tools.repair(layer, group.repair)
+        repair = tools.mending.repair(layer, group.repair)
         repair.read(layer.query, reading.only_RI)
         scores_RM = tools.router(layer, Unit.HEADS)(x_RD)
         keep_R = torch.full((rows.count,), group.heads, device=x_RD.device)

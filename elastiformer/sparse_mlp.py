@@ -62,12 +62,12 @@ class SparseMlp:
         gate = tools.gates[layer.index]
         out_RO = None
         if isinstance(gate, CompiledGate):
-            out_RO = tools.rounded(layer, front, reading, packed)
+            out_RO = tools.mending.rounded(layer, front, reading, packed)
         if out_RO is None:
-            out_RO = tools.mended(layer, front, reading, packed, rows)
+            out_RO = tools.mending.run(layer, front, reading, packed, rows)
         if not isinstance(gate, CompiledGate):
             active = layer.activation if gate is None else gate
             out_RO = with_room(active, out_RO.to(values.dtype))
         made = Values(out_RO, values.dtype, gate if isinstance(gate, CompiledGate) else Tensor.to)
         reading = tools.read(layer, Site.MLP_OUT, made, packed, rows)
-        return tools.mended(layer, down, reading, packed, rows)
+        return tools.mending.run(layer, down, reading, packed, rows)

@@ -26,15 +26,13 @@ from elastiformer.costs import ROWS, CostTable, compare
 from elastiformer.device_allowances import DeviceAllowances
 from elastiformer.expert_table import ExpertTable
 from elastiformer.families import Layer, Layout, Projection
-from elastiformer.lora import LoraPair
+from elastiformer.mending import Mending
 from elastiformer.originals import Originals
 from elastiformer.packed import Packed, Rows
 from elastiformer.pointwise import Gate, Norm, lean_gate, lean_norm, working_dtype
 from elastiformer.products import Product
 from elastiformer.readings import Reading, Values, pick, reading_of
-from elastiformer.repair import Joined, Repair
 from elastiformer.routers import PartGate, Router
-from elastiformer.sequence import Kind
 from elastiformer.thresholds import ladders
 
 _WHOLE = 8  # so many times as many rows that pick nothing: those that do are treated by themselves
@@ -87,8 +85,7 @@ class Workshop:
             self.head = Product((head,), originals)
         self._products: dict[tuple[Projection, ...], Product] = {}
         self._experts: dict[int, ExpertTable] = {}
-        self._pairs: dict[tuple[int, str], dict[str, LoraPair]] = {}
-        self._joins: dict[tuple[object, ...], tuple[int, Joined | None]] = {}
+        self.mending = Mending(adapter, self.working_dtype)
 
     def product(self, *projections: Projection) -> Product:
         """The product with these projections, which read the same input."""
@@ -243,72 +240,6 @@ class Workshop:
     def part_gate(self) -> PartGate:
         assert self.adapter is not None, "gates without an adapter"
         return self.adapter.spec.part_gate
-
-    def repair_name(self, layer: Layer, kind: Kind) -> str | None:
-        """The set of low-rank pairs that rows of this kind use in a layer; none while exact."""
-        if self.adapter is None or self.adapter.lora is None:
-            return None
-        if layer.index < kind.plan.repaired_from:
-            return None
-        return self.adapter.lora.set_name(kind.phase)
-
-    def repair(self, layer: Layer, name: str | None) -> Repair:
-        return Repair(self._pairs_in(layer, name))
-
-    def _pairs_in(self, layer: Layer, name: str | None) -> dict[str, LoraPair]:
-        if name is None or self.adapter is None or self.adapter.lora is None:
-            return {}
-        key = (layer.index, name)
-        if key not in self._pairs:
-            self._pairs[key] = self.adapter.lora.set_of(*key)
-        return self._pairs[key]
-
-    def mended(
-        self, layer: Layer, product: Product, reading: Reading, packed: Packed, rows: Rows
-    ) -> Tensor:
-        """The product of some rows, each with the repair of its kind."""
-        out_RO = product.run(reading)
-        for name, of_name in self._repaired(layer, packed):
-            some = of_name.within(rows)
-            joined = self._joined(layer, name, product, out_RO.dtype) if some.count else None
-            if joined is not None:
-                joined.mend(reading, out_RO, some.among(rows))
-        return out_RO
-
-    def rounded(
-        self, layer: Layer, product: Product, reading: Reading, packed: Packed
-    ) -> Tensor | None:
-        """What `mended` gives, in bfloat16, where it comes so; None elsewhere."""
-        if self.is_repaired(layer, product, packed):
-            return None
-        return product.rounded(reading)
-
-    def is_repaired(self, layer: Layer, product: Product, packed: Packed) -> bool:
-        """Whether any row of a step has this product repaired."""
-        return any(
-            self._joined(layer, name, product, self.working_dtype) is not None
-            for name, _ in self._repaired(layer, packed)
-        )
-
-    def _joined(
-        self, layer: Layer, name: str, product: Product, dtype: torch.dtype
-    ) -> Joined | None:
-        pairs = self._pairs_in(layer, name)
-        key = (layer.index, name, product.projections, dtype)
-        # Whoever trains the pairs changes them in place.
-        changes = sum(p.a_RI._version + p.b_OR._version for p in pairs.values())
-        if key not in self._joins or self._joins[key][0] != changes:
-            self._joins[key] = changes, Joined.of(product, pairs, dtype)
-        return self._joins[key][1]
-
-    def _repaired(self, layer: Layer, packed: Packed) -> list[tuple[str, Rows]]:
-        """The rows of a step that are repaired in a layer, by the set of their pairs."""
-        if layer.index not in packed.repaired:
-            groups = packed.groups(lambda kind: self.repair_name(layer, kind))
-            packed.repaired[layer.index] = [
-                (name, rows) for name, rows in groups if name is not None
-            ]
-        return packed.repaired[layer.index]
 
     def _finish(self) -> None:
         """Wait until the device has done all that it was told: else launches are timed."""

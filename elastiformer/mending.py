@@ -1,0 +1,155 @@
+"""Products of a step's rows, each row with the repair of its kind.
+
+On a CPU the repair of keys and values is folded into a copy of their weights, as most rows of a
+prompt have it: low-rank pairs beside the product cost few FLOPs and, in small operators, more time
+than the product itself. Elsewhere pairs are added, and so they are where somebody counts operators.
+
+Shape letters: R rows   O outputs
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from elastiformer.adapter import Adapter
+from elastiformer.families import Layer
+from elastiformer.lora import LoraPair
+from elastiformer.packed import Packed, Rows
+from elastiformer.products import Product
+from elastiformer.readings import Reading
+from elastiformer.repair import Folded, Joined, Repair
+from elastiformer.sequence import Kind
+
+_FOLDED = {"key", "value"}  # of other projections a copy would be as much memory again
+
+
+class _Form(NamedTuple):
+    """A repair as a product takes it, and of which state of its pairs it was made."""
+
+    version: int
+    joined: Joined | None
+    folded: Folded | None
+
+
+class Mending:
+    """The repairs of one model."""
+
+    def __init__(self, adapter: Adapter | None, working_dtype: torch.dtype) -> None:
+        self._lora = adapter.lora if adapter is not None else None
+        self._working_dtype = working_dtype
+        self._pairs: dict[tuple[int, str], dict[str, LoraPair]] = {}
+        self._forms: dict[tuple[object, ...], _Form] = {}
+
+    def name(self, layer: Layer, kind: Kind) -> str | None:
+        """The set of low-rank pairs that rows of this kind use in a layer; none while exact."""
+        if self._lora is None or layer.index < kind.plan.repaired_from:
+            return None
+        return self._lora.set_name(kind.phase)
+
+    def repair(self, layer: Layer, name: str | None) -> Repair:
+        return Repair({} if name is None else self._pairs_in(layer, name))
+
+    def run(
+        self, layer: Layer, product: Product, reading: Reading, packed: Packed, rows: Rows
+    ) -> Tensor:
+        """The product of some rows, each with the repair of its kind."""
+        some = [(name, of_name.within(rows)) for name, of_name in self._repaired(layer, packed)]
+        some = [(name, of_name) for name, of_name in some if of_name.count]
+        if some and _may_fold(product):
+            folded = [
+                (self._form(layer, name, product, self._working_dtype).folded, of_name)
+                for name, of_name in some
+            ]
+            return _by_group(product, folded, reading, rows)
+        out_RO = product.run(reading)
+        for name, of_name in some:
+            joined = self._form(layer, name, product, out_RO.dtype).joined
+            if joined is not None:
+                joined.mend(reading, out_RO, of_name.among(rows))
+        return out_RO
+
+    def rounded(
+        self, layer: Layer, product: Product, reading: Reading, packed: Packed
+    ) -> Tensor | None:
+        """What `run` gives, in bfloat16, where it comes so; None elsewhere."""
+        return None if self.is_repaired(layer, product, packed) else product.rounded(reading)
+
+    def is_repaired(self, layer: Layer, product: Product, packed: Packed) -> bool:
+        """Whether any row of a step has this product repaired."""
+        return any(
+            self._form(layer, name, product, self._working_dtype).joined is not None
+            for name, _ in self._repaired(layer, packed)
+        )
+
+    def folds_keys(self, layer: Layer, product: Product, packed: Packed) -> bool:
+        """Whether keys and values of a step come from folded weights.
+
+        Then queries are best asked for by themselves.
+
+        Args:
+            product: the layer's with keys and values alone.
+        """
+        apart = layer.query.path not in {each.path for each in product.projections}
+        return apart and _may_fold(product) and self.is_repaired(layer, product, packed)
+
+    def _repaired(self, layer: Layer, packed: Packed) -> list[tuple[str, Rows]]:
+        """The rows of a step that are repaired in a layer, by the set of their pairs."""
+        if layer.index not in packed.repaired:
+            groups = packed.groups(lambda kind: self.name(layer, kind))
+            packed.repaired[layer.index] = [
+                (name, rows) for name, rows in groups if name is not None
+            ]
+        return packed.repaired[layer.index]
+
+    def _pairs_in(self, layer: Layer, name: str) -> dict[str, LoraPair]:
+        if self._lora is None:
+            return {}
+        key = (layer.index, name)
+        if key not in self._pairs:
+            self._pairs[key] = self._lora.set_of(*key)
+        return self._pairs[key]
+
+    def _form(self, layer: Layer, name: str, product: Product, dtype: torch.dtype) -> _Form:
+        pairs = self._pairs_in(layer, name)
+        key = (layer.index, name, product.projections, dtype)
+        # Whoever trains the pairs changes them in place.
+        version = sum(p.a_RI._version + p.b_OR._version for p in pairs.values())
+        if key not in self._forms or self._forms[key].version != version:
+            joined = Joined.of(product, pairs, dtype)
+            exact = Joined.of(product, pairs, torch.float32) if _may_fold(product) else None
+            folded = None if exact is None else Folded(product, exact)
+            self._forms[key] = _Form(version, joined, folded)
+        return self._forms[key]
+
+
+def _may_fold(product: Product) -> bool:
+    counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
+    if counted or not product.has_tiles:
+        return False
+    return all(projection.part in _FOLDED for projection in product.projections)
+
+
+def _by_group(
+    product: Product, folded: list[tuple[Folded | None, Rows]], reading: Reading, rows: Rows
+) -> Tensor:
+    """Each group's folded product, and of all other rows the plain one."""
+    groups: list[tuple[Product, Rows]] = [(each, some) for each, some in folded if each is not None]
+    rest = rows
+    for _, some in groups:
+        rest = rest.without(some)
+    if rest.count:
+        groups.append((product, rest))
+    if len(groups) == 1:
+        return groups[0][0].run(reading)
+    places = [some.among(rows) for _, some in groups]
+    parts = [
+        each.run(Reading(place.of(reading.only_RI)))
+        for (each, _), place in zip(groups, places, strict=True)
+    ]
+    out_RO = parts[0].new_empty(rows.count, product.outputs)
+    for place, part_RO in zip(places, parts, strict=True):
+        place.put(out_RO, part_RO)
+    return out_RO
