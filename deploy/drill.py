@@ -6,7 +6,7 @@ A real Prometheus with the rules of deploy/prometheus scrapes the real server, w
 model under a gentle load. Every window and every `for` of the rules is shorter by `--speed`, so
 that an hour is a minute. Then things go wrong, one after the other: too many requests, an engine
 that hangs, one that dies, a server that is killed, an adapter that is not there, requests too
-short for what they ask, targets that are gone. It takes about eight minutes and stops by itself.
+short for what they ask, targets that are gone. It takes some twelve minutes and stops by itself.
 Needs `prometheus`.
 
 Progress goes to stderr. The last line of stdout is one JSON object; 1 is returned where an alert

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from elastiformer.calibration import Calibration, Measured
+from elastiformer.tasks import IMAGE_TEXT_TO_TEXT, TEXT_GENERATION
 
 _HEADINGS = {
     "capacity": "capacity",
@@ -27,6 +28,9 @@ _HEADINGS = {
     "accuracy": "accuracy",
     "time_ratio": "time / full, 16 at once",
 }
+# What the same columns hold of models that do not only go on with a text.
+_OF_ANSWERS = {"kl": "KL of answers", "greedy_agreement": "same answer as full"}
+_OF_ITEMS = {"kl": "KL to the full model"}
 
 
 def model_card(header: Mapping[str, Any], calibration: Calibration | None) -> str:
@@ -51,15 +55,17 @@ def model_card(header: Mapping[str, Any], calibration: Calibration | None) -> st
             f"{lora.get('first_layer', 0)} on; phases: {lora['phases']}"
         )
     if calibration is not None and calibration.measured:
-        lines += ["", "## Measured on held-out text", "", *measured_table(calibration)]
+        writes = header["task"] in (TEXT_GENERATION, IMAGE_TEXT_TO_TEXT)
+        things = "windows of" if header["task"] == TEXT_GENERATION else "items of about"
+        lines += ["", "## Measured on data held out", ""]
+        lines += measured_table(calibration, header["task"])
         if calibration.data is not None:
             data = calibration.data
-            encoder = header["task"] != "text-generation"
-            things, unit = ("items of about", "item") if encoder else ("windows of", "token")
             lines += [
                 "",
                 f"{data.windows} {things} {data.window_tokens} tokens of {data.name} "
-                f"(sha256 {data.sha256[:16]}). KL to the base model in nats per {unit}.",
+                f"(sha256 {data.sha256[:16]}). KL to the base model in nats per "
+                f"{'token' if writes else 'item'}.",
             ]
     if header["training"]:
         record = json.dumps(header["training"], indent=1)
@@ -67,12 +73,14 @@ def model_card(header: Mapping[str, Any], calibration: Calibration | None) -> st
     return "\n".join(lines) + "\n"
 
 
-def measured_table(calibration: Calibration) -> list[str]:
+def measured_table(calibration: Calibration, task: str) -> list[str]:
     """The measured rows as a Markdown table; a column that no row fills is left out."""
     rows = calibration.measured
+    special = {TEXT_GENERATION: {}, IMAGE_TEXT_TO_TEXT: _OF_ANSWERS}.get(task, _OF_ITEMS)
+    headings = {**_HEADINGS, **special}
     names = [f.name for f in fields(Measured) if any(getattr(r, f.name) is not None for r in rows)]
     lines = [
-        "| " + " | ".join(_HEADINGS[name] for name in names) + " |",
+        "| " + " | ".join(headings[name] for name in names) + " |",
         "|" + "---|" * len(names),
     ]
     for row in rows:

@@ -1,6 +1,6 @@
 """Elastic: a frozen pretrained model and, perhaps, an adapter; what all kinds of models share.
 
-What a kind computes, and of what, is its own business: model.py (causal), encoder.py.
+What a kind computes, and of what, is its own business: model.py (causal), encoder.py, vlm.py.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ ElastiError
 ├── BaseModelError      a base model that cannot be found or loaded
 ├── CacheFull           no room for the keys and values of one more sequence
 ├── InputError          a prompt that the model cannot take: too long, empty, an unknown token
-└── UnsupportedModel    an architecture that no family in families.py describes
+└── UnsupportedModel    an architecture that none of our families describes
 """
 
 
@@ -35,4 +35,4 @@ class CacheFull(ElastiError):
 
 
 class UnsupportedModel(ElastiError):
-    """An architecture without an entry in families.py; the message names what is missing."""
+    """An architecture without an entry among ours; the message names what is missing."""

@@ -1,4 +1,4 @@
-"""Where each architecture of Transformers keeps its modules. The only place that knows names.
+"""Where each causal architecture of Transformers keeps its modules; no other file knows of that.
 
 `describe(base)` turns a pretrained causal LM into a `Layout`: the same modules under one set of
 names, so that everything else is written once for all families. Nothing is copied: a `Projection`

@@ -3,7 +3,7 @@
     python -m service
     python -m service --port 8123 --model mine=./llama,adapter=./adapter
 
-Without --model the embedded default model is served. Every flag is a variable too:
+Without --model the embedded models are served. Every flag is a variable too:
 ELASTI_PORT=8123. What happens is told on stderr. One signal to stop lets running requests
 finish, a second one does not; while models are loading, the first one ends it at once. Under
 torchrun the model is spread over all processes.

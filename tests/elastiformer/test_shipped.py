@@ -16,6 +16,8 @@ from transformers import (
 )
 
 from elastiformer import shipped
+from elastiformer.calibration_reading import read_calibration
+from elastiformer.card import model_card
 from elastiformer.errors import BaseModelError
 from elastiformer.shipped import MODELS, SHIPPED, EmbeddedBase, PackagedBase, added
 from elastiformer.weights import resolve
@@ -157,3 +159,23 @@ def test_sentiment_tells_praise_from_blame():
         logits = model.eval()(**tokenizer(list(said), padding=True, return_tensors="pt")).logits
     labels = [model.config.id2label[int(each)] for each in logits.argmax(1)]
     assert labels == list(said.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("smollm2-135m-instruct", "KL, prompt and continuation routed"),
+        ("sentiment", "KL to the full model"),
+        ("fashion-mnist", "KL to the full model"),
+        ("fashion-vlm", "KL of answers"),
+    ],
+)
+def test_the_card_of_an_adapter_that_comes_along_says_what_its_files_say(name, loss):
+    folder = MODELS.parent / "adapters" / name
+    header, table = (
+        json.loads((folder / file).read_text("utf-8"))
+        for file in ("adapter.json", "calibration.json")
+    )
+    card = (folder / "README.md").read_text("utf-8")
+    assert card == model_card(header, read_calibration(table))
+    assert f"| capacity | spent | {loss} |" in card

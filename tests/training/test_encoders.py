@@ -144,6 +144,7 @@ def test_an_encoder_is_distilled_calibrated_and_evaluated(tmp_path, capsys, fami
     assert not sequence.plan_at(len(item.ids) - 1).is_dense
     card = (adapter / "README.md").read_text()
     assert "items of about" in card and f"Task: {served.task}" in card
+    assert "prompt and continuation" not in card
 
 
 @pytest.mark.parametrize(("family", "task"), [("vit", None), ("siglip", "features")])
