@@ -33,9 +33,10 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from elastiformer.errors import ElastiError
-from training.files import RunError
+from training.files import RunError, check_writable
 
 # Each a module of this package.
 COMMANDS = (
@@ -55,6 +56,7 @@ COMMANDS = (
     "goals",
 )
 SHARED = ("distill",)  # what several processes of torchrun do together
+TO_A_FILE = ("synthesize", "summarize")  # the others write --out as a folder
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -81,6 +83,14 @@ def check_alone(command: str) -> None:
         )
 
 
+def check_places(command: str, args: argparse.Namespace) -> None:
+    """Raises RunError where results could not be written, as they would be after long work."""
+    for name in ("out", "work"):
+        place: Path | None = getattr(args, name, None)
+        if place is not None:
+            check_writable(f"--{name}", place, is_folder=command not in TO_A_FILE)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     top = argparse.ArgumentParser(
@@ -101,8 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=Help,
         )
         module.add_arguments(parser)
-        report = module.run(parser.parse_args(given[1:]))
-    except ElastiError as error:
+        args = parser.parse_args(given[1:])
+        check_places(command, args)
+        report = module.run(args)
+    except (ElastiError, OSError) as error:  # the second: a full disk, a file that is not ours
         print(f"error: {error}", file=sys.stderr)
         return 1
     if report is not None:  # None: another process of the same run reports

@@ -29,7 +29,7 @@ from training.ablation_report import Ablation, Point, write_ablation
 from training.ablation_rows import kept
 from training.calibrate import capacities
 from training.data import read_corpus, tokenizer_of
-from training.files import RunError, same_run, write_json
+from training.files import RunError, run_beside, same_run, write_json
 from training.loop import VERSIONS
 from training.options import command_line, names, whole
 from training.progress import track
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         wanted = list(known) if args.rows == "all" else names(args.rows, "row", known)
     except argparse.ArgumentTypeError as error:
         raise RunError(f"--rows: {error}") from None
-    folder = args.out.with_name(args.out.name + ".run")
+    folder = run_beside(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     same_run(folder / "options.json", vars(args), FREE)
     with Stop() as stop:

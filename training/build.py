@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from training.files import RunError
+from training.files import RunError, run_beside
 from training.fitting import Stopped
 from training.options import real, whole
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in stray)
         raise RunError(f"{args.model} has no {names}")
     options = {**module.OPTIONS, **given, "seed": args.seed}
-    folder = args.out.with_name(args.out.name + ".run")
+    folder = run_beside(args.out)
     if (args.out / "config.json").exists():
         raise RunError(f"{args.out}: holds a model already; choose another --out")
     if not args.resume:

@@ -25,7 +25,7 @@ from elastiformer.calibration import DataRecord, Measured
 from elastiformer.vlm_weights import is_vlm
 from training.allotment import fields_of, uniform
 from training.channel_sizes import channel_quantiles
-from training.data import read_corpus, two_sets
+from training.data import check_window, read_corpus, two_sets
 from training.encoder_calibrate import (
     FOR_ITEMS,
     add_item_arguments,
@@ -33,7 +33,7 @@ from training.encoder_calibrate import (
     kept_calibration,
     task_asked,
 )
-from training.files import DataError
+from training.files import DataError, check_writable
 from training.options import SPREAD, real, refuse_unused, units, whole
 from training.path_search import PathSearch, lowest, thresholds, trimmed, units_asked
 from training.picture_calibrate import calibrate_pictures
@@ -67,11 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-spread", type=real(least=0), help=f"{SPREAD} (default: as the adapter has it)"
     )
-    parser.add_argument("--windows", type=int, default=4, help="texts that every probe runs on")
-    parser.add_argument("--check-windows", type=int, default=6, help="other texts, for the table")
-    parser.add_argument("--window", type=int, default=192, help="tokens of a text")
     parser.add_argument(
-        "--prompt-tokens", type=int, default=None, help="of a text; default: two thirds"
+        "--windows", type=whole(1), default=4, help="texts that every probe runs on"
+    )
+    parser.add_argument(
+        "--check-windows", type=whole(1), default=6, help="other texts, for the table"
+    )
+    parser.add_argument("--window", type=whole(3), default=192, help="tokens of a text")
+    parser.add_argument(
+        "--prompt-tokens", type=whole(2), default=None, help="of a text; default: two thirds"
     )
     parser.add_argument(
         "--prompt-units",
@@ -81,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "none: whole sub-layers only)",
     )
     parser.add_argument("--output-units", type=units, default=None, help="the same for outputs")
-    parser.add_argument("--sweeps", type=int, default=1, help="of tuning, at most; 0: none")
+    parser.add_argument("--sweeps", type=whole(0), default=1, help="of tuning, at most; 0: none")
     parser.add_argument(
         "--one-by-one",
         action="store_true",
@@ -108,11 +112,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-minutes",
-        type=float,
+        type=real(above=0),
         default=math.inf,
         help="where they end the search, it depends on the machine",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
 
@@ -128,7 +132,14 @@ def capacities(text: str) -> list[float]:
     return sorted(values | {1.0}, reverse=True)
 
 
+def check_lowered(option: str, asked: Sequence[float]) -> None:
+    """Raises DataError where nothing is left out at any of these: nothing could be compared."""
+    if min(asked) == 1:
+        raise DataError(f"{option}: at least one below 1; got 1 alone")
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    check_writable("--adapter", args.adapter)
     if is_vlm(args.base):
         refuse_unused(
             args,
@@ -157,6 +168,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if model.adapter is None or model.tokenizer is None:
         raise AdapterError(f"{args.adapter}: calibration needs an adapter and a tokenizer")
     asked = units_asked(args, model.adapter.units)
+    check_window("--window", args.window, model.context)
     corpus = read_corpus(args.data, model.tokenizer)
     prompt_tokens = args.prompt_tokens or args.window * 2 // 3
     if not 2 <= prompt_tokens < args.window:

@@ -327,6 +327,12 @@ class Windows:
         return torch.randperm(len(self.ids_WT), generator=generator)
 
 
+def check_window(option: str, tokens: int, context: int) -> None:
+    """Raises DataError for windows that are longer than the model's context."""
+    if tokens > context:
+        raise DataError(f"{option} {tokens}: the context of this model is {context} tokens")
+
+
 def two_sets(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,

@@ -25,7 +25,7 @@ from elastiformer.vlm_weights import is_vlm
 from training.allotment import fields_of, probe_share
 from training.checkpoint import Checkpoint, latest_checkpoint
 from training.encoder_calibrate import SEEN, task_asked
-from training.files import RunError, write_json
+from training.files import RunError, run_beside, write_json
 from training.learners import learner
 from training.lessons import tolerances
 from training.loop import Distillation, Text
@@ -193,6 +193,8 @@ def settle(args: argparse.Namespace, world: World) -> None:
         args.units = (Unit.IMAGE_TOKENS,) if reads_images else LAYER_UNITS
     if args.units == (Unit.IMAGE_TOKENS,):
         args.lora_rank = 0  # only layers that leave something out are repaired
+    if not args.units:
+        raise RunError("--units: at least one; there is nothing to learn without")
     if args.max_capacity < args.min_capacity:
         raise RunError(
             f"--max-capacity {args.max_capacity:g}: at least --min-capacity, {args.min_capacity:g}"
@@ -238,7 +240,7 @@ def prepared(
     options |= {"start": None if start is None else start.identity}
     options |= {"data_sha256": text.sha256, "base_revision": model.identity.revision}
 
-    folder = args.out.with_name(args.out.name + ".run")
+    folder = run_beside(args.out)
     found = latest_checkpoint(folder)
     _refuse_mixing(args, found, options)
     world.wait()  # nobody writes before everybody has looked

@@ -31,12 +31,12 @@ from elastiformer import Unit
 from elastiformer.tasks import Task
 from elastiformer.vlm_weights import is_vlm
 from training import distill
-from training.calibrate import capacities
+from training.calibrate import capacities, check_lowered
 from training.domain_data import EVERYTHING, write_domains
 from training.domain_report import UNTRAINED, Cell, Overlap, Robustness, write_robustness
 from training.encoder_calibrate import task_asked
 from training.encoder_evaluate import random_routers
-from training.files import RunError, same_run
+from training.files import RunError, run_beside, same_run
 from training.options import command_line, real, refuse_unused, units, whole
 from training.overlap import Choice, by_chance, jaccard
 from training.progress import track
@@ -92,24 +92,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         DataError, RunError, BaseModelError: see their messages.
     """
     started = time.monotonic()
+    check_lowered("--capacities", args.capacities)
     domains = _disjoint(args.domain)
     if is_vlm(args.base):
         raise RunError(f"{args.base}: an encoder or a language model; it is neither")
     of_text = task_asked(args) is None
     unused, model = (FOR_ITEMS, "a language model") if of_text else (FOR_TEXTS, "an encoder")
     refuse_unused(args, add_arguments, unused, model)
-    folder = args.out.with_name(args.out.name + ".run")
+    folder = run_beside(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     same_run(folder / "options.json", vars(args), FREE)
     held = write_domains(args.data, domains, args.by, folder / "train", of_text, alike=True)
     write_domains(args.test, domains, args.by, folder / "test")
     names = [*domains, EVERYTHING]
     runs = list(itertools.product(names, range(args.seeds)))
+    tests = {name: folder / "test" / f"{name}.jsonl" for name in domains}
+    kind = TextSubject if of_text else ItemSubject
+    if any(not _trained(folder, *each).exists() for each in runs):
+        kind(args, tests)  # wrong test data is refused now, not after the trainings
     for name, seed in track(runs, label="trainings"):
         if not _train(args, folder, name, seed, of_text):
             return {"finished": False, "run": str(folder)}
-    tests = {name: folder / "test" / f"{name}.jsonl" for name in domains}
-    subject = (TextSubject if of_text else ItemSubject)(args, tests)
+    subject = kind(args, tests)
     cells, overlaps = _measured(args, folder, subject, list(domains))
     found = Robustness(
         about=_about(args, subject, domains, held),
@@ -138,10 +142,15 @@ def _disjoint(given: Sequence[tuple[str, tuple[str, ...]]]) -> dict[str, tuple[s
     return domains
 
 
+def _trained(folder: Path, name: str, seed: int) -> Path:
+    """The file that a training writes last."""
+    return folder / f"{name}-{seed}" / "adapter.json"
+
+
 def _train(args: argparse.Namespace, folder: Path, name: str, seed: int, of_text: bool) -> bool:
     """Whether routers of this domain and seed are there, by now."""
     adapter = folder / f"{name}-{seed}"
-    if (adapter / "adapter.json").exists():
+    if _trained(folder, name, seed).exists():
         return True
     parser = argparse.ArgumentParser()
     distill.add_arguments(parser)

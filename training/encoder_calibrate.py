@@ -36,7 +36,7 @@ from training.allotment import (
 from training.encoder_quality import ItemMeter, Judged, measure_items
 from training.examples import Examples, read_examples
 from training.files import DataError
-from training.options import real
+from training.options import real, whole
 from training.progress import track
 from training.quality import recalibrate
 from training.sensitivity import Notebook, ask, curves, late_losses, probes
@@ -60,10 +60,10 @@ def add_item_arguments(parser: argparse.ArgumentParser) -> None:
         "--task", choices=list(Task), help="of an encoder (default: what its config says)"
     )
     parser.add_argument(
-        "--items", type=int, default=64, help="texts, images or exchanges that are run"
+        "--items", type=whole(1), default=64, help="texts, images or exchanges that are run"
     )
     parser.add_argument(
-        "--check-items", type=int, default=256, help="others of them, for the table"
+        "--check-items", type=whole(1), default=256, help="others of them, for the table"
     )
     parser.add_argument("--seen", type=real(above=0, most=1), default=1.0, help=SEEN)
 

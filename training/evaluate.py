@@ -28,10 +28,10 @@ from elastiformer.calibration import DataRecord, Measured
 from elastiformer.vlm_weights import is_vlm
 from training.baselines import BASELINES, STATIC, measure_baseline
 from training.calibrate import CAPACITIES, capacities
-from training.data import Corpus, Windows, pack, read_corpus, tokenizer_of
+from training.data import Corpus, Windows, check_window, pack, read_corpus, tokenizer_of
 from training.encoder_calibrate import FOR_ITEMS, add_item_arguments, task_asked
 from training.encoder_evaluate import evaluate_items
-from training.files import DataError
+from training.files import DataError, check_writable
 from training.options import refuse_unused, whole
 from training.picture_evaluate import evaluate_pictures
 from training.progress import track
@@ -70,10 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", default=None, help="of a vision-language model: text without images, measured too"
     )
-    parser.add_argument("--windows", type=int, default=6, help="texts")
-    parser.add_argument("--window", type=int, default=192, help="tokens of a text")
+    parser.add_argument("--windows", type=whole(1), default=6, help="texts")
+    parser.add_argument("--window", type=whole(3), default=192, help="tokens of a text")
     parser.add_argument(
-        "--prompt-tokens", type=int, default=None, help="of a text; default: two thirds"
+        "--prompt-tokens", type=whole(2), default=None, help="of a text; default: two thirds"
     )
     parser.add_argument(
         "--baselines",
@@ -99,14 +99,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let every continuation repeat the prompt's first tokens: what must be copied",
     )
-    parser.add_argument("--greedy-tokens", type=int, default=64, help="0: none")
-    parser.add_argument("--repeats", type=int, default=5, help="of each timing; 0: none")
-    parser.add_argument("--time-prompt-tokens", type=int, default=256, help="timed in each repeat")
-    parser.add_argument("--decode-tokens", type=int, default=16, help="timed in each repeat")
+    parser.add_argument("--greedy-tokens", type=whole(0), default=64, help="0: none")
+    parser.add_argument("--repeats", type=whole(0), default=5, help="of each timing; 0: none")
+    parser.add_argument(
+        "--time-prompt-tokens", type=whole(1), default=256, help="timed in each repeat"
+    )
+    parser.add_argument("--decode-tokens", type=whole(1), default=16, help="timed in each repeat")
     parser.add_argument(
         "--update-adapter", action="store_true", help="write the measured rows into the adapter"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
 
@@ -121,6 +123,10 @@ def baselines(text: str) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.update_adapter:
+        if not Path(args.adapter).is_dir():
+            raise DataError(f"--update-adapter: writes into a folder; {args.adapter} is none")
+        check_writable("--adapter", Path(args.adapter))
     if is_vlm(args.base):
         unused = ["task", "seen", "check_items", *_FOR_TEXTS]
         if args.text is not None:
@@ -140,8 +146,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompt_tokens = args.prompt_tokens or args.window * 2 // 3
     if not 2 <= prompt_tokens < args.window:
         raise DataError(f"--prompt-tokens: from 2 to below --window; got {prompt_tokens}")
+    check_lengths(args, prompt_tokens, model.context)
     served = [each for each in args.capacities if each >= calibration.lowest - 1e-9]
     ids_WT, sizing_WT = texts(corpus, model, args)
+    fitted = None if args.repair_data is None else repair_texts(model, args)
     if args.copied:
         ids_WT = copied(ids_WT, prompt_tokens)
     windows = windows_of(model, ids_WT, prompt_tokens)
@@ -152,7 +160,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         measure(model, windows, capacity, setting)
         for capacity, setting in track(pairs, label="quality")
     ]
-    beside = {name: rows for name, rows in beside_ours(model, windows, served, sizing_WT, args)}
+    beside = {
+        name: rows for name, rows in beside_ours(model, windows, served, sizing_WT, fitted, args)
+    }
     prompts = [window.ids_T[:prompt_tokens].tolist() for window in windows]
     greedy = greedy_texts(model, prompts, served, args.greedy_tokens) if args.greedy_tokens else []
     timed = timings(model, windows, served, args) if args.repeats else []
@@ -189,6 +199,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def check_lengths(args: argparse.Namespace, prompt_tokens: int, context: int) -> None:
+    """Raises DataError where what is asked for is longer than the context, or than all texts."""
+    check_window("--window", args.window, context)
+    check_window("--repair-window", 0 if args.repair_data is None else args.repair_window, context)
+    if prompt_tokens + args.greedy_tokens > context:
+        raise DataError(
+            f"--greedy-tokens {args.greedy_tokens}: at most {context - prompt_tokens} after a "
+            f"prompt of {prompt_tokens} in a context of {context}"
+        )
+    room = min(args.windows * args.window, context)
+    if args.repeats and args.decode_tokens >= room:
+        raise DataError(
+            f"--decode-tokens {args.decode_tokens}: below {room}, which all texts and the context "
+            "hold, as a prompt comes before them"
+        )
+
+
 def timings(
     model: ElasticModel, windows: list[Window], served: list[float], args: argparse.Namespace
 ) -> list[Timing]:
@@ -217,6 +244,7 @@ def beside_ours(
     windows: list[Window],
     served: list[float],
     sizing_WT: Tensor,
+    fitted: tuple[Tensor, Tensor] | None,
     args: argparse.Namespace,
 ) -> Iterator[tuple[str, list[Quality]]]:
     """Each baseline that was asked for, with its rows."""
@@ -228,9 +256,9 @@ def beside_ours(
         )
         if rows:
             yield name, rows
-    if args.repair_data is None:
+    if fitted is None:
         return
-    fit_WT, probe_WT = repair_texts(model, args)
+    fit_WT, probe_WT = fitted
     notes = args.out / "probes.jsonl"
     repaired = Repaired(model, fit_WT, probe_WT, notes, args.skip_rank, args.baseline_seed)
     for name in REPAIRED:

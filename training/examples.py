@@ -154,6 +154,8 @@ def _file(path: Path, model: ElasticEncoder) -> Iterator[Example]:
             continue
         where = f"{path}, line {number}"
         if path.suffix == ".txt":
+            if model.encoder.reads_images:
+                raise DataError(f"{path}: text, and this model reads images")
             yield _text({"text": line}, where, model)
             continue
         try:
@@ -165,6 +167,8 @@ def _file(path: Path, model: ElasticEncoder) -> Iterator[Example]:
 
 def _hub(data: str, model: ElasticEncoder) -> Iterator[Example]:
     name, _, split = data.removeprefix("hub:").partition(":")
+    if not name:
+        raise DataError(f"{data}: a Hub data set is written hub:NAME or hub:NAME:split")
     try:
         import datasets
     except ImportError as error:

@@ -77,7 +77,11 @@ def read_exchanges(data: str, model: ElasticVlm) -> Exchanges:
     if path.suffix != ".jsonl" or not path.is_file():
         raise DataError(f'{data}: a .jsonl file with {{"image", "question", "text"}} is expected')
     each: list[Exchange] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

@@ -33,6 +33,38 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def check_writable(option: str, path: Path, is_folder: bool = True) -> None:
+    """Refuse a place that results cannot be written to, before there are any.
+
+    Args:
+        option: that names the place.
+        is_folder: what is written there is a folder, not a file.
+
+    Raises:
+        RunError: it is of the other sort, or what it would lie in takes nothing.
+    """
+    if path.exists() and path.is_dir() != is_folder:
+        found, wanted = ("file", "folder") if is_folder else ("folder", "file")
+        raise RunError(f"{option} {path}: is a {found}; the name of a {wanted} is expected")
+    around = [path, *path.parents] if is_folder else list(path.parents)
+    holder = next(each for each in around if each.exists())
+    if not holder.is_dir():
+        raise RunError(f"{option} {path}: {holder} is a file, in which nothing can lie")
+    if not os.access(holder, os.W_OK | os.X_OK):
+        raise RunError(f"{option} {path}: {holder} cannot be written to")
+
+
+def run_beside(out: Path) -> Path:
+    """The folder of a run's own files, beside what it makes.
+
+    Raises:
+        RunError: what it makes has no name of its own, as `.` has none.
+    """
+    if out.name in ("", ".."):
+        raise RunError(f"--out {out}: a folder's name is expected, beside which {out}.run can lie")
+    return out.with_name(out.name + ".run")
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable: a rename is on disk only after this."""
     handle = os.open(folder, os.O_RDONLY)

@@ -43,9 +43,9 @@ class Goal:
         """None where the report lacks it."""
         row = of(report, OURS, capacity, self.setting)
         if row is None or not self.over:
-            return None if row is None else float(row[self.value])
+            return None if row is None else _number(row, self.value)
         best = best_of(report, self.over, capacity, self.setting, self.value)
-        return None if best is None else float(row[self.value]) / float(best[1][self.value])
+        return None if best is None else _number(row, self.value) / _number(best[1], self.value)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +97,10 @@ def rewritten(path: Path, parts: Mapping[str, Sequence[str]]) -> str:
     Raises:
         DataError: it marks none of them.
     """
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
     marked = 0
     for name, lines in parts.items():
         begin, end = (f"<!-- {name}: {which} -->\n" for which in ("begin", "end"))
@@ -166,7 +169,7 @@ def best_of(
     found = [
         (name, row) for name in names if (row := of(report, name, capacity, setting)) is not None
     ]
-    return min(found, key=lambda each: float(each[1][value]), default=None)
+    return min(found, key=lambda each: _number(each[1], value), default=None)
 
 
 def _best(report: Json, names: Sequence[str], capacity: float) -> str:
@@ -186,6 +189,13 @@ def _verdicts(report: Json, goal: Goal) -> Iterator[tuple[float, float | None, b
     for capacity, bound in goal.at_most.items():
         got = goal.got(report, capacity)
         yield capacity, got, None if got is None else got <= bound
+
+
+def _number(row: Json, name: str) -> float:
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"a goal's value: a number in the report's rows; {name!r} is {value!r}")
+    return float(value)
 
 
 def _shown(got: float, reached: bool | None) -> str:

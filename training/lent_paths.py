@@ -23,7 +23,7 @@ from elastiformer.calibration import Measured, Step, unit_of, walk
 from elastiformer.vlm import ElasticVlm
 from training.allotment import TOKEN_FIELDS, Allotment, fields_of, late_layers
 from training.channel_sizes import channel_quantiles
-from training.data import read_corpus, tokenizer_of, two_sets
+from training.data import check_window, read_corpus, tokenizer_of, two_sets
 from training.encoder_calibrate import kept_calibration
 from training.files import DataError
 from training.path_search import Paths, lowest, trimmed
@@ -103,6 +103,7 @@ class LentPaths:
         self.prompt_tokens = args.prompt_tokens or args.window * 2 // 3
         if not 2 <= self.prompt_tokens < args.window:
             raise DataError(f"--prompt-tokens: from 2 to below --window; got {self.prompt_tokens}")
+        check_window("--window", args.window, model.context)
         corpus = read_corpus(args.text, tokenizer_of(model))
         self._probe_WT, check_WT = two_sets(
             corpus, tokenizer_of(model), args.window, args.windows, args.check_windows, args.seed

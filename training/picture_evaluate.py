@@ -21,10 +21,10 @@ from elastiformer import AdapterError, Calibration, Phase
 from elastiformer.calibration import DataRecord
 from elastiformer.vlm import ElasticVlm
 from training.choosers import CHOOSERS
-from training.data import Windows, pack, read_corpus, tokenizer_of
+from training.data import Windows, check_window, pack, read_corpus, tokenizer_of
 from training.exchanges import Exchange, Exchanges, read_exchanges
 from training.files import DataError
-from training.lent_paths import TextRow, beside_text, text_row
+from training.lent_paths import beside_text, text_row
 from training.picture_quality import (
     Answers,
     PictureQuality,
@@ -40,7 +40,7 @@ from training.picture_quality import (
 )
 from training.picture_reports import PictureReport, Prefill, write_pictures
 from training.progress import track
-from training.quality import recalibrate, windows_of
+from training.quality import Window, recalibrate, windows_of
 
 TIMED = 16  # exchanges
 TOLERANCE = 0.02  # what an exchange spends lies so near to what it asked
@@ -59,6 +59,7 @@ def evaluate_pictures(args: argparse.Namespace) -> dict[str, Any]:
         raise AdapterError(f"{args.adapter}: not calibrated; run python -m training calibrate")
     exchanges = read_exchanges(args.data, model)
     some = some_of(exchanges, args.items)
+    windows = [] if args.text is None else _windows(model, args)
     served = [each for each in args.capacities if reached(model, some, each)]
     dense = answers_at(model, some, 1.0)
     ours = [quality(model, some, capacity, dense) for capacity in track(served, label="quality")]
@@ -69,7 +70,8 @@ def evaluate_pictures(args: argparse.Namespace) -> dict[str, Any]:
             chosen_by(model, scores_BP, some, capacity, dense)
             for capacity in track([each for each in served if each < 1], label=name)
         ]
-    texts = _texts(model, served, args) if args.text is not None else {}
+    lost = track(served, label="text") if windows else ()
+    texts = {each: text_row(model, windows, each) for each in lost}
     lowered = args.capacities if args.baselines else []
     alone = _alone(model, calibration, some, lowered, dense)
     timed = some[:TIMED]
@@ -118,10 +120,9 @@ def evaluate_pictures(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _texts(
-    model: ElasticVlm, capacities: Sequence[float], args: argparse.Namespace
-) -> dict[float, TextRow]:
-    """What each capacity loses on text without an image."""
+def _windows(model: ElasticVlm, args: argparse.Namespace) -> list[Window]:
+    """Text without an image, to measure on."""
+    check_window("--window", args.window, model.context)
     prompt_tokens = args.prompt_tokens or args.window * 2 // 3
     if not 2 <= prompt_tokens < args.window:
         raise DataError(f"--prompt-tokens: from 2 to below --window; got {prompt_tokens}")
@@ -132,8 +133,7 @@ def _texts(
             f"{corpus.source}: {len(packed_WT)} windows of {args.window} tokens, {args.windows} "
             "wanted; give more text, or smaller --windows or --window"
         )
-    windows = windows_of(model, Windows(packed_WT, args.seed).take(args.windows), prompt_tokens)
-    return {each: text_row(model, windows, each) for each in track(capacities, label="text")}
+    return windows_of(model, Windows(packed_WT, args.seed).take(args.windows), prompt_tokens)
 
 
 def _about(

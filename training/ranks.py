@@ -22,7 +22,7 @@ from torch import Tensor
 from elastiformer import AdapterError, ElasticModel, Phase
 from elastiformer.adapter import AdapterSpec, blank
 from training.allotment import without_layers
-from training.data import some_windows, tokenizer_of
+from training.data import check_window, some_windows, tokenizer_of
 from training.files import write_atomically, write_json
 from training.options import real, whole
 from training.progress import track
@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"--leave-at {max(args.leave_at)}: below {layers - 1}, the last layer, where nothing "
             "is owed to a later one"
         )
+    check_window("--window", args.window, model.context)
+    check_window("--held-out-window", args.held_out_window, model.context)
     fit_WT, check_WT = (
         some_windows(source, tokenizer_of(model), count, tokens, args.seed)[0]
         for source, count, tokens in (

@@ -32,7 +32,7 @@ from elastiformer import Adapter, Calibration, Capacity, ElasticModel, Phase, Un
 from training import distill
 from training.calibrate import capacities
 from training.data import Windows, some_windows, tokenizer_of
-from training.files import RunError, same_run, write_json
+from training.files import RunError, run_beside, same_run, write_json
 from training.learners import read_text, sample_of
 from training.loop import VERSIONS, Text
 from training.options import command_line, names, real, whole
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     if stray := [share for share in args.choice_shares if share not in args.shares]:
         raise RunError(f"--choice-shares: {stray[0]:g} is not among --shares")
-    folder = args.out.with_name(args.out.name + ".run")
+    folder = run_beside(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     same_run(folder / "options.json", vars(args), FREE)
     with Stop() as stop:
@@ -181,6 +181,11 @@ class Study:
             raise RunError(
                 f"a window of {longest}: the context of this model is {self._model.context}"
             )
+
+        if Unit.EXPERTS in {ROWS[name].unit for name in args.rows}:
+            split = {"experts": args.experts, "expert_split": "contiguous"}
+            self._model.blank_adapter([Unit.EXPERTS], **split)  # refuses what does not fit
+        assert self._text and self._held, "read now: what is wrong with them must not come late"
 
     def settled(self, row: Row) -> bool:
         """Whether this row is done, by now; False when told to stop."""

@@ -29,7 +29,7 @@ from elastiformer import AdapterError, ElasticModel, Phase
 from elastiformer.adapter import blank
 from elastiformer.families import Layer, Projection
 from elastiformer.lora import LoraPair
-from training.data import Windows, pack, read_corpus
+from training.data import Windows, check_window, pack, read_corpus
 from training.files import DataError
 from training.options import real, whole
 from training.progress import track
@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     first = max(1, layers // 2 - 1) if args.lora_from is None else args.lora_from
     if first >= layers:
         raise AdapterError(f"--lora-from {first}: below {layers}, the number of layers")
+    check_window("--window", args.window, model.context)
     corpus = read_corpus(args.data, model.tokenizer)
     ids_WT = pack(corpus, model.tokenizer, args.window)
     if len(ids_WT) < args.windows:

@@ -23,8 +23,10 @@ from statistics import fmean, stdev
 from types import ModuleType
 from typing import Any
 
+from elastiformer import ElasticModel, Unit
 from training import calibrate, distill, evaluate, repair
 from training.baselines import RANDOM
+from training.data import read_corpus, some_windows, tokenizer_of, two_sets
 from training.files import DataError, write_atomically, write_json
 from training.options import real, whole
 from training.pictures import draw_spread
@@ -100,6 +102,7 @@ def seeds(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
+    check(args)
     reports = [_one_seed(args, seed) for seed in args.seeds]
     rows = rows_of(reports)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -120,6 +123,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     write_atomically(args.out / "seeds.md", markdown(about, rows).encode())
     write_json(args.out / "seeds.json", about | {"rows": [_as_json(row) for row in rows]})
     return about | {"out": str(args.out), "seconds": round(time.monotonic() - started, 1)}
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse now what a later step would refuse after long work.
+
+    Raises:
+        DataError, AdapterError: too little text, or a value that does not fit the base.
+    """
+    calibrate.check_lowered("--capacities", args.capacities)
+    model = ElasticModel.load(args.base, dtype=args.dtype, device=args.device)
+    model.blank_adapter([Unit.EXPERTS], experts=args.experts, expert_split="contiguous")
+    tokenizer = tokenizer_of(model)
+    texts = args.calibrate_windows, args.check_windows
+    two_sets(read_corpus(args.held_out, tokenizer), tokenizer, args.window, *texts, seed=0)
+    some_windows(args.test, tokenizer, args.windows, args.window, seed=0)
+    fitted = args.repair_windows + evaluate.PROBE_WINDOWS
+    some_windows(args.data, tokenizer, fitted, args.repair_window, seed=0)
 
 
 def _one_seed(args: argparse.Namespace, seed: int) -> Json:
@@ -148,7 +168,7 @@ def _one_seed(args: argparse.Namespace, seed: int) -> Json:
             adapter=adapter,
             prompt_units=args.prompt_units,
             output_units=args.output_units,
-            max_minutes=args.max_minutes,
+            **({} if math.isinf(args.max_minutes) else {"max_minutes": args.max_minutes}),
             **({} if args.probes is None else {"probes": args.probes}),
             seed=seed,
         )

@@ -19,6 +19,8 @@ from training.quality import Setting
 from training.reports import TITLES, table
 
 OURS = "this adapter"
+# Of what `evaluate` writes of a language model; encoders and images have reports of their own.
+NEEDED = ("ours", "baselines", "greedy")
 Json = Mapping[str, Any]
 Cell = Callable[[Json], str]
 COLUMNS: dict[str, Cell] = {
@@ -49,13 +51,23 @@ def read(folder: Path) -> Json:
     """One report.
 
     Raises:
-        DataError: there is none, or it is not JSON.
+        DataError: there is none, or it is not one that `evaluate` wrote of a language model.
     """
     path = folder / "report.json"
     try:
         report: Json = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(report, dict):
+        raise DataError(f"{path}: an object is expected; got {type(report).__name__}")
+    lacking = [name for name in NEEDED if name not in report]
+    if not lacking and any("setting" not in row for row in report["ours"]):
+        lacking = ["settings"]
+    if lacking:
+        raise DataError(
+            f"{path}: not the report of a language model, as `evaluate` writes it: has no "
+            f"{', '.join(lacking)}"
+        )
     return report
 
 
@@ -142,9 +154,10 @@ def agreement(report: Json, capacity: float) -> str:
 def miss(report: Json) -> float:
     """How far from its capacity the worst request of ours spent, all of its tokens routed."""
     routed = [row for row in report["ours"] if row["setting"] != Setting.PROMPT]
-    return max(
+    shares = [
         abs(float(row[spent]) - float(row["capacity"]))
         for row in (*routed, *report["greedy"])
         if row["capacity"] < 1
         for spent in ("spent_least", "spent_most")
-    )
+    ]
+    return max(shares, default=0.0)

@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=whole(1), required=True, help="answer tokens to write")
     parser.add_argument("--out", type=Path, required=True, help="FILE.jsonl")
     parser.add_argument("--temperature", type=real(least=0), default=1.0, help="0: the likeliest")
-    parser.add_argument("--top-p", type=real(above=0), default=0.95, help="share of the likeliest")
+    parser.add_argument(
+        "--top-p", type=real(above=0, most=1), default=0.95, help="share of the likeliest"
+    )
     parser.add_argument(
         "--max-new", type=whole(1), default=256, help="tokens of one answer, at most"
     )
@@ -80,6 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise DataError(f"{args.out}: exists already; remove it or choose another --out")
     model = ElasticModel.load(args.base, dtype=args.dtype)
     prompts = read_prompts(args.prompts, bool(tokenizer_of(model).chat_template))
+    check_room(model, prompts)
     style = Style(args.temperature, args.top_p, args.seed, args.max_new)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     part = args.out.with_name(args.out.name + ".part")
@@ -108,6 +111,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "base": model.identity.id,
         "seed": args.seed,
     }
+
+
+def check_room(model: ElasticModel, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts that leave no room for an answer, before any is written.
+
+    Raises:
+        DataError: naming the first of them.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        tokens = len(prompt_ids(model, prompt))
+        if tokens >= model.context:
+            raise DataError(
+                f"prompt {number} of {len(prompts)}: {tokens} tokens leave no room in a context "
+                f"of {model.context}"
+            )
 
 
 def read_prompts(path: Path, chat: bool) -> list[Prompt]:
@@ -208,10 +226,7 @@ def answers(model: ElasticModel, prompts: Sequence[Prompt], style: Style, first:
 def _begin(model: ElasticModel, prompt: Prompt, style: Style, number: int) -> _Writing:
     ids = prompt_ids(model, prompt)
     most = min(style.most_new, model.context - len(ids))
-    if most < 1:
-        raise DataError(
-            f"a prompt of {len(ids)} tokens leaves no room in a context of {model.context}"
-        )
+    assert most >= 1, "a prompt that check_room has not seen"
     sampling = Sampling(
         temperature=style.temperature,
         top_p=style.top_p,
@@ -224,12 +239,12 @@ def _begin(model: ElasticModel, prompt: Prompt, style: Style, number: int) -> _W
 def prompt_ids(model: ElasticModel, prompt: Prompt) -> list[int]:
     tokenizer = tokenizer_of(model)
     if not prompt.messages:
-        ids: list[int] = tokenizer(prompt.text)["input_ids"]
+        ids: list[int] = tokenizer(prompt.text, verbose=False)["input_ids"]
         return ids
     text = tokenizer.apply_chat_template(
         list(prompt.messages), add_generation_prompt=True, tokenize=False
     )
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 

@@ -159,6 +159,7 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(distill, tmp_path):
     assert "(held out)" in distill("a", "--window", "200", "--batch-tokens", "200")
     above = distill("a", *QUICK, "--min-capacity", "0.8", "--max-capacity", "0.7")
     assert "--max-capacity 0.7: at least --min-capacity, 0.8" in above
+    assert "--units: at least one" in distill("a", *QUICK, "--units", "none")
     assert "--image-draws: what routes no image" in distill("a", *QUICK, "--image-draws", "4")
 
 

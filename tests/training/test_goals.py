@@ -83,11 +83,32 @@ def test_a_page_gets_both_tables_and_keeps_all_else(folder, capsys):
         ("no mark", "[]", "marks no part"),
         ("<!-- goals: begin -->\n", "[]", "has no end"),
         ("", '[{"what": "loss"}]', "holds no goals: KeyError: 'setting'"),
+        (
+            "",
+            '[{"what": "loss", "setting": "both", "value": "joy", "at_most": {"0.5": 1}}]',
+            "a number in the report's rows; 'joy' is None",
+        ),
     ],
 )
 def test_a_page_or_file_that_cannot_be_used_is_named(folder, capsys, page, goals, said):
     (folder / "page.md").write_text(page)
     (folder / "goals.json").write_text(goals)
+
+    assert main(command(folder)) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "page.md: cannot be read"),
+        (b"\xff", "page.md: cannot be read"),
+    ],
+)
+def test_a_page_that_cannot_be_read_is_named(folder, capsys, content, said):
+    (folder / "page.md").unlink()
+    if content is not None:
+        (folder / "page.md").write_bytes(content)
 
     assert main(command(folder)) == 1
     assert said in capsys.readouterr().err

@@ -24,9 +24,9 @@ def model(request) -> ElasticModel:
     return picking_channels(request.param)
 
 
-def picking_channels(family: str = "llama") -> ElasticModel:
+def picking_channels(family: str = "llama", dtype: torch.dtype = torch.float32) -> ElasticModel:
     """A model whose outputs pick channels, and whose prompts leave out whole sub-layers."""
-    model = ElasticModel(tiny(family))
+    model = ElasticModel(tiny(family).to(dtype))
     model.attach(model.blank_adapter([Unit.CHANNELS], lora_rank=0))
     lower = tuple(
         Step(layer, site, share)
@@ -57,6 +57,18 @@ def test_channels_lose_less_when_what_is_left_out_is_guessed(model, static):
     before = model.teacher(texts(3))
     assert 0 < lost(moments) < lost(None)
     assert torch.equal(model.teacher(texts(3)), before)
+
+
+def test_what_is_left_out_is_guessed_in_bfloat16_too():
+    model = picking_channels(dtype=torch.bfloat16)
+    windows = windows_of(model, texts(1), prompt_tokens=40)
+    moments = second_moments(model, texts(2, 24))
+
+    def lost(moments) -> float:
+        picking = ChannelPicking(model, torch.Generator(), None, moments)
+        return measure_picked(model, windows, 0.7, Setting.SCORED, picking).kl
+
+    assert 0 < lost(moments) < lost(None)
 
 
 def test_dropped_sub_layers_lose_less_with_a_map_in_their_place_and_pay_for_it(model):

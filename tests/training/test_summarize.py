@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from training.__main__ import main
 
 
@@ -70,3 +72,27 @@ def test_a_folder_without_a_report_is_named(tmp_path, capsys):
     command = ["summarize", "--reports", str(tmp_path), "--out", str(tmp_path / "s.md")]
     assert main(command) == 1
     assert f"{tmp_path / 'report.json'}: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        ([], "an object is expected; got list"),
+        ({}, "has no ours, baselines, greedy"),
+        ({"ours": [{"capacity": 1}], "baselines": {}}, "has no greedy"),  # as of an encoder
+    ],
+)
+def test_a_report_of_another_kind_is_named(tmp_path, capsys, report, said):
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    command = ["summarize", "--reports", str(tmp_path), "--out", str(tmp_path / "s.md")]
+    assert main(command) == 1
+    assert f"{tmp_path / 'report.json'}: " in (told := capsys.readouterr().err) and said in told
+
+
+def test_a_report_of_the_full_model_alone_has_missed_nothing(tmp_path):
+    folder = write(tmp_path / "one", 1, 0.1)
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    report["ours"] = [row(1.0, "scored", 0.0)]
+    (tmp_path / "one" / "report.json").write_text(json.dumps(report))
+    assert main(["summarize", "--reports", folder, "--out", str(tmp_path / "s.md")]) == 0
+    assert "further than 0.0000 from its capacity" in (tmp_path / "s.md").read_text()

@@ -73,6 +73,15 @@ def test_nothing_is_written_over_or_mixed(synthesize, prompts, tmp_path):
     assert "line 1: written for another prompt" in synthesize(prompts, "b.jsonl")
 
 
+def test_a_prompt_without_room_for_an_answer_is_refused_before_any_is_written(synthesize, tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("Why?\n" + "Why so? " * 90)
+
+    assert "prompt 2 of 2: " in (told := synthesize(path, "a.jsonl"))
+    assert "leave no room in a context of 512" in told
+    assert not (tmp_path / "a.jsonl.part").exists()
+
+
 def test_a_conversation_is_continued_where_its_last_answer_was(synthesize, tmp_path):
     turns = [
         {"role": "system", "content": "Be brief."},
