@@ -325,6 +325,8 @@ def _penalise(
     lengths = torch.tensor([len(seen.tokens) for _, _, seen in penalised])
     table_N = table.repeat_interleave(lengths, dim=0).to(flat.device)
     start_N, *penalties = table_N.unbind(dim=-1)
+    # So small a factor, and any logit above 0 has all the weight already; a smaller one overflows.
+    penalties[0] = penalties[0].clamp(min=1e3 / torch.finfo(flat.dtype).max)
     factor_N, frequency_N, presence_N = (each.to(flat.dtype) for each in penalties)
     place_N = torch.frombuffer(tokens, dtype=torch.int64).to(flat.device) + start_N.long()
     count_N = torch.frombuffer(counts, dtype=torch.int64).to(flat.device)

@@ -211,6 +211,16 @@ def test_penalties_and_bans_move_away_from_what_was_said():
     assert support(Sampling(seed=0), torch.tensor([0.0, -math.inf])) == {0}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_least_repetition_penalty_breaks_no_row(dtype):
+    logits_RV = torch.tensor([[2.0, 0.0, -1.0, 30.0]]).to(dtype)
+    least = Sampling(0.0, repetition_penalty=5e-324)
+    for seen, said in ((Seen((0,)), 0), (Seen((0, 1, 2, 3)), 3), (Seen((1, 2)), 3)):
+        assert tokens(logits_RV, [draw(least, seen=seen)]) == [said]
+    drawn = Sampling(seed=0, repetition_penalty=5e-324)
+    assert tokens(logits_RV, [draw(drawn, seen=Seen((0,)))]) == [0]
+
+
 def test_what_was_seen_is_counted_one_token_at_a_time():
     grown = Seen((7, 7, 3))
     for token in (3, 9, 9):
