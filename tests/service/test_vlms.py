@@ -271,6 +271,7 @@ def test_an_image_that_cannot_be_read_is_refused_and_harms_nobody(wrong):
 def test_what_is_no_image_is_refused_by_name():
     cases = [
         ([{"type": "input_audio"}], "text, image_url; got 'input_audio'"),
+        ([{"type": "text"}], "messages.0.content.0.text: a part of type 'text' holds a string"),
         ([{"type": "image_url"}], '{"url": data URI}; got None'),
         ([{"type": "image_url", "image_url": "data:"}], "image_url"),
         ([{"type": "text", "text": f"spell {IMAGE}"}], "must not spell it"),
