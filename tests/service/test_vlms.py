@@ -247,6 +247,13 @@ def test_a_ceiling_that_text_cannot_go_down_to_is_lifted_and_the_answer_says_so(
         )
         assert refused.status_code == 400
         assert "capacity.output" in refused.json()["error"]["message"]
+        for low in (0.49, {"prompt": 0.49, "output": 1.0}):
+            refused = await house.post(
+                "/v1/chat/completions", messages=shown(*range(5)), capacity=low
+            )
+            assert refused.status_code == 400, refused.text
+            told = refused.json()["error"]["message"]
+            assert told == "capacity 0.49 is below the calibrated range 0.50 to 1.0"
 
     visit(calibrated(dict.fromkeys(Phase, ()), 0.5), talk, capacity_ceiling=0.6)
 
