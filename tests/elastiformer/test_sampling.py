@@ -163,6 +163,12 @@ def test_a_seed_gives_the_same_draws_and_each_choice_its_own():
     assert drawn(Sampling(), 0) != drawn(Sampling(), 0)
 
 
+def test_every_bit_of_a_seed_counts():
+    seeds = [0, 7, 7 + (1 << 32), 7 + (1 << 62), -1, 1 - (1 << 63), (1 << 63) - 1, -(1 << 63)]
+    first = {Sampling(seed=seed).generator().next() for seed in seeds}
+    assert len(first) == len(seeds)
+
+
 def test_draws_follow_the_distribution():
     logits_V = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
     sampling = Sampling(seed=0)
