@@ -93,7 +93,7 @@ def decode_bytes(content: bytes, mode: str = "RGB", name: str = "input") -> Imag
 
 def _upright(image: Image.Image) -> Image.Image:
     """Not by ImageOps.exif_transpose: that writes all of EXIF anew, and fails on damaged fields."""
-    turn = _UPRIGHT.get(image.getexif().get(Base.Orientation))
+    turn = _UPRIGHT.get(image.getexif().get(Base.Orientation, 1))
     return image if turn is None else image.transpose(turn)
 
 
