@@ -24,6 +24,7 @@ from elastiformer.errors import InputError
 
 MOST_LOGPROBS = 20
 _SEED_STEP = 0x9E3779B97F4A7C15  # spreads the choices of one request over the seeds
+_UPPER_HALF = 0x9E3779B1
 _SEEDS = 1 << 63
 
 
@@ -95,7 +96,9 @@ class Sampling:
         if self.seed is None:
             generator.seed()
         else:
-            generator.manual_seed((self.seed + choice * _SEED_STEP) % _SEEDS)
+            high, low = divmod((self.seed + choice * _SEED_STEP) % (2 * _SEEDS), 1 << 32)
+            # PyTorch's generator of a CPU reads the lower half alone: the upper one is mixed in.
+            generator.manual_seed((low + high * _UPPER_HALF) % (1 << 32))
         return Uniforms(generator)
 
 

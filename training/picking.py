@@ -174,9 +174,7 @@ class ChannelPicking(Picking):
                 only_BTI = x_BTI * kept_TI
                 for count, map_IJ in maps.items():
                     at_T = count_T == count
-                    kept_BSI = only_BTI[:, at_T].float()
-                    guessed_BSI = F.linear(kept_BSI, map_IJ[:, :-1], map_IJ[:, -1])
-                    only_BTI[:, at_T] = guessed_BSI.to(only_BTI.dtype)
+                    only_BTI[:, at_T] = F.linear(only_BTI[:, at_T], map_IJ[:, :-1], map_IJ[:, -1])
                 last[:] = [x_BTI, only_BTI]
             return (last[1],)
 
