@@ -186,6 +186,13 @@ class Calibration:
         part = (capacity - below.capacity) / (above.capacity - below.capacity)
         return below.share + part * (above.share - below.share)
 
+    def refuse_below(self, share: float) -> None:
+        """Raises CapacityError for a share below the calibrated range."""
+        if share < self.lowest - 1e-9:
+            raise CapacityError(
+                f"capacity {share:g} is below the calibrated range {self.lowest:.2f} to 1.0"
+            )
+
     def schedule(self, share: float, phase: Phase, shape: ModelShape, context: int) -> Schedule:
         """The plans of a request that wants to spend `share`, for tokens over `context` keys.
 
@@ -197,10 +204,7 @@ class Calibration:
         dense_spent = shape.planned_share(levels[0], context)  # of a prompt less than 1
         if share >= min(dense_spent, 1.0):
             return Schedule(levels[0], levels[0], dense_spent, dense_spent, 1.0)
-        if share < self.lowest - 1e-9:
-            raise CapacityError(
-                f"capacity {share:g} is below the calibrated range {self.lowest:.2f} to 1.0"
-            )
+        self.refuse_below(share)
         # Bisection keeps fuller > share >= leaner, whatever single steps do to the cost.
         fuller, leaner = 0, len(levels) - 1
         fuller_spent = shape.planned_share(levels[fuller], context)  # above 1 where LoRA runs

@@ -13,7 +13,9 @@ import re
 import struct
 import zlib
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
 
 from elastiformer.errors import InputError
 
@@ -23,6 +25,16 @@ _URI = re.compile(r"data:(?P<kind>[\w.+/-]*)(?:;[\w=.+-]+)*?;base64,", re.IGNORE
 _SHOWN = 40  # characters of a refused address
 # What Pillow raises for files that are cut off or say what is not so.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError)
+# How a camera held an image, and what sets it upright (EXIF's orientation).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode(uri: str, mode: str = "RGB", name: str = "input") -> Image.Image:
@@ -56,8 +68,10 @@ def decode_bytes(content: bytes, mode: str = "RGB", name: str = "input") -> Imag
         raise InputError(
             f"{name}: not an image in a format that is read here: {', '.join(FORMATS)}"
         ) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"{name}: an image has at most {MOST_PIXELS} pixels") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        said = re.search(r"\d+ pixels", str(error))
+        got = f"; got {said[0]}" if said else ""
+        raise InputError(f"{name}: an image has at most {MOST_PIXELS} pixels{got}") from None
     except _BROKEN as error:
         raise InputError(f"{name}: the image cannot be read: {error}") from None
     width, height = image.size
@@ -72,6 +86,19 @@ def decode_bytes(content: bytes, mode: str = "RGB", name: str = "input") -> Imag
         )
     try:
         image.load()
-        return ImageOps.exif_transpose(image).convert(mode)
+        return _in_bytes(_upright(image)).convert(mode)
     except (*_BROKEN, Image.DecompressionBombError) as error:
         raise InputError(f"{name}: the image cannot be read: {error}") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Not by ImageOps.exif_transpose: that writes all of EXIF anew, and fails on damaged fields."""
+    turn = _UPRIGHT.get(image.getexif().get(Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
+
+
+def _in_bytes(image: Image.Image) -> Image.Image:
+    """Of 16 bits a pixel the upper 8: Pillow's own conversion takes all above 255 for white."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

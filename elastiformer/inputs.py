@@ -107,13 +107,23 @@ class TextInputs:
             )
         return self.context - prompt_tokens
 
-    def checked_room(self, prompt_tokens: int, most_new: int, name: str = "max_tokens") -> None:
+    def checked_room(
+        self,
+        prompt_tokens: int,
+        most_new: int,
+        name: str = "max_tokens",
+        prompt_name: str = "prompt",
+    ) -> None:
         """Refuse a prompt and an answer that do not fit the context together.
+
+        Args:
+            name: what says how long the answer may be.
+            prompt_name: what the prompt came in.
 
         Raises:
             InputError: naming all three numbers.
         """
-        room = self.room(prompt_tokens, "prompt" if name == "max_tokens" else name)
+        room = self.room(prompt_tokens, prompt_name)
         if most_new > room:
             raise InputError(
                 f"{name}: {prompt_tokens} prompt tokens and up to {most_new} new ones are more "
@@ -227,12 +237,12 @@ def _plain_text(content: object, place: int) -> str:
     texts: list[str] = []
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise InputError(
-                f"messages.{place}.content.{number}: this model reads text only; got a part "
-                f"of type {kind!r}"
-            )
-        texts.append(part["text"])
+        name = f"messages.{place}.content.{number}"
+        if kind != "text":
+            raise InputError(f"{name}: this model reads text only; got a part of type {kind!r}")
+        if not isinstance(text := part.get("text"), str):
+            raise InputError(f"{name}.text: a part of type 'text' holds a string; got {text!r}")
+        texts.append(text)
     return "".join(texts)
 
 

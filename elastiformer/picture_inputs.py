@@ -117,8 +117,12 @@ class PictureInputs:
         for number, part in enumerate(content):
             name = f"messages.{place}.content.{number}"
             kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind == "text" and isinstance(part.get("text"), str):
-                parts.append({"type": "text", "text": part["text"]})
+            if kind == "text":
+                if not isinstance(text := part.get("text"), str):
+                    raise InputError(
+                        f"{name}.text: a part of type 'text' holds a string; got {text!r}"
+                    )
+                parts.append({"type": "text", "text": text})
             elif kind == "image_url":
                 pictures.append(self.picture(_address(part.get("image_url"), name), name))
                 parts.append({"type": "image"})

@@ -31,6 +31,9 @@ from elastiformer.sequence import Kind
 
 _REMEMBERED = 4096
 _STEPS_PER_OCTAVE = 8
+# A text that is scored is run in pieces of so many tokens, as a server does that nobody else asks:
+# a token attends to the keys of its own piece and of those before. Smaller pieces have fewer.
+_PIECE_TOKENS = 512
 # What follows a prompt reads its last tokens most: they run whole, and those before make up for it.
 _END_TOKENS, _END_PART = 8, 16  # so many, but no more than one of so many,
 _END_PRICE = 0.011  # nor more than take so much from the capacity of the others
@@ -132,7 +135,9 @@ class Planner:
         owed = ending.tokens * (whole - share + others) - _EXCESS * (most_tokens - prompt_tokens)
         return max(0, most - max(ending.tokens, math.ceil(owed / (_EXCESS + others))))
 
-    def _plan_at(self, capacity: Capacity, prompt_tokens: int) -> PlanAt:
+    def _plan_at(
+        self, capacity: Capacity, prompt_tokens: int, piece_tokens: int = _PIECE_TOKENS
+    ) -> PlanAt:
         """The same without that: what all tokens of a phase do alike."""
         context_of_prompt = prompt_context(prompt_tokens)
         uniform = {phase: self._uniform(capacity.of(phase), phase) for phase in Phase}
@@ -142,9 +147,13 @@ class Planner:
             if (plan := uniform[phase]) is not None:
                 return plan
             assert not isinstance(share, UnitShares), "keep shares are the same for all tokens"
-            # A prompt is run whole, and each of its tokens owes all of its keys.
-            within = position < prompt_tokens
-            context = context_of_prompt if within else output_context(position)
+            if position >= prompt_tokens:
+                context = output_context(position)
+            elif phase is Phase.PROMPT:
+                context = context_of_prompt  # each of its tokens owes all of its keys
+            else:
+                piece_end = (position // piece_tokens + 1) * piece_tokens
+                context = prompt_context(min(piece_end, prompt_tokens))
             return self._priced(share, phase, context).at(position)
 
         return plan_at
@@ -159,7 +168,7 @@ class Planner:
 
     def _of_whole(self, capacity: Capacity, tokens: int, outputs: int | None) -> tuple[Kind, ...]:
         """The kinds of a whole item's tokens, of which the first `outputs` are read; None: all."""
-        plan_at = self._plan_at(capacity, tokens)
+        plan_at = self._plan_at(capacity, tokens, piece_tokens=tokens)
         read = tokens if outputs is None else outputs
         phases = [Phase.OUTPUT if place < read else Phase.PROMPT for place in range(tokens)]
         plans = [plan_at(phase, place) for place, phase in enumerate(phases)]

@@ -24,6 +24,7 @@ from elastiformer.errors import InputError
 
 MOST_LOGPROBS = 20
 _SEED_STEP = 0x9E3779B97F4A7C15  # spreads the choices of one request over the seeds
+_UPPER_HALF = 0x9E3779B1
 _SEEDS = 1 << 63
 
 
@@ -95,7 +96,9 @@ class Sampling:
         if self.seed is None:
             generator.seed()
         else:
-            generator.manual_seed((self.seed + choice * _SEED_STEP) % _SEEDS)
+            high, low = divmod((self.seed + choice * _SEED_STEP) % (2 * _SEEDS), 1 << 32)
+            # PyTorch's generator of a CPU reads the lower half alone: the upper one is mixed in.
+            generator.manual_seed((low + high * _UPPER_HALF) % (1 << 32))
         return Uniforms(generator)
 
 
@@ -325,6 +328,8 @@ def _penalise(
     lengths = torch.tensor([len(seen.tokens) for _, _, seen in penalised])
     table_N = table.repeat_interleave(lengths, dim=0).to(flat.device)
     start_N, *penalties = table_N.unbind(dim=-1)
+    # So small a factor, and any logit above 0 has all the weight already; a smaller one overflows.
+    penalties[0] = penalties[0].clamp(min=1e3 / torch.finfo(flat.dtype).max)
     factor_N, frequency_N, presence_N = (each.to(flat.dtype) for each in penalties)
     place_N = torch.frombuffer(tokens, dtype=torch.int64).to(flat.device) + start_N.long()
     count_N = torch.frombuffer(counts, dtype=torch.int64).to(flat.device)

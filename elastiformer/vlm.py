@@ -151,9 +151,13 @@ class ElasticVlm(ElasticModel):
         What image tokens can pay for beforehand, an answer begins with: some tokens that run whole.
 
         Raises:
-            CapacityError: image tokens are to be left out, and the adapter has no router for them;
-                or less of what is generated, and nothing of it can be left out.
+            CapacityError: below the calibrated range; image tokens are to be left out, and the
+                adapter has no router for them; or less of what is generated, and nothing of it
+                can be left out.
         """
+        for asked in (capacity.prompt, capacity.output):
+            if self.calibration is not None and isinstance(asked, float):
+                self.calibration.refuse_below(asked)
         tokens = [picture.tokens for picture in pictures]
         share = capacity.prompt
         kept, rest, opening = tokens, capacity, NOTHING_WHOLE

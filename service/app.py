@@ -140,7 +140,8 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     said = str(error.detail)
     if error.status_code == 400:  # FastAPI raises it for one thing only, and names no reason
         said = "the body cannot be read: not UTF-8, nested too deep, or a number too long"
-    elif error.status_code in (404, 405):
+        return await _refused(request, BadRequest(said, None))
+    if error.status_code in (404, 405):
         said = f"{request.method} {request.url.path}: {said.lower()}; /docs lists the routes"
     body = {
         "error": {

@@ -128,12 +128,15 @@ class Desk:
             if pictures:
                 imaged = served.vlm.prompt(resolved.applied, ids, pictures)
                 resolved = as_run(resolved, served.vlm)
+        bound = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
         limit = asked.max_completion_tokens or asked.max_tokens
         longest = served.engine.longest(imaged.capacity if imaged else resolved.applied)
         longest += imaged.dropped if imaged else 0
-        most_new = _most_new(inputs, ids, limit, self.default_max_tokens, longest)
+        most_new = _most_new(
+            inputs, ids, limit, self.default_max_tokens, longest, bound, "messages"
+        )
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-        order = self._order(asked, resolved, [ids], [most_new], logprobs=logprobs)
+        order = self._order(asked, resolved, [ids], [most_new], logprobs=logprobs, field="messages")
         if imaged is not None:
             order = _imaged(order, imaged)
         order = served.engine.checked(order)
@@ -223,6 +226,7 @@ class Desk:
         most_new: Sequence[int],
         logprobs: int | None,
         scored: bool = False,
+        field: str = "prompt",
     ) -> Order:
         choices = asked.n or 1
         jobs = tuple(
@@ -250,6 +254,7 @@ class Desk:
             ignore_eos=bool(asked.ignore_eos),
             least_new=least_new,
             choices=choices,
+            field=field,
         )
 
 
@@ -282,16 +287,23 @@ def _content(content: str | list[Part] | None) -> object:
 
 
 def _most_new(
-    inputs: TextInputs, ids: Sequence[int], asked: int | None, default: int, longest: int
+    inputs: TextInputs,
+    ids: Sequence[int],
+    asked: int | None,
+    default: int,
+    longest: int,
+    bound: str = "max_tokens",
+    field: str = "prompt",
 ) -> int:
     """The asked length, refused if it does not fit; a default is what fits of it."""
     if asked is not None:
-        inputs.checked_room(len(ids), asked)
+        inputs.checked_room(len(ids), asked, bound, field)
         return asked
-    room = inputs.room(len(ids))
+    room = inputs.room(len(ids), field)
     if room == 0:
         raise InputError(
-            f"prompt: {len(ids)} tokens fill the context of {inputs.context}; no room for an answer"
+            f"{field}: {len(ids)} tokens fill the context of {inputs.context}; "
+            "no room for an answer"
         )
     return min(default, room, max(longest - len(ids), 1))
 
@@ -340,7 +352,7 @@ def _labelled(
             imaged = served.vlm.prompt(resolved.applied, question.prompt, [picture])
             asked = [_of_imaged(job, imaged) for job in asked]
         jobs += asked
-    order = served.engine.checked(Order(tuple(jobs), resolved, GREEDY))
+    order = served.engine.checked(Order(tuple(jobs), resolved, GREEDY, field=field))
     return PlacedLabels(served, order, name, tuple(labels))
 
 
@@ -354,16 +366,16 @@ def _question(
     if served.vlm is None:
         if isinstance(given, Image):
             raise InputError(f"{name}: this model reads text only; got an image")
-        return ask(inputs, ends, given, labels, longest), None
+        return ask(inputs, ends, given, labels, longest, name=name), None
     pictures = served.vlm.pictures
     if isinstance(given, str):
         ids_of = partial(pictures.question, inputs, images=0, name=name)
-        return ask(inputs, ends, given, labels, longest, ids_of), None
+        return ask(inputs, ends, given, labels, longest, ids_of, name), None
     if not inputs.has_chat_template:
         raise InputError(f"{name}: an image needs a chat template, and this model has none")
     picture = pictures.picture(given.image, name)
     ids_of = partial(pictures.question, inputs, images=1, name=name)
-    return ask_of_image(inputs, ends, labels, ids_of), picture
+    return ask_of_image(inputs, ends, labels, ids_of, name), picture
 
 
 def _label_job(place: int, question: Question, number: int, resolved: Resolved) -> Job:

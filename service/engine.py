@@ -115,16 +115,16 @@ class Engine:
         for job in order.jobs:
             alike = (len(job.prompt), job.most_tokens, job.capacity, job.scored)
             if alike not in known:
-                known[alike] = self._sized(job)
+                known[alike] = self._sized(job, order.field)
             jobs.append(replace(job, blocks=known[alike].blocks, cut=known[alike].cut))
         return replace(order, jobs=tuple(jobs))
 
-    def _sized(self, job: Job) -> Job:
+    def _sized(self, job: Job, field: str) -> Job:
         prompt_tokens = len(job.prompt)
         blocks = self.model.blocks_for(job.capacity, prompt_tokens, job.most_tokens, job.scored)
         if blocks > self.limits.cache_blocks:
             raise InputError(
-                f"prompt: {prompt_tokens} tokens and up to {job.most_tokens - prompt_tokens} more "
+                f"{field}: {prompt_tokens} tokens and up to {job.most_tokens - prompt_tokens} more "
                 f"need {blocks} blocks of keys and values; the whole cache has "
                 f"{self.limits.cache_blocks}"
             )
@@ -161,7 +161,7 @@ class Engine:
         """
         if len(order.jobs) > self.limits.max_waiting:
             raise InputError(
-                f"prompt: {len(order.jobs)} sequences in one request; at most "
+                f"{order.field}: {len(order.jobs)} sequences in one request; at most "
                 f"{self.limits.max_waiting} may wait"
             )
         now = self._clock()

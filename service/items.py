@@ -71,7 +71,7 @@ def place_items(
         )
         for place, each in enumerate(prepared)
     )
-    order = served.engine.checked(Order(jobs, resolved, GREEDY))
+    order = served.engine.checked(Order(jobs, resolved, GREEDY, field=field))
     operation = "embeddings" if encoder.task == Task.FEATURES else "classify"
     return PlacedItems(served, order, name, prepared, operation)
 

@@ -41,6 +41,7 @@ class Order:
     ignore_eos: bool = False
     least_new: int = 0
     choices: int = 1  # sequences per prompt
+    field: str = "prompt"  # of the request: what refusals call the texts or images
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,12 +44,14 @@ def ask(
     labels: Sequence[str],
     cut_to: int | None = None,
     converse: Converse | None = None,
+    name: str = "input",
 ) -> Question:
     """Put a text and its labels before the model.
 
     Args:
         cut_to: tokens of question and answer together; a longer text is cut. None: it is not.
         converse: how a question is put, if not by the chat template's plain texts.
+        name: the field that the text came in.
 
     Raises:
         InputError: the question does not fit the context, and may not be cut.
@@ -61,12 +63,16 @@ def ask(
         words = inputs.text(text, special_tokens=False)
         cut = inputs.decode(words[: max(len(words) - excess, 0)])
         prompt = _prompt(inputs, cut, labels, converse)
-    inputs.checked_room(len(prompt), longest, "input")
+    inputs.checked_room(len(prompt), longest, name, name)
     return Question(prompt, answers)
 
 
 def ask_of_image(
-    inputs: TextInputs, ends: Sequence[int], labels: Sequence[str], converse: Converse
+    inputs: TextInputs,
+    ends: Sequence[int],
+    labels: Sequence[str],
+    converse: Converse,
+    name: str = "input",
 ) -> Question:
     """Put labels before a model that is shown an image by `converse`.
 
@@ -75,7 +81,7 @@ def ask_of_image(
     """
     answers = _answers(inputs, ends, labels)
     prompt = converse(QUESTION_OF_IMAGE.format(labels=", ".join(labels)))
-    inputs.checked_room(len(prompt), max(map(len, answers)), "input")
+    inputs.checked_room(len(prompt), max(map(len, answers)), name, name)
     return Question(prompt, answers)
 
 

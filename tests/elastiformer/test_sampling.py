@@ -163,6 +163,12 @@ def test_a_seed_gives_the_same_draws_and_each_choice_its_own():
     assert drawn(Sampling(), 0) != drawn(Sampling(), 0)
 
 
+def test_every_bit_of_a_seed_counts():
+    seeds = [0, 7, 7 + (1 << 32), 7 + (1 << 62), -1, 1 - (1 << 63), (1 << 63) - 1, -(1 << 63)]
+    first = {Sampling(seed=seed).generator().next() for seed in seeds}
+    assert len(first) == len(seeds)
+
+
 def test_draws_follow_the_distribution():
     logits_V = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
     sampling = Sampling(seed=0)
@@ -209,6 +215,16 @@ def test_penalties_and_bans_move_away_from_what_was_said():
     assert tokens(rows, [draw(Sampling(0.0, presence_penalty=1), seen=Seen((0,)))]) == [0]
     assert tokens(rows, [draw(GREEDY, banned=(0, 1))]) == [2]
     assert support(Sampling(seed=0), torch.tensor([0.0, -math.inf])) == {0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_least_repetition_penalty_breaks_no_row(dtype):
+    logits_RV = torch.tensor([[2.0, 0.0, -1.0, 30.0]]).to(dtype)
+    least = Sampling(0.0, repetition_penalty=5e-324)
+    for seen, said in ((Seen((0,)), 0), (Seen((0, 1, 2, 3)), 3), (Seen((1, 2)), 3)):
+        assert tokens(logits_RV, [draw(least, seen=seen)]) == [said]
+    drawn = Sampling(seed=0, repetition_penalty=5e-324)
+    assert tokens(logits_RV, [draw(drawn, seen=Seen((0,)))]) == [0]
 
 
 def test_what_was_seen_is_counted_one_token_at_a_time():

@@ -50,7 +50,7 @@ def long_prompt(model: ElasticVlm, prompt: float, output: float | None = None) -
 
 @pytest.mark.parametrize("capacity", [0.65, 0.5, 0.4])
 def test_a_number_leaves_out_image_tokens_first_and_is_kept(capacity):
-    model = calibrated(dict.fromkeys(Phase, ()), 0.5)
+    model = calibrated(dict.fromkeys(Phase, ()), 0.4)
     prompt = long_prompt(model, capacity)
     assert prompt.capacity == DENSE and prompt.dropped > 0
     sequence = model.imaged_sequence(prompt, 1)

@@ -355,6 +355,8 @@ def test_texts_and_fields_that_do_not_fit_are_refused_with_the_bound():
             await refused(path, told, model=model, **{field: long})
             cut = await house.post(path, model=model, truncate=True, **{field: long})
             assert cut.status_code == 200, cut.text
+            told = f"{field}: 257 sequences in one request; at most 256 may wait"
+            await refused(path, told, field, model=model, **{field: ["a"] * 257})
         image = {"image": uri(content(picture()))}
         await refused("/v1/classify", "input: this model reads text only", input=image)
         await refused("/v1/classify", "has labels of its own", "labels", input="a", labels=["x"])

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from elastiformer import Phase, Step
 from tests.service.conftest import elastic_model, in_house
-from tests.tiny import TURN_END, tiny
+from tests.tiny import LAYERS, TURN_END, VOCAB, tiny
 
 PROMPT = "Once upon a time"
 CAPACITIES = [1.0, 0.8, 0.6, {"heads": 0.75}, {"prompt": 0.6, "output": 0.9}]
@@ -232,3 +234,23 @@ def test_batch_mates_and_chunks_do_not_change_an_answer(capacity):
     for name in ("parameters_used", "tokens_skipped", "heads_skipped", "experts_skipped"):
         mixed, alone = (found[way]["usage"]["compute"][name] for way in ("mixed", "alone"))
         assert mixed == alone
+
+
+@pytest.mark.parametrize("tokens", [130, 700, 1500])
+def test_a_scored_text_of_any_length_spends_what_was_asked(tokens):
+    """Attention is whole and grows with the text, and channels make up for it."""
+    model = elastic_model(max_position_embeddings=2048, intermediate_size=1120)
+    sites = ("mlp_in", "mlp_out", "attention_in", "attention_out")
+    path = tuple(Step(layer, site, 0.25) for site in sites for layer in range(LAYERS))
+    known = model.adapter.calibration
+    model.adapter.calibration = replace(known, paths=dict.fromkeys(Phase, path))
+    model.attach(model.adapter)
+
+    async def visit(house):
+        ids = [place * 7 % VOCAB for place in range(tokens)]
+        scored = {"echo": True, "logprobs": 0, "max_tokens": 0}
+        for capacity in (0.9, 0.85):
+            answer = await house.complete(ids, **scored, capacity=capacity)
+            assert answer["elasti"]["capacity_spent"] == pytest.approx(capacity, abs=0.02)
+
+    in_house(visit, models={"tiny": model})

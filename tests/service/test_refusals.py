@@ -16,6 +16,7 @@ COMPLETION = {"prompt": "Once upon a time", "max_tokens": 3, "ignore_eos": True}
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 IMAGE_MESSAGE = {"role": "user", "content": [IMAGE]}
+LONG_MESSAGE = {"role": "user", "content": "x" * CONTEXT}
 
 
 def bad(route, param, says, **body):
@@ -62,11 +63,20 @@ WRONG = [
     bad("chat/completions", "messages", "at least 1", messages=[]),
     bad("chat/completions", "messages", "role", messages=[{"content": "hi"}]),
     bad("chat/completions", "messages", "text only", messages=[IMAGE_MESSAGE]),
+    bad("chat/completions", "messages", "0.text: a part of type 'text' holds a string; got none",
+        messages=[{"role": "user", "content": [{"type": "text"}]}]),
+    bad("chat/completions", "messages", str(CONTEXT), messages=[LONG_MESSAGE]),
+    bad("chat/completions", "max_tokens", str(CONTEXT), **CHAT | {"max_tokens": CONTEXT}),
+    bad("chat/completions", "max_completion_tokens", str(CONTEXT), **CHAT,
+        max_completion_tokens=CONTEXT),
     bad("chat/completions", "top_logprobs", "logprobs", **CHAT, top_logprobs=2),
     bad("classify", "labels", "causal", input="good"),
     bad("classify", "labels", "twice", input="good", labels=["a", "a"]),
     bad("classify", "input", "text only", input=[{"image": "data:"}], labels=["a", "b"]),
     bad("classify", "input", str(CONTEXT), input="x" * CONTEXT, labels=["a", "b"]),
+    bad("classify", "input", "at most 256", input=["x"] * 129, labels=["a", "b"]),
+    bad("../predict", "inputs", str(CONTEXT), inputs=["a", "x" * CONTEXT], labels=["a", "b"]),
+    bad("../predict", "inputs", "at most 256", inputs=["x"] * 129, labels=["a", "b"]),
 ]  # fmt: skip
 
 
@@ -98,7 +108,9 @@ def test_a_body_that_is_no_json_object_is_refused(text):
         )
         assert reply.status_code == 400
         assert "Traceback" not in reply.text
-        assert reply.json()["error"]["message"].startswith("the body ")
+        error = reply.json()["error"]
+        assert error["message"].startswith("the body ") and error["code"] == "invalid_value"
+        assert house.value("elasti_admission_rejections_total", reason="invalid") == 1
 
     in_house(visit)
 
@@ -234,8 +246,13 @@ def test_a_full_queue_says_so_and_health_still_answers():
             assert reply.json()["error"]["code"] == "queue_full"
         counted = house.value("elasti_admission_rejections_total", reason="queue_full")
         assert counted == len(refused)
-        reply = await house.post("/v1/completions", **COMPLETION, n=3)
-        assert reply.status_code == 400 and "at most 2" in reply.text
+        for path, asked, field in (
+            ("/v1/completions", COMPLETION, "prompt"),
+            ("/v1/chat/completions", CHAT, "messages"),
+        ):
+            reply = await house.post(path, **asked, n=3)
+            assert reply.status_code == 400 and "at most 2" in reply.text
+            assert reply.json()["error"]["param"] == field
 
     in_house(visit, models={"tiny": model}, max_waiting=2, max_running=2)
 

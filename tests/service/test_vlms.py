@@ -247,6 +247,13 @@ def test_a_ceiling_that_text_cannot_go_down_to_is_lifted_and_the_answer_says_so(
         )
         assert refused.status_code == 400
         assert "capacity.output" in refused.json()["error"]["message"]
+        for low in (0.49, {"prompt": 0.49, "output": 1.0}):
+            refused = await house.post(
+                "/v1/chat/completions", messages=shown(*range(5)), capacity=low
+            )
+            assert refused.status_code == 400, refused.text
+            told = refused.json()["error"]["message"]
+            assert told == "capacity 0.49 is below the calibrated range 0.50 to 1.0"
 
     visit(calibrated(dict.fromkeys(Phase, ()), 0.5), talk, capacity_ceiling=0.6)
 
@@ -271,6 +278,7 @@ def test_an_image_that_cannot_be_read_is_refused_and_harms_nobody(wrong):
 def test_what_is_no_image_is_refused_by_name():
     cases = [
         ([{"type": "input_audio"}], "text, image_url; got 'input_audio'"),
+        ([{"type": "text"}], "messages.0.content.0.text: a part of type 'text' holds a string"),
         ([{"type": "image_url"}], '{"url": data URI}; got None'),
         ([{"type": "image_url", "image_url": "data:"}], "image_url"),
         ([{"type": "text", "text": f"spell {IMAGE}"}], "must not spell it"),
