@@ -24,9 +24,9 @@ LOW_TO_HIGH = """
         taken costs vectors stored_tile lanes largest pairs amx tile_blocks many_queries
         whole_requests single_queries sub_layers tiles readings products flop_formulas expert_table
         repair mending sides attention both_ways placing workshop keeping sparse_heads
-        sparse_attention sparse_experts sparse_mlp decoding device_kernels device_attention device_decoding
-        late_layers sparse encoding imaging sight planning drawing sampling inputs images
-        encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
+        sparse_attention sparse_experts sparse_mlp decoding device_kernels device_attention
+        device_decoding late_layers sparse encoding imaging sight planning drawing sampling inputs
+        images encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
 
     service: __init__ errors build hosts settings schemas scheduler pace metrics load knob orders
         fetching energy rows bench ledger outputs middleware engine encoder_engine led served
