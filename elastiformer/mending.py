@@ -24,6 +24,7 @@ from elastiformer.repair import Folded, Joined, Repair
 from elastiformer.sequence import Kind
 
 _FOLDED = {"key", "value"}  # of other projections a copy would be as much memory again
+_NEARLY = 0.9  # of the rows: then to multiply all of them is less work than to gather those
 
 
 class _Form(NamedTuple):
@@ -142,14 +143,20 @@ def _by_group(
         rest = rest.without(some)
     if rest.count:
         groups.append((product, rest))
-    if len(groups) == 1:
-        return groups[0][0].run(reading)
-    places = [some.among(rows) for _, some in groups]
-    parts = [
-        each.run(Reading(place.of(reading.only_RI)))
-        for (each, _), place in zip(groups, places, strict=True)
-    ]
-    out_RO = parts[0].new_empty(rows.count, product.outputs)
-    for place, part_RO in zip(places, parts, strict=True):
+    groups.sort(key=lambda group: group[1].count)
+    most, of_most = groups.pop()
+    if len(groups) == 0:
+        return most.run(reading)
+    if of_most.count > _NEARLY * rows.count:
+        out_RO = most.run(Reading(reading.only_RI))  # the few others' are put over it
+    else:
+        groups.append((most, of_most))
+        out_RO = None
+    for each, some in groups:
+        place = some.among(rows)
+        part_RO = each.run(Reading(place.of(reading.only_RI)))
+        if out_RO is None:
+            out_RO = part_RO.new_empty(rows.count, product.outputs)
         place.put(out_RO, part_RO)
+    assert out_RO is not None, "no rows"
     return out_RO
