@@ -28,6 +28,7 @@ from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
 
 _LEAST_LAYERS = 2  # that make up for starting it
+_LONG = 64  # tokens that are worth a pass over all weights
 
 
 class Late(NamedTuple):
@@ -50,6 +51,17 @@ class LateLayers:
         if all(_plan(chunk).whole_from == 0 for chunk in lone):
             return False
         return any(last - _plan(chunk).left_from >= _LEAST_LAYERS for chunk in longer)
+
+    def parted(self, longer: Sequence[Chunk]) -> list[list[Chunk]]:
+        """Pieces of prompts whose late layers few rows run, and the others, which would keep them
+        from it: apart where both are long."""
+        parts: tuple[list[Chunk], list[Chunk]] = ([], [])
+        last = len(self._workshop.layout.layers) - 1
+        for chunk in longer:
+            parts[last - _plan(chunk).left_from >= _LEAST_LAYERS].append(chunk)
+        if min(sum(len(chunk.ids) for chunk in part) for part in parts) < _LONG:
+            return [list(longer)]
+        return list(parts)
 
     def of(self, packed: Packed, placing: Placing) -> Late | None:
         """Those of a step; None where it has none that are worth it."""

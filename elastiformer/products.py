@@ -119,7 +119,8 @@ class Product:
         working, count = reading.x_RI.dtype, reading.count
         x_RI = reading.rounded(self._dtype)
         if self._packed is not None:
-            if working == self._dtype == torch.bfloat16:
+            # What is not widened again need not be copied: of many rows it is as it came.
+            if working == self._dtype == torch.bfloat16 or self.takes_rounded(len(x_RI)):
                 return _packed_linear(x_RI, self._packed, count, self._small_bias_O)
             out_RO = _packed_linear(x_RI, self._packed, count)
         elif count is None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from elastiformer.costs import SHARES, FewRows
 from elastiformer.families import Projection
 from elastiformer.lora import LoraPair
 from elastiformer.packed import Rows
@@ -66,7 +67,8 @@ class Folded(Product):
 
     def __init__(self, product: Product, pairs: Joined) -> None:
         super().__init__(product.projections)
-        self._pairs, self.few = pairs, product.few
+        self._pairs = pairs
+        self.few = FewRows((0,) * len(SHARES))  # always at once: no second layout
 
     def _joined(self) -> Tensor:
         weight_OI = super()._joined()

@@ -69,20 +69,22 @@ class SparseForm:
     def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Run the chunks; float32 logits [output rows, vocabulary] of each."""
         kernels.use_threads()
-        parts = _parts(chunks)
-        if not parts[1] or not self._decoding.may_run_apart:
+        parts = lone, longer = _parts(chunks)
+        if not longer or not self._decoding.may_run_apart:
             return self._run(chunks)
-        if ends := {chunk for chunk in parts[1] if self._decoding.ends_apart(chunk)}:
-            return self._run_apart(chunks, _with_ends_apart(parts, ends))
-        if not parts[0]:
-            return self._run(chunks)
+        if ends := {chunk for chunk in longer if self._decoding.ends_apart(chunk)}:
+            bodies, last = _with_ends_apart(parts, ends)
+            return self._run_apart(chunks, [*self._late.parted(bodies), last])
+        longs = self._late.parted(longer)
+        if not lone:
+            return self._run(chunks) if len(longs) == 1 else self._run_apart(chunks, longs)
         if self._late.would_wait(*parts):
-            return self._run_apart(chunks, parts)
+            return self._run_apart(chunks, [lone, *longs])
         # Decode rows beside prompts go layer by layer; by themselves they are one call.
         work = tuple(map(_work, parts))
         together = self._trial.goes_first_way(work)
         begun = time.perf_counter()
-        logits = self._run(chunks) if together else self._run_apart(chunks, parts)
+        logits = self._run(chunks) if together else self._run_apart(chunks, [lone, *longs])
         self._trial.took(work, together, time.perf_counter() - begun)
         return logits
 

@@ -2,7 +2,8 @@
 
 PyTorch's takes requests of one length in a call, others padded to it, and where these have a few
 dozen keys it is several times slower than tiles. Here all requests of a layer are one call. A
-query gets the same bits whichever requests go with it.
+query gets the same bits whichever requests go with it. A request's only query, as of a class token
+where the others ask nothing, goes without tiles: to lay its keys out for them would take longer.
 
 Shape letters: N rows   Q queries   K keys   A query heads   G key/value heads   H head size
     M keys' heads and values' heads   E all numbers of a memory   S requests, and one more
@@ -18,7 +19,7 @@ from elastiformer import amx
 from elastiformer.amx import _configure, _release
 from elastiformer.kernels import TURN, compiled
 from elastiformer.many_queries import _config, _score, _weigh, adding
-from elastiformer.row_kernels import flat, on_host
+from elastiformer.row_kernels import _as_stored, _wide, flat, on_host
 from elastiformer.tile_blocks import TILE, pack_queries, pack_values, put_out
 from elastiformer.vectors import aligned
 
@@ -55,6 +56,28 @@ def attend(
         )  # fmt: skip
 
 
+@compiled(fastmath={"contract", "reassoc", "nsz"})
+def _ask_alone(query_H, key_value_E, key_at, value_at, apart, keys, scale_2, out_H):  # type: ignore[no-untyped-def]
+    """The attention output of one head's one query."""
+    size = len(query_H)
+    weight_K, sum_H = np.empty(keys, dtype=np.float32), np.zeros(size, dtype=np.float32)
+    most = np.float32(-np.inf)
+    for k in range(keys):
+        key_H, score = key_value_E[key_at + k * apart :][:size], np.float32(0)
+        for h in range(size):
+            score += _wide(query_H[h]) * _wide(key_H[h])
+        weight_K[k] = score * scale_2
+        most = max(most, weight_K[k])
+    total = np.float32(0)
+    for k in range(keys):
+        value_H, weight = key_value_E[value_at + k * apart :][:size], np.exp2(weight_K[k] - most)
+        total += weight
+        for h in range(size):
+            sum_H[h] += weight * _wide(value_H[h])
+    for h in range(size):
+        out_H[h] = _as_stored(sum_H[h] / total, out_H)
+
+
 @compiled(parallel=True)
 def _attend(  # type: ignore[no-untyped-def]
     query_E, query_apart, heads, query_start_S, key_value_E, apart, kv_heads, key_start_S, size,
@@ -71,6 +94,13 @@ def _attend(  # type: ignore[no-untyped-def]
         keys = key_start_S[request + 1] - key_start_S[request]
         blocks, of_keys = (keys + 31) // 32, (keys + 15) // 16
         key_at = key_start_S[request] * apart + kv_head * size
+        if end - first == 1:
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                query_H = query_E[first * query_apart + head * size :][:size]
+                value_at = key_at + kv_heads * size
+                out_H = out_QAH[first, head]
+                _ask_alone(query_H, key_value_E, key_at, value_at, apart, keys, scale_2, out_H)
+            continue
         key_ = np.empty(of_keys * 16 * size, dtype=np.uint16)
         key_[keys * size :] = 0
         for k in range(keys):

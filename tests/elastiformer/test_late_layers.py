@@ -145,3 +145,22 @@ def test_rows_that_pick_do_not_keep_a_prompt_from_it(picks, monkeypatch):
     model.step([Chunk(decodes, ids[4:5]), Chunk(piece, ids[:PROMPT])])
     with_it = 0 if picks else 1
     assert found == [(range(1, LAYERS), 1 + with_it, PROMPT - 1)]
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_whole_prompts_do_not_keep_others_from_it_where_both_are_long(long, monkeypatch):
+    """They run apart, and give what they give alone, in the order they came in."""
+    monkeypatch.setattr("elastiformer.late_layers._LONG", PROMPT if long else PROMPT + 1)
+    model = elastic("llama", (Unit.CHANNELS,), layers=LAYERS + 1)
+    texts = [text(seed=seed)[0, :PROMPT].tolist() for seed in range(2)]
+
+    def made() -> list[Sequence]:
+        return [ending(model, 1), ending(model, LAYERS + 1)]
+
+    alone = [run(model, each, [ids]) for each, ids in zip(made(), texts, strict=True)]
+    found = ran(monkeypatch)
+    chunks = [Chunk(each, ids) for each, ids in zip(made(), texts, strict=True)]
+    for given_RV, expected_RV in zip(model.step(chunks), alone, strict=True):
+        torch.testing.assert_close(given_RV, expected_RV, atol=1e-5, rtol=1e-5)
+    own = (range(1, LAYERS), 1 + ENDS + 1, PROMPT - 1 - ENDS - 1)
+    assert (found == [own]) is long
