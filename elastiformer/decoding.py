@@ -79,6 +79,11 @@ class Decoding:
         return not counted and self._is_able and self._may_run_many
 
     @property
+    def knows_layers(self) -> bool:
+        """Whether some layers of a step can be run by themselves."""
+        return self._runs is not None
+
+    @property
     def _is_able(self) -> bool:
         """Whether the kernels know all that the layers hold."""
         return self._runs is not None

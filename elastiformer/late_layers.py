@@ -55,6 +55,8 @@ class LateLayers:
     def parted(self, longer: Sequence[Chunk]) -> list[list[Chunk]]:
         """Pieces of prompts whose late layers few rows run, and the others, which would keep them
         from it: apart where both are long."""
+        if not self._decoding.knows_layers or self._workshop.kv != "complete":
+            return [list(longer)]
         parts: tuple[list[Chunk], list[Chunk]] = ([], [])
         last = len(self._workshop.layout.layers) - 1
         for chunk in longer:
