@@ -104,7 +104,8 @@ def step_times(
     rows = sorted({each for each in (1, 2, 4, 5, most // 2, most) if each <= most})
     tokens = [each for each in PROMPT_TOKENS if each <= engine.limits.max_step_tokens]
     cells = [(0, each) for each in tokens[1:]]
-    # Beside decodes few prompt tokens run: of more, each is taken to cost what it does alone.
+    # Beside decodes few prompt tokens run: of more, each is taken to cost what it does alone, and
+    # nothing where a few rounds on a busy machine say that more take less.
     cells += [(row, each) for row in rows for each in tokens[:3]]
     model = engine.model
     assert isinstance(model, ElasticModel), "steps of a model that writes"
@@ -118,9 +119,10 @@ def step_times(
     measured.release()
     middle = {cell: statistics.median(taken[str(cell)]) for cell in cells}
     middle[0, 0] = 0.0
-    for row in rows:
-        for each in tokens[3:]:
-            middle[row, each] = middle[row, tokens[2]] + middle[0, each] - middle[0, tokens[2]]
+    for each in tokens[3:]:
+        more = max(middle[0, each] - middle[0, tokens[2]], 0.0)
+        for row in rows:
+            middle[row, each] = middle[row, tokens[2]] + more
     return StepTimes(
         rows=(0, *rows),
         tokens=tuple(tokens),
