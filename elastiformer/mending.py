@@ -44,6 +44,18 @@ class Mending:
         self._pairs: dict[tuple[int, str], dict[str, LoraPair]] = {}
         self._forms: dict[tuple[object, ...], _Form] = {}
 
+    def prepare(self, layer: Layer, product: Product) -> None:
+        """Fold what can be folded now, rather than when a request first needs it.
+
+        Args:
+            product: the layer's with keys and values alone.
+        """
+        for name in self._lora.sets if self._lora is not None else ():
+            folded = self._form(layer, name, product, self._working_dtype).folded
+            if folded is not None:
+                product.pack()
+                folded.pack()
+
     def name(self, layer: Layer, kind: Kind) -> str | None:
         """The set of low-rank pairs that rows of this kind use in a layer; none while exact."""
         if self._lora is None or layer.index < kind.plan.repaired_from:

@@ -133,9 +133,13 @@ class Product:
 
     def prepare(self) -> None:
         """Lay the weight out now, rather than when a request first needs it."""
-        _ = self._packed if self._packs else self._weight_OI
+        self.pack()
         if self.has_tiles:
             _ = self._tiles, self._summed
+
+    def pack(self) -> None:
+        """The same of the form that many rows read."""
+        _ = self._packed if self._packs else self._weight_OI
 
     @property
     def likeness(self) -> Hashable:

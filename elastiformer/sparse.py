@@ -151,6 +151,8 @@ class SparseForm:
         table = self.workshop.measure(seconds)
         for layer in self.layout.layers:
             self.workshop.product(layer.query, layer.key, layer.value).prepare()
+            keys_values = self.workshop.product(layer.key, layer.value)
+            self.workshop.mending.prepare(layer, keys_values)
         if self.workshop.head is not None:
             self.workshop.head.prepare()
         self._decoding.prepare()

@@ -103,3 +103,11 @@ def test_rows_at_capacity_one_meet_no_copy(monkeypatch):
     monkeypatch.setattr(Mending, "_form", lambda *_: pytest.fail("a repair was asked for"))
     run(model, model.sequence(DENSE, PROMPT, TOKENS), cut(text()[0].tolist(), PROMPT))
     assert not found
+
+
+def test_weights_are_folded_before_a_request_waits_for_them():
+    model = repaired()
+    model.measure_costs(0.01)
+    forms = model._sparse.workshop.mending._forms.values()
+    folded = [form.folded for form in forms if form.folded is not None]
+    assert len(folded) == LAYERS and all("_packed" in vars(each) for each in folded)
