@@ -132,7 +132,8 @@ class Mending:
         version = sum(p.a_RI._version + p.b_OR._version for p in pairs.values())
         if key not in self._forms or self._forms[key].version != version:
             joined = Joined.of(product, pairs, dtype)
-            exact = Joined.of(product, pairs, torch.float32) if _may_fold(product) else None
+            # Whether somebody counts operators now says nothing of the next time.
+            exact = Joined.of(product, pairs, torch.float32) if _is_foldable(product) else None
             folded = None if exact is None else Folded(product, exact)
             self._forms[key] = _Form(version, joined, folded)
         return self._forms[key]
@@ -140,9 +141,12 @@ class Mending:
 
 def _may_fold(product: Product) -> bool:
     counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
-    if counted or not product.has_tiles:
-        return False
-    return all(projection.part in _FOLDED for projection in product.projections)
+    return not counted and _is_foldable(product)
+
+
+def _is_foldable(product: Product) -> bool:
+    parts = {projection.part for projection in product.projections}
+    return product.has_tiles and parts <= _FOLDED
 
 
 def _by_group(

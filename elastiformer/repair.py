@@ -62,7 +62,7 @@ class Joined(NamedTuple):
 class Folded(Product):
     """A product with all pairs of a repair in its weights: another copy of them, and no more work.
 
-    For whole rows that all have the repair.
+    For rows that all have the repair.
     """
 
     def __init__(self, product: Product, pairs: Joined) -> None:

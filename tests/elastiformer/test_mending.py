@@ -88,14 +88,17 @@ def test_whoever_trains_the_pairs_is_served_what_they_have_become(monkeypatch):
 
 
 def test_who_counts_operators_sees_the_pairs(monkeypatch):
-    """So what is counted is what a request is charged."""
+    """So what is counted is what a request is charged; whoever comes after gets the repair."""
     model, ids = repaired(), text()[0, :PROMPT].tolist()
+    expected_RV = with_pairs_apart(monkeypatch, model, ids)
     found = products_run(monkeypatch)
     sequence = planned(model, PLANS, PROMPT, TOKENS)
     with FlopCounterMode(display=False) as counter:
         model.step([Chunk(sequence, ids)])
     assert found and all(isinstance(each, Joined) for each in found)
     assert counter.get_total_flops() == pytest.approx(sequence.usage.flops, rel=0.01)
+    given_RV = run(model, planned(model, PLANS, PROMPT, TOKENS), [ids])
+    torch.testing.assert_close(given_RV, expected_RV, atol=1e-5, rtol=1e-4)
 
 
 def test_rows_at_capacity_one_meet_no_copy(monkeypatch):
