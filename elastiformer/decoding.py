@@ -86,7 +86,7 @@ class Decoding:
     @property
     def _is_able(self) -> bool:
         """Whether the kernels know all that the layers hold."""
-        return self._runs is not None
+        return self.knows_layers
 
     def _takes(self, packed: Packed) -> bool:
         """Whether it is these rows, so many of them, that the kernels take."""
