@@ -15,6 +15,10 @@ from typing import Literal
 from elastiformer.capacity import WHOLE_LAYER, LayerPlan, Phase, Plan
 
 KVPolicy = Literal["complete", "kept"]
+# For each layer, of how many kinds the weights are that an item's class tokens absorb; 0 where
+# keys are made. Empty: everywhere.
+Direct = tuple[int, ...]
+NOWHERE: Direct = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +126,20 @@ class LayerCost:
 
 @lru_cache(maxsize=65536)
 def layer_cost(
-    shape: LayerShape, plan: LayerPlan, kv: KVPolicy, exact: bool, unread: bool = False
+    shape: LayerShape,
+    plan: LayerPlan,
+    kv: KVPolicy,
+    exact: bool,
+    unread: bool = False,
+    sides: int = 0,
 ) -> LayerCost:
     """What one layer costs one token.
 
     Args:
         exact: this layer comes before `repaired_from`, so no LoRA runs in it.
         unread: nobody reads what the token leaves this layer with, only its keys and values.
+        sides: of how many kinds the weights of keys and values are that the token's queries
+            absorb; 0: keys and values are made (direct_reading.py).
     """
     width = shape.width
     counts = layer_counts(shape, plan)
@@ -172,6 +183,14 @@ def layer_cost(
     if kv == "complete":
         attention_skipped += keys_values + lora("key", "value")
 
+    attention_per_key = 4 * attention_width
+    if sides:
+        absorbed = 2 * 2 * width * attention_width  # what stands for its key, and for its value
+        attention_kept += sides * absorbed - keys_values - lora("key", "value")
+        attention_skipped = router_tokens
+        attention_per_key = 4 * counts.heads * width
+    if unread and sides:
+        return LayerCost(router_tokens, router_tokens, 0, 0, 0)
     if unread:
         attention = router_tokens + keys_values + lora("key", "value")
         return LayerCost(attention, attention_skipped, 0, 0, 0)
@@ -192,7 +211,7 @@ def layer_cost(
     return LayerCost(
         attention_kept=attention_kept,
         attention_skipped=attention_skipped,
-        attention_per_key=4 * attention_width,
+        attention_per_key=attention_per_key,
         mlp_kept=mlp_kept,
         mlp_skipped=router_mlp,
     )
@@ -208,6 +227,7 @@ class ModelShape:
     kv: KVPolicy = "complete"
     repaired: tuple[Phase, ...] = tuple(Phase)  # the phases in which low-rank repair runs
     last_unread: bool = False  # only keys and values of the last layer are ever read
+    absorbing: frozenset[int] = frozenset()  # the layers whose keys class tokens can do without
 
     def of_phase(self, phase: Phase) -> ModelShape:
         """The shape as tokens of one phase meet it.
@@ -220,12 +240,35 @@ class ModelShape:
             layers = tuple(replace(layer, lora=()) for layer in layers)
         return replace(self, layers=layers, last_unread=phase is Phase.PROMPT)
 
-    def costs(self, plan: Plan) -> Iterator[LayerCost]:
+    def costs(self, plan: Plan, direct: Direct = NOWHERE) -> Iterator[LayerCost]:
         """What each layer costs one token under a plan."""
         last, first = len(self.layers) - 1, repaired_from(plan)
         for place, (shape, layer) in enumerate(zip(self.layers, plan, strict=True)):
-            unread = self.last_unread and place == last
-            yield layer_cost(shape, layer, self.kv, place < first, unread)
+            unread, sides = self.last_unread and place == last, direct[place] if direct else 0
+            yield layer_cost(shape, layer, self.kv, place < first, unread, sides)
+
+    def direct(self, *prompts: Plan) -> Direct:
+        """Where class tokens that run whole need no keys: no other token of their item asks there.
+
+        Args:
+            prompts: the plans of these others.
+        """
+        last = len(self.layers) - 1
+
+        def sides(place: int) -> int:
+            of_layer = [plan[place] for plan in prompts]
+            asked = place < last and any(layer.attention_tokens > 0 for layer in of_layer)
+            picked = any(layer.attention_in < 1 for layer in of_layer)
+            if place not in self.absorbing or asked or picked:
+                return 0
+            return 1 + any(self._repairs_keys(place, plan) for plan in prompts)  # its own is not
+
+        return tuple(map(sides, range(last + 1))) if self.absorbing else NOWHERE
+
+    def _repairs_keys(self, place: int, prompt: Plan) -> bool:
+        if Phase.PROMPT not in self.repaired or place < repaired_from(prompt):
+            return False
+        return any({"key", "value"} & set(pair.parts) for pair in self.layers[place].lora)
 
     @property
     def head_flops(self) -> int:
@@ -243,16 +286,19 @@ class ModelShape:
         linear = sum(cost.attention_kept + cost.mlp_kept for cost in costs)
         return linear, sum(cost.attention_per_key for cost in costs)
 
-    def planned_token_flops(self, plan: Plan, context: int) -> float:
+    def planned_token_flops(self, plan: Plan, context: int, direct: Direct = NOWHERE) -> float:
         """Block FLOPs of one token under a plan, routers and LoRA included.
 
         A token share that is a fraction is met on average, so the cost is one too. Where skipped
         tokens leave no keys behind (`kv: kept`), the keys met are taken to be as many as the
         share keeps.
+
+        Args:
+            direct: the layers of which no keys are made.
         """
         return sum(
             self._planned(cost, layer, context)
-            for cost, layer in zip(self.costs(plan), plan, strict=True)
+            for cost, layer in zip(self.costs(plan, direct), plan, strict=True)
         )
 
     def planned_layer_flops(self, place: int, plan: LayerPlan, context: int) -> float:
@@ -268,6 +314,6 @@ class ModelShape:
         total += (1 - kept) * cost.attention_skipped
         return total + layer.mlp_tokens * cost.mlp_kept + (1 - layer.mlp_tokens) * cost.mlp_skipped
 
-    def planned_share(self, plan: Plan, context: int) -> float:
+    def planned_share(self, plan: Plan, context: int, direct: Direct = NOWHERE) -> float:
         """The share of the dense block FLOPs that a token under this plan spends."""
-        return self.planned_token_flops(plan, context) / self.dense_token_flops(context)
+        return self.planned_token_flops(plan, context, direct) / self.dense_token_flops(context)

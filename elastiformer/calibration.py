@@ -15,9 +15,10 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
-from elastiformer.accounting import ModelShape
+from elastiformer.accounting import NOWHERE, Direct, ModelShape
 from elastiformer.capacity import LayerPlan, Phase, Plan, Site, Unit, dense_plan
 from elastiformer.errors import AdapterError, CapacityError
 
@@ -117,6 +118,7 @@ class Schedule:
     fuller_spent: float
     leaner_spent: float
     fraction: float  # of the positions, under `fuller`
+    direct: Direct = NOWHERE  # layers of which an item whose prompt tokens run so makes no keys
 
     @property
     def spent(self) -> float:
@@ -201,20 +203,19 @@ class Calibration:
         """
         levels = self.levels(phase, len(shape.layers))
         shape = shape.of_phase(phase)
-        dense_spent = shape.planned_share(levels[0], context)  # of a prompt less than 1
+        direct = shape.direct(levels[0]) if phase is Phase.PROMPT else NOWHERE
+        dense_spent = shape.planned_share(levels[0], context, direct)  # of a prompt less than 1
         if share >= min(dense_spent, 1.0):
-            return Schedule(levels[0], levels[0], dense_spent, dense_spent, 1.0)
+            return Schedule(levels[0], levels[0], dense_spent, dense_spent, 1.0, direct)
         self.refuse_below(share)
+        if phase is Phase.PROMPT and shape.absorbing:
+            return _of_items(levels, share, shape, context)
         # Bisection keeps fuller > share >= leaner, whatever single steps do to the cost.
         fuller, leaner = 0, len(levels) - 1
         fuller_spent = shape.planned_share(levels[fuller], context)  # above 1 where LoRA runs
         leaner_spent = shape.planned_share(levels[leaner], context)
         if leaner_spent > share:
-            raise CapacityError(
-                f"capacity {share:g} is below the calibrated range "
-                f"{math.ceil(leaner_spent * 100) / 100:.2f} to 1.0 of {phase} tokens "
-                f"that attend to {context} others"
-            )
+            raise _out_of_reach(share, leaner_spent, phase, context)
         while leaner - fuller > 1:
             middle = (fuller + leaner) // 2
             spent = shape.planned_share(levels[middle], context)
@@ -298,6 +299,45 @@ class Calibration:
             ],
             "data": asdict(self.data) if self.data else None,
         }
+
+
+def _of_items(levels: Sequence[Plan], share: float, shape: ModelShape, context: int) -> Schedule:
+    """A schedule of prompt tokens whose keys nobody needs where none of them asks.
+
+    Where the last of them stop asking in a layer, all of its keys become free at once. For what
+    that leaps over some tokens ask on, and the others leave out what comes next as well.
+    """
+    nearest: Schedule | None = None  # of those that spend less
+    for fuller, leaner in _neighbours(levels, shape):
+        direct = shape.direct(fuller)
+        most, least = (shape.planned_share(plan, context, direct) for plan in (fuller, leaner))
+        if least <= share < most:
+            fraction = (share - least) / (most - least)
+            return Schedule(fuller, leaner, most, least, fraction, direct)
+        for plan, spent in ((fuller, most), (leaner, least)):
+            if spent <= share and (nearest is None or spent > nearest.spent):
+                nearest = Schedule(plan, plan, spent, spent, 1.0, direct)
+    if nearest is None:
+        least = shape.planned_share(levels[-1], context, shape.direct(levels[-1]))
+        raise _out_of_reach(share, least, Phase.PROMPT, context)
+    return nearest
+
+
+def _neighbours(levels: Sequence[Plan], shape: ModelShape) -> Iterator[tuple[Plan, Plan]]:
+    """Pairs of plans between which tokens are shared out, from the fullest on."""
+    for at, (fuller, leaner) in enumerate(pairwise(levels)):
+        yield fuller, leaner
+        if shape.direct(leaner).count(0) < shape.direct(fuller).count(0):
+            yield fuller, levels[min(at + 2, len(levels) - 1)]
+    yield levels[-1], levels[-1]
+
+
+def _out_of_reach(share: float, least: float, phase: Phase, context: int) -> CapacityError:
+    return CapacityError(
+        f"capacity {share:g} is below the calibrated range "
+        f"{math.ceil(least * 100) / 100:.2f} to 1.0 of {phase} tokens "
+        f"that attend to {context} others"
+    )
 
 
 def walk(path: Sequence[Step], layers: int) -> Iterator[Plan]:

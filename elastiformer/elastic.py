@@ -75,12 +75,16 @@ class Elastic(ABC):
                 f"adapter: made for {adapter.spec.task}, this model's task is {self.task}"
             )
         self.adapter = adapter.to(self.device) if adapter is not None else None
-        self.shape = elastic_shape(self.layout, adapter)
+        self.shape = self._shape(adapter)
         self._planner = Planner(self.shape, adapter)
         self.cache = None
         self.prefixes = None
         for made_before in ("_sparse", "_growing", "_cache_shape"):
             self.__dict__.pop(made_before, None)
+
+    def _shape(self, adapter: Adapter | None) -> ModelShape:
+        """What accounting works on."""
+        return elastic_shape(self.layout, adapter)
 
     def attach_saved(self, adapter: str | os.PathLike[str] | None) -> None:
         """Use the adapter in this folder or of this Hub id, if one is named.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from elastiformer.accounting import ModelShape
 from elastiformer.adapter import Adapter, blank
 from elastiformer.capacity import DENSE, Capacity, Plan
 from elastiformer.costs import CostTable
+from elastiformer.direct_reading import absorbing
 from elastiformer.elastic import NO_ROUTING, Elastic
 from elastiformer.encoder_families import Pooling, Reads
 from elastiformer.encoder_inputs import ImageItems, TextItems
@@ -118,6 +120,12 @@ class ElasticEncoder(Elastic):
         )
         model.attach_saved(adapter)
         return model
+
+    def _shape(self, adapter: Adapter | None) -> ModelShape:
+        shape = super()._shape(adapter)
+        if self._outputs is None:
+            return shape
+        return replace(shape, absorbing=absorbing(self.layout, shape, self._outputs))
 
     @cached_property
     def _sparse(self) -> SparseForm:
@@ -249,10 +257,9 @@ class ElasticEncoder(Elastic):
             return capacity
         if share < self.lowest:
             return capacity  # which is refused
-        others = tokens - self._outputs
-        if share == 1.0 or others < 1:
+        if share == 1.0 or tokens <= self._outputs:
             return DENSE
-        return Capacity(max((share * tokens - self._outputs) / others, self.lowest), 1.0)
+        return Capacity(self._planner.others_of_item(share, tokens, self._outputs), 1.0)
 
     def encode(self, items: Many[Item], capacities: Many[Capacity]) -> list[Tensor]:
         """Run whole items in one step; what is read of each, in float32."""

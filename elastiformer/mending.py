@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from elastiformer.adapter import Adapter
-from elastiformer.families import Layer
+from elastiformer.families import Layer, Projection
 from elastiformer.lora import LoraPair
 from elastiformer.packed import Packed, Rows
 from elastiformer.products import Product
@@ -108,6 +108,33 @@ class Mending:
         apart = layer.query.path not in {each.path for each in product.projections}
         return apart and _may_fold(product) and self.is_repaired(layer, product, packed)
 
+    def of_keys(self, layer: Layer, packed: Packed) -> list[tuple[str, Rows]]:
+        """The rows of a step whose keys and values are repaired, by the set of their pairs."""
+        paths = {layer.key.path, layer.value.path}
+        return [
+            (name, rows)
+            for name, rows in self._repaired(layer, packed)
+            if paths & self._pairs_in(layer, name).keys()
+        ]
+
+    def version(self, layer: Layer, name: str | None) -> int:
+        """Which state of its pairs a repair is in: who trains them changes them in place."""
+        pairs = {} if name is None else self._pairs_in(layer, name)
+        return sum(pair.a_RI._version + pair.b_OR._version for pair in pairs.values())
+
+    def folded(self, layer: Layer, part: Projection, name: str | None) -> Tensor:
+        """The weight of a projection with a repair in it: [O, I].
+
+        Args:
+            name: the set of pairs; None: none.
+        """
+        weight_OI = part.weight_OI.detach()
+        pair = None if name is None else self._pairs_in(layer, name).get(part.path)
+        if pair is None:
+            return weight_OI
+        b_OR = pair.scale * pair.b_OR[part.start : part.stop].detach().float()
+        return (weight_OI.float() + b_OR @ pair.a_RI.detach().float()).to(weight_OI.dtype)
+
     def _repaired(self, layer: Layer, packed: Packed) -> list[tuple[str, Rows]]:
         """The rows of a step that are repaired in a layer, by the set of their pairs."""
         if layer.index not in packed.repaired:
@@ -128,8 +155,7 @@ class Mending:
     def _form(self, layer: Layer, name: str, product: Product, dtype: torch.dtype) -> _Form:
         pairs = self._pairs_in(layer, name)
         key = (layer.index, name, product.projections, dtype)
-        # Whoever trains the pairs changes them in place.
-        version = sum(p.a_RI._version + p.b_OR._version for p in pairs.values())
+        version = self.version(layer, name)
         if key not in self._forms or self._forms[key].version != version:
             joined = Joined.of(product, pairs, dtype)
             # Whether somebody counts operators now says nothing of the next time.

@@ -133,6 +133,7 @@ class Packed:
         self.kind_N = np.array(numbers)
         self._number = {kind: at for at, kind in enumerate(self.distinct_kinds)}
         self._rows: dict[frozenset[Kind], Rows] = {}
+        self._bounds: dict[Rows, np.ndarray] = {}
         # Filled in by who knows:
         self.repaired: dict[int, list[tuple[str, Rows]]] = {}  # by layer
         # Where rows take channels by thresholds:
@@ -203,8 +204,8 @@ class Packed:
     @cached_property
     def output_counts(self) -> list[int]:
         """How many of them each chunk has."""
-        bounds = np.searchsorted(self.outputs.rows_R, self.starts)
-        return [int(end - begin) for begin, end in pairwise(bounds)]
+        counts: list[int] = np.diff(self.bounds(self.outputs)).tolist()
+        return counts
 
     @cached_property
     def picking(self) -> Rows:
@@ -233,6 +234,16 @@ class Packed:
     @cached_property
     def leaves_experts_out(self) -> bool:
         return any(kind.plan.leaves_experts_out for kind in self.distinct_kinds)
+
+    def bounds(self, rows: Rows) -> np.ndarray:
+        """Where each chunk's begin among some rows, and the last one's end: [C + 1]."""
+        if rows not in self._bounds:
+            self._bounds[rows] = np.searchsorted(rows.rows_R, self.starts)
+        return self._bounds[rows]
+
+    def direct(self, layer: int) -> Rows:
+        """The rows of items of which no keys are made in a layer (direct_reading.py)."""
+        return self.rows_where(lambda kind: layer in kind.plan.direct)
 
     @cached_property
     def takes_N(self) -> np.ndarray:

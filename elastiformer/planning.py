@@ -75,6 +75,7 @@ class Planner:
 
     def __init__(self, shape: ModelShape, adapter: Adapter | None) -> None:
         self.shape = shape
+        self._with_keys = replace(shape, absorbing=frozenset())
         self.units = adapter.units if adapter is not None else ()
         self.calibration: Calibration | None = adapter.calibration if adapter is not None else None
         self.pricing = {phase: Pricing(shape.of_phase(phase)) for phase in Phase}
@@ -84,6 +85,7 @@ class Planner:
         self.rooms = lru_cache(maxsize=_REMEMBERED)(self._rooms)
         # Items as long as each other and of one capacity share their kinds, to the object.
         self.of_whole = lru_cache(maxsize=_REMEMBERED)(self._of_whole)
+        self.others_of_item = lru_cache(maxsize=_REMEMBERED)(self._others_of_item)
 
     def check(self, capacity: Capacity, prompt_tokens: int, most_tokens: int, scored: bool) -> None:
         """Refuse what no plan can give.
@@ -93,7 +95,7 @@ class Planner:
         """
         context = prompt_context(prompt_tokens)
         if not scored:
-            self._check(capacity.prompt, Phase.PROMPT, context)
+            self._check(capacity.prompt, Phase.PROMPT, context, self._absorbs(capacity))
         for keys in (context, output_context(most_tokens - 1)):
             self._check(capacity.output, Phase.OUTPUT, keys)
 
@@ -169,11 +171,62 @@ class Planner:
     def _of_whole(self, capacity: Capacity, tokens: int, outputs: int | None) -> tuple[Kind, ...]:
         """The kinds of a whole item's tokens, of which the first `outputs` are read; None: all."""
         plan_at = self._plan_at(capacity, tokens, piece_tokens=tokens)
+        if outputs is not None and self._absorbs(capacity):
+            plan_at = self._plan_of_item(capacity.prompt, tokens)
         read = tokens if outputs is None else outputs
         phases = [Phase.OUTPUT if place < read else Phase.PROMPT for place in range(tokens)]
         plans = [plan_at(phase, place) for place, phase in enumerate(phases)]
         # As in every sequence, the first token skips no sub-layer.
         return tuple(map(Kind, (plans[0].rooted, *plans[1:]), phases))
+
+    def _absorbs(self, capacity: Capacity) -> bool:
+        """Whether class tokens can do without keys where only they ask: those that run whole."""
+        output = capacity.output
+        whole = output.is_dense if isinstance(output, UnitShares) else output == 1.0
+        return whole and bool(self.shape.absorbing)
+
+    def _plan_of_item(self, share: Share, tokens: int) -> PlanAt:
+        """The plans of an item whose class tokens run whole; the others say where keys are made."""
+        schedule = self._schedule_of_item(share, tokens)
+        fuller, leaner = (
+            self.pricing[Phase.PROMPT].of(plan, schedule.direct)
+            for plan in (schedule.fuller, schedule.leaner)
+        )
+        others = _Priced(schedule, fuller, leaner)
+        read = self.pricing[Phase.OUTPUT].of(dense_plan(len(self.shape.layers)), schedule.direct)
+        return lambda phase, position: read if phase is Phase.OUTPUT else others.at(position)
+
+    def _schedule_of_item(self, share: Share, tokens: int) -> Schedule:
+        if isinstance(share, float) and share < 1.0:
+            return self._schedule(share, Phase.PROMPT, prompt_context(tokens), True)
+        layers = len(self.shape.layers)
+        plan = (
+            (share.layer_plan(),) * layers
+            if isinstance(share, UnitShares)
+            else (dense_plan(layers))
+        )
+        return Schedule(plan, plan, 1.0, 1.0, 1.0, self.shape.direct(plan))
+
+    def _others_of_item(self, share: float, tokens: int, outputs: int) -> float:
+        """What the others of an item ask for, where its class tokens run whole.
+
+        The fewer keys are made, the more do class tokens spend on reading without them.
+        """
+        others, context = tokens - outputs, prompt_context(tokens)
+        asked = (share * tokens - outputs) / others
+        shape, dense = self.shape.of_phase(Phase.OUTPUT), dense_plan(len(self.shape.layers))
+        while self.shape.absorbing:
+            direct = self._schedule_of_item(max(asked, self.lowest), tokens).direct
+            spent = outputs * shape.planned_share(dense, context, direct)
+            less = (share * tokens - spent) / others
+            if less >= asked:
+                break
+            asked = less
+        return max(asked, self.lowest)
+
+    @property
+    def lowest(self) -> float:
+        return self.calibration.lowest if self.calibration is not None else 1.0
 
     def plans(self, capacity: Capacity, context: int) -> tuple[Plan, Plan]:
         """The (prompt plan, output plan) nearest to a capacity, for tokens over `context` keys."""
@@ -225,9 +278,12 @@ class Planner:
                 rooms[layer] += most_kept([(shares[plan], n) for plan, n in under.items()])
         return tuple(rooms)
 
-    def _make_schedule(self, share: float, phase: Phase, context: int) -> Schedule:
+    def _make_schedule(
+        self, share: float, phase: Phase, context: int, absorbs: bool = False
+    ) -> Schedule:
         assert self.calibration is not None
-        return self.calibration.schedule(share, phase, self.shape, context)
+        shape = self.shape if absorbs else self._with_keys
+        return self.calibration.schedule(share, phase, shape, context)
 
     def _make_ending(self, share: float, context: int) -> Ending:
         assert self.calibration is not None
@@ -237,7 +293,7 @@ class Planner:
         schedule, pricing = self._schedule(share, phase, context), self.pricing[phase]
         return _Priced(schedule, pricing.of(schedule.fuller), pricing.of(schedule.leaner))
 
-    def _check(self, share: Share, phase: Phase, context: int) -> None:
+    def _check(self, share: Share, phase: Phase, context: int, absorbs: bool = False) -> None:
         """Refuse a share that this model cannot run."""
         if isinstance(share, UnitShares):
             # Token units without a router are spread evenly over the tokens.
@@ -256,7 +312,7 @@ class Planner:
                 raise CapacityError(
                     f"capacity {share:g}: this model has no calibration, so only 1.0 can be asked"
                 )
-            self._schedule(share, phase, context)
+            self._schedule(share, phase, context, absorbs)
 
 
 def prompt_ending(

@@ -16,6 +16,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from elastiformer.accounting import (
+    NOWHERE,
+    Direct,
     LayerCost,
     LayerCounts,
     ModelShape,
@@ -76,6 +78,7 @@ class PricedPlan:
     keeps_sub_layers: bool
     leaves_heads_out: bool
     leaves_experts_out: bool
+    direct: frozenset[int]  # the layers of which its item makes no keys
     _root: Callable[[Plan], PricedPlan]
 
     @cached_property
@@ -109,13 +112,21 @@ class Pricing:
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._price)
         self.dense = self._price(dense_plan(len(shape.layers)), True)
 
-    def of(self, plan: Plan) -> PricedPlan:
-        return self.dense if is_dense(plan) else self._remembered(plan, False)
+    def of(self, plan: Plan, direct: Direct = NOWHERE) -> PricedPlan:
+        """The price of a plan.
 
-    def _price(self, plan: Plan, dense: bool) -> PricedPlan:
+        Args:
+            direct: the layers of which the token's item makes no keys.
+        """
+        dense = is_dense(plan)
+        if dense and not direct:
+            return self.dense
+        return self._remembered(plan, dense, direct)
+
+    def _price(self, plan: Plan, dense: bool, direct: Direct = NOWHERE) -> PricedPlan:
         shapes = self.shape.layers
         counts = tuple(map(layer_counts, shapes, plan))
-        costs = tuple(self.shape.costs(plan))
+        costs = tuple(self.shape.costs(plan, direct))
         both = list(zip(shapes, counts, strict=True))
         total, per_key, channels = Price(), [], []
         no_attention: dict[int, Price] = {}
@@ -162,5 +173,6 @@ class Pricing:
             keeps_sub_layers=all(layer.attention_tokens == 1 == layer.mlp_tokens for layer in plan),
             leaves_heads_out=any(kept.heads < shape.heads for shape, kept in both),
             leaves_experts_out=any(kept.neurons < shape.mlp_width for shape, kept in both),
-            _root=lambda whole: self._remembered(whole, False),
+            direct=frozenset(place for place, sides in enumerate(direct) if sides),
+            _root=lambda whole: self._remembered(whole, False, direct),
         )

@@ -24,6 +24,7 @@ import elastiformer.flop_formulas  # noqa: F401  (registers them)
 from elastiformer import kernels, memory
 from elastiformer.accounting import ModelShape
 from elastiformer.adapter import Adapter
+from elastiformer.class_tail import ClassTail
 from elastiformer.costs import CostTable, Trial
 from elastiformer.decoding import Decoding
 from elastiformer.families import Layout
@@ -63,6 +64,9 @@ class SparseForm:
         self._mlp = SparseMlp(self.workshop, keeping)
         self._decoding, self._trial = _decoding(self.workshop), Trial()
         self._late = LateLayers(self.workshop, self._attention, self._decoding)
+        self._tail: ClassTail | None = None
+        if shape.absorbing:
+            self._tail = ClassTail(self.workshop, self._mlp, self._attention.direct)
         self._rotary = Rotary(layout)
 
     @torch.inference_mode()
@@ -133,7 +137,9 @@ class SparseForm:
         self, h_ND: Tensor, packed: Packed, placing: Placing, taken: Taken, rotations: Rotations
     ) -> Tensor:
         late = self._late.of(packed, placing)
-        for layer, closes in zip(self.layout.layers, self.workshop.closes, strict=True):
+        layers = self.layout.layers
+        tail = len(layers) if self._tail is None else self._tail.first(packed)
+        for layer, closes in zip(layers[:tail], self.workshop.closes[:tail], strict=True):
             if late is not None and layer.index in late.layers:
                 if layer.index == late.layers.start:
                     self._late.run(late, h_ND, packed, placing, taken, rotations)
@@ -143,6 +149,8 @@ class SparseForm:
             h_ND = _closed(h_ND, closes.attention)
             self._mlp.run(layer, h_ND, packed, taken)
             h_ND = _closed(h_ND, closes.mlp)
+        if self._tail is not None and tail < len(layers):
+            return self._tail.run(h_ND, tail, packed, taken)
         return h_ND
 
     def prepare(self, seconds: float) -> CostTable:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 from torch import Tensor
 
 from elastiformer.capacity import Site, Unit
+from elastiformer.direct_reading import DirectReading
 from elastiformer.families import Layer, Projection
 from elastiformer.keeping import Keeping, Kept
 from elastiformer.packed import Packed, Rows
@@ -31,6 +33,7 @@ class SparseAttention:
     def __init__(self, workshop: Workshop, keeping: Keeping) -> None:
         self.workshop, self.keeping = workshop, keeping
         self._heads = SparseHeads(workshop)
+        self.direct = DirectReading(workshop)
         self._last = len(workshop.layout.layers) - 1
 
     def run(
@@ -50,6 +53,11 @@ class SparseAttention:
         cached = packed.everything if self.workshop.kv == "complete" else kept.rows
         # What a prompt token leaves the last layer with, nobody reads.
         asking = kept.rows.within(packed.outputs) if layer.index == self._last else kept.rows
+        direct = packed.direct(layer.index)
+        reading = packed.nothing
+        if direct.count:
+            cached, reading = cached.without(direct), asking.within(direct)
+            asking = asking.without(direct)
         by_head = packed.nothing
         if packed.leaves_heads_out:
             by_head = packed.rows_where(
@@ -62,9 +70,14 @@ class SparseAttention:
         if x_ND is not None:
             values = Values(x_ND, x_ND.dtype, own=own)
         query_QAH = self._project(layer, values, packed, placing, (cached, whole), rotation)
-        taken.keys(placing.keys(layer.index))
+        keys_C = placing.keys(layer.index)
+        if direct.count:
+            keys_C = keys_C + np.diff(np.searchsorted(direct.rows_R, packed.starts))
+        taken.keys(keys_C)
         if query_QAH is not None:
             self._attend(layer, query_QAH, whole, kept, h_ND, packed, placing)
+        if reading.count:
+            self.direct.run(layer, reading, kept, h_ND, packed)
         if by_head.count:
             assert x_ND is not None, "routers decide here"
             self._heads.run(layer, x_ND, by_head, kept, h_ND, packed, placing, rotation)

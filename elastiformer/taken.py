@@ -10,7 +10,7 @@ Shape letters: L layers   N rows   R some of them   C chunks   K kinds   S times
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, fields, replace
+from dataclasses import astuple, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -68,21 +68,21 @@ class Taken:
                 for number, rows in enumerate(rows_CK[place].tolist())
                 if rows
             ]
-            keys_L = keys_LC[:, place]
-            alike = (*spent, keys_L.tobytes())
+            keys_L, extent = keys_LC[:, place], chunk.sequence.dense_extent(tokens)
+            alike = (*spent, keys_L.tobytes(), products_C[place], outputs, extent)
             if alike not in known:
-                known[alike] = self._sum(spent, keys_L, units)
-            usage = replace(known[alike])
-            usage.block_flops += 2 * products_C[place]
-            usage.parameters_used += 2 * products_C[place]
-            heads = outputs * shape.head_flops
-            usage.parameters_used = (usage.parameters_used + heads) // 2
-            usage.flops = usage.block_flops + heads
-            dense_tokens, keys = chunk.sequence.dense_extent(tokens)
-            usage.dense_block_flops = dense_tokens * (dense_linear + keys * dense_per_key)
-            usage.dense_flops = usage.dense_block_flops + heads
-            usage.dense_parameters = (dense_tokens * dense_linear + heads) // 2
-            chunk.sequence.usage += usage
+                usage = self._sum(spent, keys_L, units)
+                usage.block_flops += 2 * products_C[place]
+                usage.parameters_used += 2 * products_C[place]
+                heads = outputs * shape.head_flops
+                usage.parameters_used = (usage.parameters_used + heads) // 2
+                usage.flops = usage.block_flops + heads
+                dense_tokens, keys = extent
+                usage.dense_block_flops = dense_tokens * (dense_linear + keys * dense_per_key)
+                usage.dense_flops = usage.dense_block_flops + heads
+                usage.dense_parameters = (dense_tokens * dense_linear + heads) // 2
+                known[alike] = usage
+            chunk.sequence.usage += known[alike]
             if channels_C[place] and Unit.CHANNELS in units:
                 chunk.sequence.usage.decide(Unit.CHANNELS, Phase.OUTPUT, 0, -channels_C[place])
 

@@ -5,7 +5,7 @@ Usages add: a request's usage is the sum over its steps, a server's the sum over
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from elastiformer.capacity import Phase, Unit
 
@@ -50,12 +50,13 @@ class Usage:
         return sum(count for (of, _), count in self.skipped.items() if of is unit)
 
     def __iadd__(self, other: Usage) -> Usage:
-        for name in _NUMBERS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.flops += other.flops
+        self.dense_flops += other.dense_flops
+        self.block_flops += other.block_flops
+        self.dense_block_flops += other.dense_block_flops
+        self.parameters_used += other.parameters_used
+        self.dense_parameters += other.dense_parameters
         for mine, theirs in ((self.routed, other.routed), (self.skipped, other.skipped)):
             for key, count in theirs.items():
                 mine[key] = mine.get(key, 0) + count
         return self
-
-
-_NUMBERS = tuple(each.name for each in fields(Usage) if each.name not in ("routed", "skipped"))

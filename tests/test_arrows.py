@@ -23,8 +23,8 @@ LOW_TO_HIGH = """
         memory spare_rows row_kernels pointwise allowances device_allowances packed rotary
         taken costs vectors stored_tile lanes largest pairs amx tile_blocks many_queries
         whole_requests single_queries sub_layers tiles readings products flop_formulas expert_table
-        repair mending sides attention both_ways placing workshop keeping sparse_heads
-        sparse_attention sparse_experts sparse_mlp decoding device_kernels device_attention
+        repair mending sides attention both_ways placing workshop keeping direct_reading
+        sparse_heads sparse_attention sparse_experts sparse_mlp class_tail decoding device_kernels device_attention
         device_decoding late_layers sparse encoding imaging sight planning drawing sampling inputs
         images encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
 
@@ -49,6 +49,7 @@ _COMPILED = {
     f"elastiformer.{name}"
     for name in (
         "amx",
+        "direct_reading",
         "kernels",
         "lanes",
         "largest",
@@ -101,7 +102,7 @@ DOORS = {
     "datasets": {"training.data", "training.examples"},
     "PIL": {"elastiformer.images"},
     "numba": _COMPILED,
-    "llvmlite": _COMPILED - {"elastiformer.kernels"},
+    "llvmlite": _COMPILED - {"elastiformer.kernels", "elastiformer.direct_reading"},
     "triton": {"elastiformer.device_attention", "elastiformer.device_kernels"},
     "matplotlib": {"training.pictures", "training.progress"},
     "fastapi": {"service"},

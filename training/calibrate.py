@@ -50,7 +50,10 @@ CAPACITIES = "1.0,0.9,0.8,0.7,0.65,0.6,0.5"
 
 
 _FOR_TEXTS = ("windows", "check_windows", "window", "prompt_tokens", "uniform")
-_FOR_PROBES = ("prompt_units", "output_units", "sweeps", "one_by_one", "probes", "max_minutes")
+_FOR_PROBES = (
+    *("prompt_units", "output_units", "sweeps", "one_by_one", "late_layers"),
+    *("probes", "max_minutes"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output-units", type=units, default=None, help="the same for outputs")
     parser.add_argument("--sweeps", type=whole(0), default=1, help="of tuning, at most; 0: none")
+    parser.add_argument(
+        "--late-layers",
+        action="store_true",
+        help="of an encoder whose class token is read: leave out whole layers, the last one first, "
+        "and in no other order, which saves the most time",
+    )
     parser.add_argument(
         "--one-by-one",
         action="store_true",
@@ -144,7 +153,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         refuse_unused(
             args,
             add_arguments,
-            ("task", "seen", "one_by_one", "uniform"),
+            ("task", "seen", "one_by_one", "late_layers", "uniform"),
             "a vision-language model",
         )
         if args.keep_paths is None:
@@ -157,12 +166,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args, add_arguments, (*_FOR_PROBES, "uniform"), "an adapter that keeps its paths"
         )
     if args.uniform:
-        refuse_unused(args, add_arguments, ("sweeps", "probes", "max_minutes"), "--uniform")
+        refuse_unused(
+            args, add_arguments, ("sweeps", "probes", "max_minutes", "late_layers"), "--uniform"
+        )
     refuse_unused(args, add_arguments, ("image_spread", "text"), "what routes no image tokens")
     if (task := task_asked(args)) is not None:
         refuse_unused(args, add_arguments, _FOR_TEXTS, "an encoder")
         return calibrate_items(args, task)
-    refuse_unused(args, add_arguments, (*FOR_ITEMS, "one_by_one"), "a language model")
+    refuse_unused(
+        args, add_arguments, (*FOR_ITEMS, "one_by_one", "late_layers"), "a language model"
+    )
     started = time.monotonic()
     model = ElasticModel.load(args.base, args.adapter, dtype=args.dtype, device=args.device)
     if model.adapter is None or model.tokenizer is None:

@@ -46,6 +46,7 @@ TOLERANCE = 0.02  # what an item spends lies so near to what it asked, beyond a 
 PROBING, TUNING = 0.5, 0.8  # of the time allowed, when the probes and the tuning end
 SEEN = "share of an image's patches that a masked autoencoder is shown"
 WORTH = 0.8  # of an even spread's loss, at most, is a router's that is worth its time
+_LATE = "late layers"
 COMPARED = 3  # capacities at which candidate paths are compared
 
 Path_ = tuple[Step, ...]
@@ -209,6 +210,11 @@ class ItemJob:
         asked = args.prompt_units if model.reads_class else args.output_units
         self._units = adapter.units if asked is None else asked
         self._one_by_one, self._most = args.one_by_one, args.probes
+        self._late_layers = args.late_layers
+        if self._late_layers and self.phase is not Phase.PROMPT:
+            raise AdapterError(
+                f"--late-layers: every token of {args.base} is read, so none can leave early"
+            )
         self._meter = ItemMeter(model, items, self.phase)
         about = hashlib.sha256(f"{adapter.identity_in(self.phase)}/{probe.sha256}".encode())
         self._notebook = Notebook(
@@ -228,6 +234,8 @@ class ItemJob:
         answers = {probe: said[probe] for probe in asked if probe in said}
         known = curves(answers, self.phase, self._layers)
         makers = self._makers(fields, late_losses(answers))
+        if self._late_layers:
+            makers = {_LATE: makers[_LATE]}
         judged = {
             name: (self._score(name, path), path)
             for name, make in track(list(makers.items()), label="comparing paths")
@@ -236,6 +244,8 @@ class ItemJob:
         if not judged:
             raise AdapterError("nothing that can be left out was measured")
         self.chosen = min(judged, key=lambda name: judged[name][0])
+        if self._late_layers:
+            return self._routed(judged[_LATE][1])
         if self._one_by_one:
             name = f"{self.chosen}, reordered"
             order, _ = reorder(
@@ -289,7 +299,7 @@ class ItemJob:
             makers["uniform"] = lambda _: uniform(self._shape, fields)
             makers["greedy, no whole sub-layers"] = greedy(whole=False)
         if self.phase is Phase.PROMPT:
-            makers["late layers"] = lambda _: late_layers(self._layers)
+            makers[_LATE] = lambda _: late_layers(self._layers)
             if fields and late:
                 makers["late layers and greedy"] = greedy(late=late)
         return makers
@@ -299,7 +309,7 @@ class ItemJob:
             "greedy": lambda known: Allotment(self._shape, self.context, known, fields=()).path()
         }
         if self.phase is Phase.PROMPT:
-            makers["late layers"] = lambda _: late_layers(self._layers)
+            makers[_LATE] = lambda _: late_layers(self._layers)
         return makers
 
     def _routed(self, order: Path_) -> Path_:

@@ -247,16 +247,19 @@ def test_token_heads_are_counted_for_every_token():
     ("family", "read"), [("bert", 1), ("vit", 1), ("deit", 2), ("clip-projected", 1)]
 )
 def test_what_a_head_does_not_read_is_not_computed_in_the_last_layer(family, read):
-    """Exactly its queries, scores, output projections and MLPs, at capacity 1.0 too."""
+    """Nothing of the others, whose keys nobody makes; at capacity 1.0 too."""
     model = elastic_encoder(family)
     given = items(model)[1]
     sequence = model.sequence(DENSE, given)
     stepped(model, sequence)
     layer, tokens = model.shape.layers[-1], len(given.ids)
     whole = layer_cost(layer, LayerPlan(), "complete", True)
-    unread = layer_cost(layer, LayerPlan(), "complete", True, unread=True)
-    per_token = whole.attention_kept - unread.attention_kept + whole.mlp_kept
-    spared = (tokens - read) * (per_token + tokens * whole.attention_per_key)
+    of_class = layer_cost(layer, LayerPlan(), "complete", True, sides=1)
+    spared = (tokens - read) * (
+        whole.attention_kept + whole.mlp_kept + tokens * whole.attention_per_key
+    )
+    spared += read * (whole.attention_kept - of_class.attention_kept)
+    spared += read * tokens * (whole.attention_per_key - of_class.attention_per_key)
 
     assert sequence.usage.dense_flops - sequence.usage.flops == spared
 

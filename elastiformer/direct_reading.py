@@ -1,0 +1,376 @@
+"""Class tokens that read others without keys and values, where nobody else of their item asks.
+
+A query's score of a token is q . (W x) = (W^T q) . x, and the sum of values it weighs is W times
+the weighted sum of x. So one query a head does not need a key and a value of every token: it
+absorbs the weights, and reads what the tokens bring to the layer. That is exact, and of a token
+that asks nothing and is not asked for more it leaves no product at all. (The bias of keys adds the
+same to all scores of a query, so it is left out; that of values is added once.)
+
+Tokens with a repair and those without have different weights: two sides, of which each token has
+one. The scheme is that of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, 2.1.2).
+
+Shape letters: N rows of items   Q queries   A query heads   H head size   G key/value heads
+    D width   O heads x head size   S sides   X sides x heads, or heads x queries of an item
+    C items, and one more   B items beside each other   T rows of the longest   K rows of a block
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from elastiformer.accounting import ModelShape
+from elastiformer.capacity import Site
+from elastiformer.families import Layer, Layout, Projection
+from elastiformer.keeping import Kept
+from elastiformer.kernels import TURN, compiled
+from elastiformer.packed import Packed, Rows
+from elastiformer.readings import Reading
+from elastiformer.row_kernels import _as_stored, _wide, on_host
+from elastiformer.workshop import Workshop
+
+_BLOCK = 8  # rows that are brought at once
+_FAST = {"contract", "reassoc", "nsz"}
+NORMED = -1.0  # in place of an epsilon: there is nothing to norm
+_NOTHING = np.empty(0, dtype=np.float32)
+
+
+def absorbing(layout: Layout, shape: ModelShape, outputs: int) -> frozenset[int]:
+    """The layers in which class tokens can read so, and in which it is less work.
+
+    Not where keys are rotated, normed or hidden by a window, nor where tokens that skip attention
+    leave none.
+
+    Args:
+        outputs: class tokens of an item.
+    """
+    if shape.kv != "complete":
+        return frozenset()
+    return frozenset(
+        layer.index
+        for layer in layout.layers
+        if layer.rotate is None
+        and layer.key_norm is None
+        and layer.window is None
+        and layer.softcap is None
+        and outputs * layer.shape.heads < layer.shape.kv_width
+    )
+
+
+class _Weights(NamedTuple):
+    """What queries absorb of each side, by query heads."""
+
+    keys_SAHD: Tensor
+    values_SAHD: Tensor
+    bias_O: Tensor | None  # of values, heads side by side
+
+
+class Brought(NamedTuple):
+    """What rows bring to a layer: x, its norm, or what was normed before; times scale + shift."""
+
+    x_ND: Tensor
+    epsilon: float = NORMED  # of the norm that is to be done
+    scale_D: np.ndarray = _NOTHING  # empty: neither
+    shift_D: np.ndarray = _NOTHING
+
+
+class DirectReading:
+    """Runs the attention of class tokens that ask alone."""
+
+    def __init__(self, workshop: Workshop) -> None:
+        self._workshop = workshop
+        self._weights: dict[tuple[int, tuple[str | None, ...]], tuple[int, _Weights]] = {}
+        self._affine = [_affine(layer.attention_norm) for layer in workshop.layout.layers]
+
+    def brought(self, layer: Layer, x_ND: Tensor, normed: bool = False) -> Brought:
+        """What rows of the residual bring to a layer; its norm is done as they are read.
+
+        Args:
+            normed: whether all of it was done but for its scale and shift.
+        """
+        lean, affine = self._workshop.attention_norms[layer.index], self._affine[layer.index]
+        if affine is None or reads_plainly(x_ND):
+            return Brought(lean(x_ND))
+        return Brought(x_ND, NORMED if normed else affine.epsilon, affine.scale_D, affine.shift_D)
+
+    def run(self, layer: Layer, asking: Rows, kept: Kept, h_ND: Tensor, packed: Packed) -> None:
+        """Add the branch to the residual of the rows that ask, in place.
+
+        Args:
+            asking: the class tokens of the items of which no keys are made here; each runs whole.
+        """
+        brought = self.brought(layer, packed.direct(layer.index).of(h_ND))
+        branch_QD = self.branch(layer, asking.of(h_ND), brought, asking, packed)
+        kept.join(h_ND, branch_QD, asking, layer.after_attention)
+
+    def branch(
+        self, layer: Layer, h_QD: Tensor, brought: Brought, asking: Rows, packed: Packed
+    ) -> Tensor:
+        """What attention adds to the rows that ask: [Q, D].
+
+        Args:
+            h_QD: their residual.
+            brought: by all rows of their items.
+        """
+        tools, shape = self._workshop, layer.shape
+        x_QD = tools.attention_norms[layer.index](h_QD)
+        query_QO = tools.product(layer.query).run(Reading(x_QD))
+        names, sides = zip(*self._sides(layer, packed), strict=True)
+        keys_SAHD, values_SAHD, bias_O = self._absorbed(layer, names)
+        query_AQH = query_QO.view(-1, shape.heads, shape.head_dim).transpose(0, 1)
+        query_XQH = query_AQH.to(keys_SAHD.dtype)
+        if len(sides) > 1:
+            query_XQH = query_XQH.repeat(len(sides), 1, 1)
+        own_XQD = torch.bmm(query_XQH, keys_SAHD.flatten(0, 1))
+        own_SAQD = own_XQD.view(len(sides), shape.heads, *own_XQD.shape[1:])
+        sums_SAQD = _sums(own_SAQD, brought, asking, sides, packed, layer)
+        out_XQH = torch.bmm(sums_SAQD.flatten(0, 1), values_SAHD.flatten(0, 1).transpose(1, 2))
+        if len(sides) > 1:
+            out_XQH = out_XQH.view(len(sides), shape.heads, -1, shape.head_dim).sum(0)
+        out_QO = out_XQH.transpose(0, 1).flatten(1)
+        if bias_O is not None:
+            out_QO = out_QO.add_(bias_O)
+        return tools.at_site(layer, Site.ATTENTION_OUT).run(Reading(out_QO.to(h_QD.dtype)))
+
+    def _sides(self, layer: Layer, packed: Packed) -> list[tuple[str | None, Rows]]:
+        """The rows that are read, by the repair of their keys and values."""
+        rest, found = packed.direct(layer.index), list[tuple[str | None, Rows]]()
+        for name, rows in self._workshop.mending.of_keys(layer, packed):
+            some = rows.within(rest)
+            if some.count:
+                found.append((name, some))
+                rest = rest.without(some)
+        return [(None, rest), *found] if rest.count else found
+
+    def _absorbed(self, layer: Layer, names: tuple[str | None, ...]) -> _Weights:
+        mending, shape = self._workshop.mending, layer.shape
+        key, version = (layer.index, names), sum(mending.version(layer, name) for name in names)
+
+        def of_sides(part: Projection) -> Tensor:
+            each = [mending.folded(layer, part, name) for name in names]
+            weight_SOD = torch.stack(each) if len(each) > 1 else each[0][None]
+            weight_SGHD = weight_SOD.view(len(names), shape.kv_heads, shape.head_dim, -1)
+            group = shape.heads // shape.kv_heads
+            return weight_SGHD if group == 1 else weight_SGHD.repeat_interleave(group, 1)
+
+        if key not in self._weights or self._weights[key][0] != version:
+            with _disable_current_modes():  # whoever counts operators did not ask for these
+                bias_O = layer.value.bias_O
+                if bias_O is not None:
+                    bias_GH = bias_O.detach().view(shape.kv_heads, shape.head_dim)
+                    bias_O = bias_GH.repeat_interleave(shape.heads // shape.kv_heads, 0).flatten()
+                of_both = of_sides(layer.key), of_sides(layer.value)
+                self._weights[key] = version, _Weights(*of_both, bias_O)
+        return self._weights[key][1]
+
+
+def reads_plainly(x_ND: Tensor) -> bool:
+    """Whether PyTorch's operators read these rows, and want their norm done before."""
+    return not x_ND.is_cpu or bool(torch._C._len_torch_dispatch_stack())  # somebody counts
+
+
+class _Affine(NamedTuple):
+    """A norm over rows, with a scale and a shift."""
+
+    epsilon: float
+    scale_D: np.ndarray
+    shift_D: np.ndarray
+
+
+def _affine(norm: nn.Module) -> _Affine | None:
+    """A norm as our loop does it; None: it cannot."""
+    if isinstance(norm, nn.Identity):
+        return _Affine(NORMED, _NOTHING, _NOTHING)
+    if not isinstance(norm, nn.LayerNorm) or norm.bias is None:
+        return None
+    scale_D, shift_D = (each.detach().float().cpu().numpy() for each in (norm.weight, norm.bias))
+    return _Affine(norm.eps, scale_D, shift_D)
+
+
+def _sums(
+    own_SAQD: Tensor,
+    brought: Brought,
+    asking: Rows,
+    sides: Sequence[Rows],
+    packed: Packed,
+    layer: Layer,
+) -> Tensor:
+    """The rows of each item, summed as each of its queries weighs them, side by side."""
+    x_ND, read = brought.x_ND, packed.direct(layer.index)
+    sides = [rows.among(read) for rows in sides]
+    ask_C, read_C = packed.bounds(asking), packed.bounds(read)
+    if reads_plainly(x_ND):
+        return _padded_sums(own_SAQD, x_ND, sides, ask_C, read_C, layer.scale)
+    side_N = np.zeros(read.count, dtype=np.uint8)
+    for place, rows in enumerate(sides[1:], 1):
+        side_N[rows.rows_R] = place
+    sums_SAQD = torch.empty_like(own_SAQD)
+    with TURN:
+        _sum_up(
+            on_host(own_SAQD), on_host(x_ND), side_N, ask_C, read_C, brought.scale_D,
+            brought.shift_D, np.float32(brought.epsilon), np.float32(layer.scale),
+            on_host(sums_SAQD),
+        )  # fmt: skip
+    return sums_SAQD
+
+
+def _padded_sums(
+    own_SAQD: Tensor,
+    x_ND: Tensor,
+    sides: Sequence[Rows],
+    ask_C: np.ndarray,
+    read_C: np.ndarray,
+    scale: float,
+) -> Tensor:
+    """The same by PyTorch's own operators: items beside each other, padded."""
+    items = np.flatnonzero(np.diff(ask_C) > 0)
+    heads, queries, width = own_SAQD.shape[1:]
+    each = queries // len(items)  # class tokens of an item
+    x_SBTD, score_SBXT = [], []
+    for own_AQD, rows in zip(own_SAQD, sides, strict=True):
+        own_BXD = own_AQD.view(heads, len(items), each, width).transpose(0, 1).flatten(1, 2)
+        begin_C = np.searchsorted(rows.rows_R, read_C)
+        count_B1 = np.diff(begin_C)[items][:, None]
+        place_T = np.arange(max(1, int(count_B1.max())))
+        hidden_BT = place_T >= count_B1
+        at_BT = np.where(hidden_BT, 0, begin_C[items][:, None] + place_T)
+        x_BTD = x_ND[torch.from_numpy(rows.rows_R[at_BT]).to(x_ND.device)].to(own_BXD.dtype)
+        score_BXT = torch.bmm(own_BXD, x_BTD.transpose(1, 2)).float() * scale
+        hidden_B1T = torch.from_numpy(hidden_BT).to(x_ND.device)[:, None]
+        score_SBXT.append(score_BXT.masked_fill(hidden_B1T, -torch.inf))
+        x_SBTD.append(x_BTD)
+    weight_BXT = torch.cat(score_SBXT, 2).softmax(2).to(own_SAQD.dtype)
+    parts = torch.split(weight_BXT, [score_BXT.shape[2] for score_BXT in score_SBXT], 2)
+    sums = []
+    for part_BXT, x_BTD in zip(parts, x_SBTD, strict=True):
+        sum_BAQD = torch.bmm(part_BXT, x_BTD).view(len(items), heads, each, width)
+        sums.append(sum_BAQD.transpose(0, 1).reshape(heads, queries, width))
+    return torch.stack(sums)
+
+
+@compiled(parallel=True)
+def _sum_up(  # type: ignore[no-untyped-def]
+    own_SAQD, x_ND, side_N, ask_C, read_C, scale_D, shift_D, epsilon, scale, sums_SAQD
+):
+    sides, heads, _, width = own_SAQD.shape
+    scale_2 = scale * np.float32(1.4426950408889634)
+    for item in prange(len(ask_C) - 1):
+        begin, end = read_C[item], read_C[item + 1]
+        block_KD = np.empty((_BLOCK, width), dtype=np.float32)
+        weight_AN = np.empty((heads, end - begin), dtype=np.float32)
+        own_SAD = np.empty((sides, heads, width), dtype=np.float32)
+        sum_SAD = np.empty((sides, heads, width), dtype=np.float32)
+        for query in range(ask_C[item], ask_C[item + 1]):
+            sum_SAD[:], weight_AN[:] = 0, 0
+            for side in range(sides):
+                for head in range(heads):
+                    for d in range(width):
+                        own_SAD[side, head, d] = _wide(own_SAQD[side, head, query, d])
+            row = begin
+            while row < end:
+                side = side_N[row]
+                count = _bring(x_ND, side_N, row, end, scale_D, shift_D, epsilon, block_KD)
+                for head in range(heads):
+                    weight_K = weight_AN[head, row - begin : row - begin + count]
+                    _add_dots(own_SAD[side, head], block_KD[:count], weight_K)
+                row += count
+            for head in range(heads):
+                _weigh(weight_AN[head], scale_2)
+            row = begin
+            while row < end:
+                side = side_N[row]
+                count = _bring(x_ND, side_N, row, end, scale_D, shift_D, epsilon, block_KD)
+                for head in range(heads):
+                    weight_K = weight_AN[head, row - begin : row - begin + count]
+                    _add_rows(weight_K, block_KD[:count], sum_SAD[side, head])
+                row += count
+            for side in range(sides):
+                for head in range(heads):
+                    for d in range(width):
+                        sums_SAQD[side, head, query, d] = _as_stored(
+                            sum_SAD[side, head, d], sums_SAQD
+                        )
+
+
+@compiled(fastmath=_FAST)
+def _bring(x_ND, side_N, first, end, scale_D, shift_D, epsilon, block_KD):  # type: ignore[no-untyped-def]
+    """What the next rows of one side bring to the layer, themselves or their norms; how many."""
+    width, count = block_KD.shape[1], 0
+    while count < _BLOCK and first + count < end and side_N[first + count] == side_N[first]:
+        x_D, row_D = x_ND[first + count], block_KD[count]
+        count += 1
+        for d in range(width):
+            row_D[d] = _wide(x_D[d])
+        if epsilon >= 0:
+            mean, square = np.float32(0), np.float32(0)
+            for d in range(width):
+                mean += row_D[d]
+            mean /= np.float32(width)
+            for d in range(width):
+                square += (row_D[d] - mean) * (row_D[d] - mean)
+            narrow = np.float32(1) / np.sqrt(square / np.float32(width) + epsilon)
+            for d in range(width):
+                row_D[d] = (row_D[d] - mean) * narrow
+        if len(scale_D):
+            for d in range(width):
+                row_D[d] = row_D[d] * scale_D[d] + shift_D[d]
+    return count
+
+
+@compiled(fastmath=_FAST)
+def _weigh(weight_N, scale_2):  # type: ignore[no-untyped-def]
+    """Scores become weights, which add up to one."""
+    most, total = np.float32(-np.inf), np.float32(0)
+    for row in range(len(weight_N)):
+        most = max(most, weight_N[row])
+    for row in range(len(weight_N)):
+        weight_N[row] = np.exp2((weight_N[row] - most) * scale_2)
+        total += weight_N[row]
+    for row in range(len(weight_N)):
+        weight_N[row] /= total
+
+
+@compiled(fastmath=_FAST)
+def _add_rows(times_R, x_RD, sum_D):  # type: ignore[no-untyped-def]
+    """Add some rows, each so many times; four at a time, so that sums stay at hand."""
+    rows, width = x_RD.shape
+    for row in range(0, rows - rows % 4, 4):
+        a_D, b_D, c_D, e_D = x_RD[row], x_RD[row + 1], x_RD[row + 2], x_RD[row + 3]
+        a, b = times_R[row], times_R[row + 1]
+        c, e = times_R[row + 2], times_R[row + 3]
+        for d in range(width):
+            both = a * a_D[d] + b * b_D[d]
+            sum_D[d] += both + c * c_D[d] + e * e_D[d]
+    for row in range(rows - rows % 4, rows):
+        a, a_D = times_R[row], x_RD[row]
+        for d in range(width):
+            sum_D[d] += a * a_D[d]
+
+
+@compiled(fastmath=_FAST)
+def _add_dots(by_D, x_RD, sum_R):  # type: ignore[no-untyped-def]
+    """Add the inner product of each row with a vector; four rows at a time."""
+    rows, width = x_RD.shape
+    for row in range(0, rows - rows % 4, 4):
+        a, b, c, e = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        a_D, b_D, c_D, e_D = x_RD[row], x_RD[row + 1], x_RD[row + 2], x_RD[row + 3]
+        for d in range(width):
+            a += by_D[d] * a_D[d]
+            b += by_D[d] * b_D[d]
+            c += by_D[d] * c_D[d]
+            e += by_D[d] * e_D[d]
+        sum_R[row] += a
+        sum_R[row + 1] += b
+        sum_R[row + 2] += c
+        sum_R[row + 3] += e
+    for row in range(rows - rows % 4, rows):
+        a, a_D = np.float32(0), x_RD[row]
+        for d in range(width):
+            a += by_D[d] * a_D[d]
+        sum_R[row] += a
