@@ -1,4 +1,4 @@
-"""The files of an adapter: read with a check of their hashes, and the way to the Hub and back."""
+"""The files of an adapter: checked by their hashes, and brought from the Hub and to it."""
 
 from __future__ import annotations
 
