@@ -21,6 +21,7 @@ from elastiformer.errors import InputError
 HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BOUNDARIES_KEPT = 5  # a decoder may look a few tokens back, at a space for example
+_UNFINISHED = 3  # tokens that a character may still lack its last byte after: it has four at most
 
 
 class TextInputs:
@@ -178,10 +179,42 @@ class Detokenizer:
         start, done = self._boundaries[0], self._boundaries[-1]
         before = decoded(self._tokenizer, self._ids[start:done], skip_special=True)
         now = decoded(self._tokenizer, self._ids[start:], skip_special=True)
+        end = len(self._ids)
         if whole and now.endswith(HALF_CHARACTER):
-            return ""
-        self._boundaries.append(len(self._ids))
+            # Bytes that are no characters are let go, or all of them would be decoded every time.
+            end -= _UNFINISHED
+            if end <= done:
+                return ""
+            certain = decoded(self._tokenizer, self._ids[start:end], skip_special=True)
+            if certain + decoded(self._tokenizer, self._ids[end:], skip_special=True) != now:
+                return ""
+            now = certain
+        self._boundaries.append(end)
         return now[len(before) :]
+
+
+class Offsets:
+    """Where each token of a growing text begins in it, in characters.
+
+    Tokens that share a character all begin where it does; a token without text, as a special one,
+    begins where the next text does.
+    """
+
+    def __init__(self, tokenizer: Any, start: int = 0) -> None:
+        """
+        Args:
+            start: the characters before it.
+        """
+        self._text = Detokenizer(tokenizer)
+        self._length = start
+
+    def push(self, token: int, text: str) -> int:
+        """The place of the next token, whose text by itself is given."""
+        start, new = self._length, self._text.push(token)
+        self._length += len(new)
+        if HALF_CHARACTER in new and text and new.endswith(text):
+            return self._length - len(text)  # what was held back before it was no character
+        return start
 
 
 class StopMatcher:

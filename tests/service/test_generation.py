@@ -154,6 +154,31 @@ def test_echo_with_logprobs_scores_the_prompt_as_the_pretrained_model_does():
     in_house(visit, models={"tiny": model}, max_step_tokens=3)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_count_characters_of_the_text(stream):
+    prompt = "é🦊a" * 3
+
+    async def visit(house):
+        body = {"max_tokens": 6, "echo": True, "logprobs": 0, "ignore_eos": True, "seed": 1}
+        reply = await house.post("/v1/completions", prompt=prompt, stream=stream, **body)
+        parts = events(reply.text) if stream else [reply.json()]
+        choices = [choice for part in parts for choice in part["choices"]]
+        text = "".join(choice["text"] for choice in choices)
+        listed = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+        offsets = [offset for each in listed for offset in each["text_offset"]]
+        tokens = [token for each in listed for token in each["tokens"]]
+
+        begins = [0, 0, *[1] * 4, 2]
+        assert offsets[: 7 * 3] == [3 * part + at for part in range(3) for at in begins]
+        assert len(offsets) == 7 * 3 + 6 and text.startswith(prompt)
+        assert offsets == sorted(offsets) and offsets[7 * 3] == len(prompt)
+        assert offsets[-1] <= len(text)
+        assert all(text[at] == "a" for at, token in zip(offsets, tokens, strict=True)
+                   if token == "a")  # fmt: skip
+
+    in_house(visit)
+
+
 def test_echo_alone_gives_the_prompt_back():
     async def visit(house):
         answer = await house.complete(PROMPT, max_tokens=0, echo=True)
