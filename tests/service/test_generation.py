@@ -261,12 +261,22 @@ def test_batch_mates_and_chunks_do_not_change_an_answer(capacity):
         assert mixed == alone
 
 
-@pytest.mark.parametrize("tokens", [130, 700, 1500])
-def test_a_scored_text_of_any_length_spends_what_was_asked(tokens):
+@pytest.mark.parametrize(
+    ("tokens", "step_tokens", "capacities"),
+    [
+        *((tokens, 512, (0.9, 0.85)) for tokens in (130, 700, 1500)),
+        (1500, 2048, (0.9,)),
+        (400, 13, (0.85, 0.65)),
+        (400, 64, (0.85, 0.65)),
+        (400, 79, (0.65,)),
+    ],
+)
+def test_a_scored_text_of_any_length_spends_what_was_asked(tokens, step_tokens, capacities):
     """Attention is whole and grows with the text, and channels make up for it."""
-    model = elastic_model(max_position_embeddings=2048, intermediate_size=1120)
-    sites = ("mlp_in", "mlp_out", "attention_in", "attention_out")
-    path = tuple(Step(layer, site, 0.25) for site in sites for layer in range(LAYERS))
+    context = 512 if tokens < 512 else 2048
+    model = elastic_model(max_position_embeddings=context, intermediate_size=1120)
+    sites, layers = ("mlp_in", "mlp_out", "attention_in", "attention_out"), range(LAYERS)
+    path = tuple(Step(at, site, share) for share in (0.25, 0.1) for site in sites for at in layers)
     known = model.adapter.calibration
     model.adapter.calibration = replace(known, paths=dict.fromkeys(Phase, path))
     model.attach(model.adapter)
@@ -274,8 +284,8 @@ def test_a_scored_text_of_any_length_spends_what_was_asked(tokens):
     async def visit(house):
         ids = [place * 7 % VOCAB for place in range(tokens)]
         scored = {"echo": True, "logprobs": 0, "max_tokens": 0}
-        for capacity in (0.9, 0.85):
+        for capacity in capacities:
             answer = await house.complete(ids, **scored, capacity=capacity)
             assert answer["elasti"]["capacity_spent"] == pytest.approx(capacity, abs=0.02)
 
-    in_house(visit, models={"tiny": model})
+    in_house(visit, models={"tiny": model}, max_step_tokens=step_tokens)
