@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from elastiformer.errors import InputError
+from elastiformer.text_bounds import BYTE_OF_LETTER, TextBound
 
 HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -31,6 +32,7 @@ class TextInputs:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.context = context
+        self._bound = TextBound(tokenizer, context)
         # A fast tokenizer is changed for the length of a call when its truncation differs.
         self._encoding = threading.Lock()
 
@@ -38,12 +40,21 @@ class TextInputs:
     def has_chat_template(self) -> bool:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    def text(self, text: str, special_tokens: bool = True) -> tuple[int, ...]:
+    def text(
+        self, text: str, special_tokens: bool = True, any_length: bool = False, name: str = "prompt"
+    ) -> tuple[int, ...]:
         """The ids of a text, special tokens added as the tokenizer does for a prompt.
 
+        Args:
+            any_length: also of one that can fit no context, to be cut.
+            name: the field that it came in.
+
         Raises:
-            InputError: the text gives no token.
+            InputError: the text gives no token, or can fit no context.
         """
+        if not any_length:
+            # Tokenizing takes seconds where others wait for the lock.
+            self._bound.check(text, name)
         with self._encoding:
             # Not verbose: what is too long is refused here, with the numbers.
             ids = self.tokenizer.encode(text, add_special_tokens=special_tokens, verbose=False)
@@ -65,24 +76,40 @@ class TextInputs:
                 )
         return tuple(ids)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        any_length: bool = False,
+        name: str = "messages",
+    ) -> tuple[int, ...]:
         """The ids of a conversation, up to where the model's answer begins.
 
-        Raises:
-            InputError: no chat template, a part that is not text, or a refusal by the template.
-        """
-        return self.conversation(
-            [
-                {**message, "content": _plain_text(message.get("content"), place)}
-                for place, message in enumerate(messages)
-            ]
-        )
+        Args:
+            any_length, name: as `text`.
 
-    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        Raises:
+            InputError: no chat template, a part that is not text, a refusal by the template, or
+                more than can fit any context.
+        """
+        plain = [
+            {**message, "content": _plain_text(message.get("content"), place)}
+            for place, message in enumerate(messages)
+        ]
+        return self.conversation(plain, any_length, name)
+
+    def conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        any_length: bool = False,
+        name: str = "messages",
+    ) -> tuple[int, ...]:
         """The ids of messages whose content is as the model's chat template takes it.
 
+        Args:
+            any_length, name: as `text`.
+
         Raises:
-            InputError: no chat template, or a refusal by it.
+            InputError: no chat template, a refusal by it, or more than can fit any context.
         """
         if not self.has_chat_template:
             raise InputError(
@@ -94,7 +121,7 @@ class TextInputs:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise InputError(f"messages: the model's chat template refused them: {error}") from None
-        return self.text(rendered, special_tokens=False)
+        return self.text(rendered, special_tokens=False, any_length=any_length, name=name)
 
     def room(self, prompt_tokens: int, name: str = "prompt") -> int:
         """How many tokens may follow a prompt.
@@ -282,17 +309,6 @@ def _plain_text(content: object, place: int) -> str:
 def _raw_bytes(piece: str) -> bytes | None:
     if match := _BYTE_PIECE.fullmatch(piece):
         return bytes([int(match[1], 16)])
-    if all(letter in _BYTE_OF_LETTER for letter in piece):
-        return bytes(_BYTE_OF_LETTER[letter] for letter in piece)
+    if all(letter in BYTE_OF_LETTER for letter in piece):
+        return bytes(BYTE_OF_LETTER[letter] for letter in piece)
     return None
-
-
-def _byte_letters() -> dict[str, int]:
-    """Byte-level vocabularies write each byte as a printable letter (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    return letters | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-_BYTE_OF_LETTER = _byte_letters()

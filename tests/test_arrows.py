@@ -16,7 +16,7 @@ from elastiformer import kernels
 ROOT = Path(__file__).resolve().parent.parent
 
 LOW_TO_HIGH = """
-    elastiformer: errors tasks whole_files capacity usage accounting calibration
+    elastiformer: errors tasks whole_files text_bounds capacity usage accounting calibration
         calibration_reading card priced families encoder_families encoders experts routers lora
         lora_files unpacking shipped originals weights encoder_weights vlms vlm_weights
         misfits adapter_files adapter
@@ -120,7 +120,7 @@ DOORS = {
 
 # Files that know no tensor, and import no file of ours that does.
 WITHOUT_TORCH = {
-    "elastiformer": "errors tasks whole_files capacity usage accounting calibration "
+    "elastiformer": "errors tasks whole_files text_bounds capacity usage accounting calibration "
     "calibration_reading card inputs",
     "service": "errors build hosts settings scheduler pace metrics load knob middleware zero_shot",
     "training": "files signals packages allotment",
