@@ -24,10 +24,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from elastiformer.accounting import KVPolicy, LayerShape, LoraShape, ModelShape
-from elastiformer.adapter_files import (
-    to_hub,
-    write_beside,
-)
+from elastiformer.adapter_files import to_hub
 from elastiformer.calibration import Calibration
 from elastiformer.capacity import Phase, Unit
 from elastiformer.card import model_card
@@ -48,6 +45,7 @@ from elastiformer.routers import (
 )
 from elastiformer.tasks import TEXT_GENERATION
 from elastiformer.weights import BaseIdentity
+from elastiformer.whole_files import write_whole
 
 FORMAT = 1
 ExpertSplit = Literal["coactivation", "contiguous"]
@@ -208,7 +206,7 @@ class Adapter:
         files["README.md"] = model_card(header, self.calibration).encode()
         files["adapter.json"] = (json.dumps(header, indent=1) + "\n").encode()
         for name, content in files.items():
-            write_beside(folder / name, content)
+            write_whole(folder / name, content)
         self.path = folder
         return folder
 

@@ -1,10 +1,9 @@
-"""The files of an adapter: written whole or not at all, read with a check of their hashes."""
+"""The files of an adapter: checked by their hashes, and brought from the Hub and to it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,6 @@ from torch import Tensor
 from elastiformer.errors import AdapterError
 
 _NAMES = ["*.json", "*.safetensors", "README.md"]  # on the Hub
-
-
-def write_beside(path: Path, content: bytes) -> None:
-    """Write a file beside its place, and then rename: whoever reads sees the old or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

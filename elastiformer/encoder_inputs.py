@@ -18,6 +18,7 @@ from torch import Tensor
 from elastiformer.errors import InputError
 from elastiformer.images import decode
 from elastiformer.sequence import Item
+from elastiformer.text_bounds import TextBound
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class TextItems:
 
     def __init__(self, tokenizer: Any, context: int) -> None:
         self._tokenizer, self.context = tokenizer, context
+        self._bound = TextBound(tokenizer, context)
         # A fast tokenizer is changed for the length of a call when its truncation differs.
         self._encoding = threading.Lock()
 
@@ -57,6 +59,9 @@ class TextItems:
         Raises:
             InputError: longer than the model takes, or no token at all.
         """
+        if not truncate:
+            for each in (text, pair or ""):
+                self._bound.check(each, name, cure="; truncate: true cuts it")
         with self._encoding:
             # Not verbose: what is too long is refused here, with the numbers.
             given = self._tokenizer(

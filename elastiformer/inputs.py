@@ -17,10 +17,12 @@ from typing import Any
 from jinja2 import TemplateError
 
 from elastiformer.errors import InputError
+from elastiformer.text_bounds import BYTE_OF_LETTER, TextBound
 
 HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BOUNDARIES_KEPT = 5  # a decoder may look a few tokens back, at a space for example
+_UNFINISHED = 3  # tokens that a character may still lack its last byte after: it has four at most
 
 
 class TextInputs:
@@ -30,6 +32,7 @@ class TextInputs:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.context = context
+        self._bound = TextBound(tokenizer, context)
         # A fast tokenizer is changed for the length of a call when its truncation differs.
         self._encoding = threading.Lock()
 
@@ -37,12 +40,21 @@ class TextInputs:
     def has_chat_template(self) -> bool:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    def text(self, text: str, special_tokens: bool = True) -> tuple[int, ...]:
+    def text(
+        self, text: str, special_tokens: bool = True, any_length: bool = False, name: str = "prompt"
+    ) -> tuple[int, ...]:
         """The ids of a text, special tokens added as the tokenizer does for a prompt.
 
+        Args:
+            any_length: also of one that can fit no context, to be cut.
+            name: the field that it came in.
+
         Raises:
-            InputError: the text gives no token.
+            InputError: the text gives no token, or can fit no context.
         """
+        if not any_length:
+            # Tokenizing takes seconds where others wait for the lock.
+            self._bound.check(text, name)
         with self._encoding:
             # Not verbose: what is too long is refused here, with the numbers.
             ids = self.tokenizer.encode(text, add_special_tokens=special_tokens, verbose=False)
@@ -64,24 +76,40 @@ class TextInputs:
                 )
         return tuple(ids)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        any_length: bool = False,
+        name: str = "messages",
+    ) -> tuple[int, ...]:
         """The ids of a conversation, up to where the model's answer begins.
 
-        Raises:
-            InputError: no chat template, a part that is not text, or a refusal by the template.
-        """
-        return self.conversation(
-            [
-                {**message, "content": _plain_text(message.get("content"), place)}
-                for place, message in enumerate(messages)
-            ]
-        )
+        Args:
+            any_length, name: as `text`.
 
-    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        Raises:
+            InputError: no chat template, a part that is not text, a refusal by the template, or
+                more than can fit any context.
+        """
+        plain = [
+            {**message, "content": _plain_text(message.get("content"), place)}
+            for place, message in enumerate(messages)
+        ]
+        return self.conversation(plain, any_length, name)
+
+    def conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        any_length: bool = False,
+        name: str = "messages",
+    ) -> tuple[int, ...]:
         """The ids of messages whose content is as the model's chat template takes it.
 
+        Args:
+            any_length, name: as `text`.
+
         Raises:
-            InputError: no chat template, or a refusal by it.
+            InputError: no chat template, a refusal by it, or more than can fit any context.
         """
         if not self.has_chat_template:
             raise InputError(
@@ -93,7 +121,7 @@ class TextInputs:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise InputError(f"messages: the model's chat template refused them: {error}") from None
-        return self.text(rendered, special_tokens=False)
+        return self.text(rendered, special_tokens=False, any_length=any_length, name=name)
 
     def room(self, prompt_tokens: int, name: str = "prompt") -> int:
         """How many tokens may follow a prompt.
@@ -178,10 +206,42 @@ class Detokenizer:
         start, done = self._boundaries[0], self._boundaries[-1]
         before = decoded(self._tokenizer, self._ids[start:done], skip_special=True)
         now = decoded(self._tokenizer, self._ids[start:], skip_special=True)
+        end = len(self._ids)
         if whole and now.endswith(HALF_CHARACTER):
-            return ""
-        self._boundaries.append(len(self._ids))
+            # Bytes that are no characters are let go, or all of them would be decoded every time.
+            end -= _UNFINISHED
+            if end <= done:
+                return ""
+            certain = decoded(self._tokenizer, self._ids[start:end], skip_special=True)
+            if certain + decoded(self._tokenizer, self._ids[end:], skip_special=True) != now:
+                return ""
+            now = certain
+        self._boundaries.append(end)
         return now[len(before) :]
+
+
+class Offsets:
+    """Where each token of a growing text begins in it, in characters.
+
+    Tokens that share a character all begin where it does; a token without text, as a special one,
+    begins where the next text does.
+    """
+
+    def __init__(self, tokenizer: Any, start: int = 0) -> None:
+        """
+        Args:
+            start: the characters before it.
+        """
+        self._text = Detokenizer(tokenizer)
+        self._length = start
+
+    def push(self, token: int, text: str) -> int:
+        """The place of the next token, whose text by itself is given."""
+        start, new = self._length, self._text.push(token)
+        self._length += len(new)
+        if HALF_CHARACTER in new and text and new.endswith(text):
+            return self._length - len(text)  # what was held back before it was no character
+        return start
 
 
 class StopMatcher:
@@ -249,17 +309,6 @@ def _plain_text(content: object, place: int) -> str:
 def _raw_bytes(piece: str) -> bytes | None:
     if match := _BYTE_PIECE.fullmatch(piece):
         return bytes([int(match[1], 16)])
-    if all(letter in _BYTE_OF_LETTER for letter in piece):
-        return bytes(_BYTE_OF_LETTER[letter] for letter in piece)
+    if all(letter in BYTE_OF_LETTER for letter in piece):
+        return bytes(BYTE_OF_LETTER[letter] for letter in piece)
     return None
-
-
-def _byte_letters() -> dict[str, int]:
-    """Byte-level vocabularies write each byte as a printable letter (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    return letters | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-_BYTE_OF_LETTER = _byte_letters()

@@ -21,6 +21,7 @@ from torch import Tensor
 from elastiformer.capacity import Capacity
 from elastiformer.errors import ElastiError
 from elastiformer.model import ElasticModel
+from elastiformer.planning import PIECE_TOKENS
 from elastiformer.sequence import Chunk, Sequence
 from elastiformer.sharded import ShardedModel
 
@@ -36,6 +37,7 @@ class Parted(BaseException):
 class _Opened:
     tokens: int
     prefixes: bool
+    piece_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +80,11 @@ class LedModel(ShardedModel):
 
     # The leader.
 
-    def open_cache(self, tokens: int, prefixes: bool = True) -> None:
-        self._say(_Opened(tokens, prefixes))
-        super().open_cache(tokens, prefixes)
+    def open_cache(
+        self, tokens: int, prefixes: bool = True, piece_tokens: int = PIECE_TOKENS
+    ) -> None:
+        self._say(_Opened(tokens, prefixes, piece_tokens))
+        super().open_cache(tokens, prefixes, piece_tokens)
 
     def sequence(
         self,
@@ -140,8 +144,8 @@ class LedModel(ShardedModel):
             for number in gone:
                 sequences.pop(number).release()
             match order:
-                case _Opened(tokens, prefixes):
-                    super().open_cache(tokens, prefixes)
+                case _Opened(tokens, prefixes, piece_tokens):
+                    super().open_cache(tokens, prefixes, piece_tokens)
                 case _Made(number, capacity, prompt_tokens, most_tokens, scored, prompt, shared):
                     with suppress(ElastiError):  # refused there as here
                         sequences[number] = super().sequence(

@@ -24,6 +24,7 @@ from elastiformer.errors import CapacityError, InputError
 from elastiformer.families import describe
 from elastiformer.masked import MaskedResult, run_masked
 from elastiformer.plan_grid import PlanGrid, Selection
+from elastiformer.planning import PIECE_TOKENS, Planner
 from elastiformer.pool import Pool
 from elastiformer.prefixes import PrefixStore
 from elastiformer.sequence import Chunk, Sequence
@@ -79,7 +80,9 @@ class ElasticModel(Elastic):
 
     # The sparse form: packed, cached, each token under its own plan.
 
-    def open_cache(self, tokens: int, prefixes: bool = True) -> None:
+    def open_cache(
+        self, tokens: int, prefixes: bool = True, piece_tokens: int = PIECE_TOKENS
+    ) -> None:
         """Bound the keys and values of all sequences together; those made before are lost.
 
         Without it the pool grows as sequences ask.
@@ -87,7 +90,10 @@ class ElasticModel(Elastic):
         Args:
             tokens: that fit at capacity 1.0, in every layer.
             prefixes: whether prompts' beginnings are kept in what is free.
+            piece_tokens: in pieces of so many, scored texts will be run. Fewer keys are attended
+                to in smaller ones, so what is spent misses a capacity where others are run.
         """
+        self._planner = Planner(self.shape, self.adapter, piece_tokens)
         self.cache = self._cache_shape.pool(tokens, self.dtype, self.device)
         self.prefixes = PrefixStore(self.cache) if prefixes else None
 

@@ -75,21 +75,34 @@ class PictureInputs:
         return self._conversation(inputs, plain, len(pictures), "messages"), tuple(pictures)
 
     def question(
-        self, inputs: TextInputs, text: str, images: int = 0, name: str = "messages"
+        self,
+        inputs: TextInputs,
+        text: str,
+        images: int = 0,
+        any_length: bool = False,
+        name: str = "messages",
     ) -> tuple[int, ...]:
         """The ids of one message of the user: so many images, then a text.
+
+        Args:
+            any_length: also of a text that can fit no context, to be cut.
 
         Raises:
             InputError: as `chat`.
         """
         parts = [*[{"type": "image"}] * images, {"type": "text", "text": text}]
         message = {"role": "user", "content": parts}
-        return self._conversation(inputs, [message], images, name)
+        return self._conversation(inputs, [message], images, name, any_length)
 
     def _conversation(
-        self, inputs: TextInputs, plain: Sequence[Mapping[str, Any]], images: int, name: str
+        self,
+        inputs: TextInputs,
+        plain: Sequence[Mapping[str, Any]],
+        images: int,
+        name: str,
+        any_length: bool = False,
     ) -> tuple[int, ...]:
-        ids = inputs.conversation(plain)
+        ids = inputs.conversation(plain, any_length, name)
         if ids.count(self.image_token) != images:
             spelled = inputs.piece(self.image_token).text
             raise InputError(

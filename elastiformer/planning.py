@@ -31,9 +31,9 @@ from elastiformer.sequence import Kind
 
 _REMEMBERED = 4096
 _STEPS_PER_OCTAVE = 8
-# A text that is scored is run in pieces of so many tokens, as a server does that nobody else asks:
-# a token attends to the keys of its own piece and of those before. Smaller pieces have fewer.
-_PIECE_TOKENS = 512
+# A text that is scored is run in pieces of so many tokens, if nobody says otherwise: a token
+# attends to the keys of its own piece and of those before. Smaller pieces have fewer.
+PIECE_TOKENS = 512
 # What follows a prompt reads its last tokens most: they run whole, and those before make up for it.
 _END_TOKENS, _END_PART = 8, 16  # so many, but no more than one of so many,
 _END_PRICE = 0.011  # nor more than take so much from the capacity of the others
@@ -73,8 +73,14 @@ class Opening(NamedTuple):
 class Planner:
     """Plans for one model and its adapter."""
 
-    def __init__(self, shape: ModelShape, adapter: Adapter | None) -> None:
-        self.shape = shape
+    def __init__(
+        self, shape: ModelShape, adapter: Adapter | None, piece_tokens: int = PIECE_TOKENS
+    ) -> None:
+        """
+        Args:
+            piece_tokens: of scored texts.
+        """
+        self.shape, self._piece_tokens = shape, piece_tokens
         self._with_keys = replace(shape, absorbing=frozenset())
         self.units = adapter.units if adapter is not None else ()
         self.calibration: Calibration | None = adapter.calibration if adapter is not None else None
@@ -96,7 +102,10 @@ class Planner:
         context = prompt_context(prompt_tokens)
         if not scored:
             self._check(capacity.prompt, Phase.PROMPT, context, self._absorbs(capacity))
-        for keys in (context, output_context(most_tokens - 1)):
+        contexts = [context, output_context(most_tokens - 1)]
+        if scored:
+            contexts.append(prompt_context(min(self._piece_tokens, prompt_tokens)))
+        for keys in contexts:
             self._check(capacity.output, Phase.OUTPUT, keys)
 
     def plan_at(self, capacity: Capacity, prompt_tokens: int) -> PlanAt:
@@ -138,9 +147,10 @@ class Planner:
         return max(0, most - max(ending.tokens, math.ceil(owed / (_EXCESS + others))))
 
     def _plan_at(
-        self, capacity: Capacity, prompt_tokens: int, piece_tokens: int = _PIECE_TOKENS
+        self, capacity: Capacity, prompt_tokens: int, piece_tokens: int | None = None
     ) -> PlanAt:
         """The same without that: what all tokens of a phase do alike."""
+        piece_tokens = piece_tokens or self._piece_tokens
         context_of_prompt = prompt_context(prompt_tokens)
         uniform = {phase: self._uniform(capacity.of(phase), phase) for phase in Phase}
 

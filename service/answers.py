@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from elastiformer.capacity import Unit
-from elastiformer.inputs import TextInputs
+from elastiformer.inputs import Offsets, TextInputs
 from elastiformer.sampling import Sampled
 from elastiformer.usage import Usage
 from service.desk import Placed, PlacedLabels
@@ -127,7 +127,7 @@ class CompletionShape:
         self._placed = placed
         self._inputs = placed.served.engine.inputs
         self._head = head_json("cmpl", "text_completion", placed.name)
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, Offsets] = {}  # of each choice's new text
 
     def whole(self, answer: Answer) -> Json:
         choices = [
@@ -176,13 +176,17 @@ class CompletionShape:
         if self._placed.logprobs is None:
             return None
         listed: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        entries: list[Sampled] = [*scored, *sampled]
-        if opens and self._placed.echoes:
-            entries.insert(0, Sampled(self._prompt(number)[0]))  # nothing stands before it
+        if opens and self._placed.echoes:  # nothing stands before the first token
+            known = [Sampled(self._prompt(number)[0]), *scored]
+            self._list(listed, known, Offsets(self._inputs.tokenizer))
+        if number not in self._offsets:
+            self._offsets[number] = Offsets(self._inputs.tokenizer, len(self._echo(number)))
+        self._list(listed, sampled, self._offsets[number])
+        return listed
+
+    def _list(self, listed: Json, entries: Sequence[Sampled], offsets: Offsets) -> None:
         for entry in entries:
             piece = self._inputs.piece(entry.token)
-            offset = self._offsets.get(number, 0)
-            self._offsets[number] = offset + len(piece.text)
             own = entry.logprob
             top = None
             if own is not None:
@@ -194,8 +198,7 @@ class CompletionShape:
             listed["tokens"].append(piece.text)
             listed["token_logprobs"].append(None if own is None else _finite(own))
             listed["top_logprobs"].append(top)
-            listed["text_offset"].append(offset)
-        return listed
+            listed["text_offset"].append(offsets.push(entry.token, piece.text))
 
 
 class ChatShape:

@@ -369,7 +369,8 @@ def _question(
         return ask(inputs, ends, given, labels, longest, name=name), None
     pictures = served.vlm.pictures
     if isinstance(given, str):
-        ids_of = partial(pictures.question, inputs, images=0, name=name)
+        any_length = longest is not None
+        ids_of = partial(pictures.question, inputs, images=0, any_length=any_length, name=name)
         return ask(inputs, ends, given, labels, longest, ids_of, name), None
     if not inputs.has_chat_template:
         raise InputError(f"{name}: an image needs a chat template, and this model has none")

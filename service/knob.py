@@ -128,7 +128,18 @@ _AUTO_CAPACITY = replace(DENSE)
 def _read(value: object, name: str) -> Capacity | None:
     if value is None:
         return None
-    return _AUTO_CAPACITY if value == AUTO else Capacity.parse(value, name)
+    if value == AUTO:
+        return _AUTO_CAPACITY
+    try:
+        return Capacity.parse(value, name)
+    except CapacityError:
+        if isinstance(value, Mapping):
+            raise
+        # The library knows no "auto", so its sentence about a value by itself lacks that.
+        raise CapacityError(
+            f'{name}: a fraction of the dense compute, above 0 and at most 1, "{AUTO}", or an '
+            f"object of keep shares; got {value!r}"
+        ) from None
 
 
 def _from_text(text: str | None) -> object:

@@ -21,6 +21,11 @@ from service.errors import QueueFull
 RUN_TOKENS = 32
 
 
+def piece_tokens(max_step_tokens: int) -> int:
+    """How many tokens of a long prompt go in one step where it has the step for itself."""
+    return max_step_tokens // RUN_TOKENS * RUN_TOKENS or max_step_tokens
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a scheduler may hand out."""

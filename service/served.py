@@ -28,7 +28,7 @@ from service.engine import Engine
 from service.errors import EngineDead, UnknownModel
 from service.load import Load
 from service.metrics import Metrics
-from service.scheduler import Limits
+from service.scheduler import Limits, piece_tokens
 from service.settings import ModelSpec, Settings
 
 # Named capacities of /v1/models; any other number in the range is as good.
@@ -252,7 +252,8 @@ def serve(
     kind: type[Engine] = EncoderEngine
     if isinstance(model, ElasticModel):
         kind = Engine
-        model.open_cache(settings.cache_tokens, prefixes=settings.prefix_cache)
+        piece = piece_tokens(settings.max_step_tokens)
+        model.open_cache(settings.cache_tokens, settings.prefix_cache, piece)
     limits = Limits(
         max_waiting=settings.max_waiting,
         max_running=settings.max_running,

@@ -58,11 +58,11 @@ def ask(
     """
     answers = _answers(inputs, ends, labels)
     longest = max(map(len, answers))
-    prompt = _prompt(inputs, text, labels, converse)
+    prompt = _prompt(inputs, text, labels, converse, cut_to is not None, name)
     if cut_to is not None and (excess := len(prompt) + longest - cut_to) > 0:
-        words = inputs.text(text, special_tokens=False)
+        words = inputs.text(text, special_tokens=False, any_length=True)
         cut = inputs.decode(words[: max(len(words) - excess, 0)])
-        prompt = _prompt(inputs, cut, labels, converse)
+        prompt = _prompt(inputs, cut, labels, converse, True, name)
     inputs.checked_room(len(prompt), longest, name, name)
     return Question(prompt, answers)
 
@@ -98,16 +98,25 @@ def _answers(
     if doubled := sorted({label for label in labels if labels.count(label) > 1}):
         raise InputError(f"labels: each may stand once; twice: {', '.join(doubled)}")
     space = "" if inputs.has_chat_template else " "
-    return tuple((*inputs.text(space + label, special_tokens=False), *ends[:1]) for label in labels)
+    return tuple(
+        (*inputs.text(space + label, special_tokens=False, name="labels"), *ends[:1])
+        for label in labels
+    )
 
 
 def _prompt(
-    inputs: TextInputs, text: str, labels: Sequence[str], converse: Converse | None
+    inputs: TextInputs,
+    text: str,
+    labels: Sequence[str],
+    converse: Converse | None,
+    any_length: bool,
+    name: str,
 ) -> tuple[int, ...]:
     shown = ", ".join(labels)
     if not inputs.has_chat_template:
-        return inputs.text(PLAIN.format(labels=shown, text=text))
+        plain = PLAIN.format(labels=shown, text=text)
+        return inputs.text(plain, any_length=any_length, name=name)
     question = QUESTION.format(labels=shown, text=text)
     if converse is not None:
         return converse(question)
-    return inputs.chat([{"role": "user", "content": question}])
+    return inputs.chat([{"role": "user", "content": question}], any_length, name)

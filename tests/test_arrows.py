@@ -16,16 +16,17 @@ from elastiformer import kernels
 ROOT = Path(__file__).resolve().parent.parent
 
 LOW_TO_HIGH = """
-    elastiformer: errors tasks capacity usage accounting calibration calibration_reading card
-        priced families encoder_families encoders experts routers lora lora_files unpacking
-        shipped originals weights encoder_weights vlms vlm_weights misfits adapter_files adapter
+    elastiformer: errors tasks whole_files text_bounds capacity usage accounting calibration
+        calibration_reading card priced families encoder_families encoders experts routers lora
+        lora_files unpacking shipped originals weights encoder_weights vlms vlm_weights
+        misfits adapter_files adapter
         saved_adapter kernels thresholds plan_grid masked pool cache sequence imaged prefixes
         memory spare_rows row_kernels pointwise allowances device_allowances packed rotary
         taken costs vectors stored_tile lanes largest pairs amx tile_blocks many_queries
         whole_requests single_queries sub_layers tiles readings products flop_formulas expert_table
         repair mending sides attention both_ways placing workshop keeping direct_reading
-        sparse_heads sparse_attention sparse_experts sparse_mlp class_tail decoding device_kernels device_attention
-        device_decoding late_layers sparse encoding imaging sight planning drawing sampling inputs
+        sparse_heads sparse_attention sparse_experts sparse_mlp class_tail decoding device_kernels
+        device_attention device_decoding late_layers sparse encoding imaging sight planning drawing sampling inputs
         images encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
 
     service: __init__ errors build hosts settings schemas scheduler pace metrics load knob orders
@@ -120,8 +121,8 @@ DOORS = {
 
 # Files that know no tensor, and import no file of ours that does.
 WITHOUT_TORCH = {
-    "elastiformer": "errors tasks capacity usage accounting calibration calibration_reading card "
-    "inputs",
+    "elastiformer": "errors tasks whole_files text_bounds capacity usage accounting calibration "
+    "calibration_reading card inputs",
     "service": "errors build hosts settings scheduler pace metrics load knob middleware zero_shot",
     "training": "files signals packages allotment",
 }

@@ -22,7 +22,8 @@ BASE: a model folder, a Hub id, or the name of an embedded model. DATA: a .txt o
 folder of them, or hub:NAME[:split]. `python -m training COMMAND --help` names every option.
 
 `distill` runs under torchrun in several processes; every other command runs in one, and refuses
-more. Progress goes to stderr. The last line of stdout is one JSON object, for scripts.
+more. Progress goes to stderr. The last line of stdout is one JSON object, for scripts. Ctrl-C ends
+a command with status 130 and a line that says how to go on.
 """
 
 from __future__ import annotations
@@ -33,10 +34,8 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-
-from elastiformer.errors import ElastiError
-from training.files import RunError, check_writable
 
 # Each a module of this package.
 COMMANDS = (
@@ -57,6 +56,15 @@ COMMANDS = (
 )
 SHARED = ("distill",)  # what several processes of torchrun do together
 TO_A_FILE = ("synthesize", "summarize")  # the others write --out as a folder
+STOPPED = 130  # the exit status of what Ctrl-C ends, as shells count
+ANEW = "nothing of it is kept, so the same command begins anew"
+GOES_ON = {
+    **dict.fromkeys(("build", "distill"), "go on from the last checkpoint with --resume"),
+    **dict.fromkeys(
+        ("synthesize", "calibrate", "ablate", "seeds", "domains", "recipe"),
+        "the same command goes on where it was",
+    ),
+}
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -72,6 +80,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def check_alone(command: str) -> None:
     """Raises RunError for several processes where each would do the same work."""
+    from training.files import RunError
+
     told = os.environ.get("WORLD_SIZE", "1")
     if not (told.isascii() and told.isdigit() and int(told) >= 1):
         raise RunError(f"WORLD_SIZE: a whole number of processes, at least 1; got {told!r}")
@@ -85,6 +95,8 @@ def check_alone(command: str) -> None:
 
 def check_places(command: str, args: argparse.Namespace) -> None:
     """Raises RunError where results could not be written, as they would be after long work."""
+    from training.files import check_writable
+
     for name in ("out", "work"):
         place: Path | None = getattr(args, name, None)
         if place is not None:
@@ -101,6 +113,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     top.add_argument("command", choices=COMMANDS)
     command = top.parse_args(given[:1]).command
 
+    with suppress(KeyboardInterrupt):
+        return _ended(command, given[1:])
+    # Only now have the frames of what ran gone, and progress bars ended their lines.
+    print(f"{command}: stopped; {GOES_ON.get(command, ANEW)}", file=sys.stderr)
+    return STOPPED
+
+
+def _ended(command: str, given: Sequence[str]) -> int:
+    """The exit status of a command that nobody stops."""
+    # Here and not above: the library takes seconds to load, in which Ctrl-C may come too.
+    from elastiformer.errors import ElastiError
+
     try:
         check_alone(command)
         # Only the command asked for is loaded: each brings libraries that the others do without.
@@ -111,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=Help,
         )
         module.add_arguments(parser)
-        args = parser.parse_args(given[1:])
+        args = parser.parse_args(given)
         check_places(command, args)
         report = module.run(args)
     except (ElastiError, OSError) as error:  # the second: a full disk, a file that is not ours

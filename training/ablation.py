@@ -106,7 +106,8 @@ class Study:
             RunError: the row spends something else than the adapter does.
         """
         if isinstance(row, OutputRow):
-            return [self._output(row, capacity) for capacity in self._capacities]
+            found = (self._output(row, capacity) for capacity in self._capacities)
+            return [point for point in found if point is not None]
         texts: dict[str, list[Window]] = {PROSE: self._prose, COPIED: self._copied}
         if isinstance(row, LeavingRow):
             return [self._leaving(row, text, on) for text, on in texts.items()]
@@ -156,7 +157,12 @@ class Study:
 
     # One row at one capacity or plan.
 
-    def _output(self, row: OutputRow, capacity: float) -> Point:
+    def _output(self, row: OutputRow, capacity: float) -> Point | None:
+        """None: the adapter reaches this capacity, and this row does not.
+
+        Raises:
+            CapacityError: the adapter does not.
+        """
         model, choice = self.model, row.choice
         if choice is None:
             return self._as_shipped(capacity)
@@ -171,11 +177,14 @@ class Study:
             shares = under_paths(model, paths)
         _, wanted = self._scored(self._prose[0], capacity)  # windows alike spend alike
         with shares:
-            means = self._constants(choice, capacity) if choice.constant_at else {}
+            try:
+                means = self._constants(choice, capacity) if choice.constant_at else {}
+                laid = [self._scored(window, capacity) for window in self._prose]
+            except CapacityError:
+                return None
             picking = ChoicePicking(model, choice, learnt, means)
             losses = []
-            for window in self._prose:
-                under, spent = self._scored(window, capacity)
+            for window, (under, spent) in zip(self._prose, laid, strict=True):
                 losses.append(self._loss(window, under, Setting.SCORED, picking))
                 spent += picking.more_flops(under) / dense_flops(model, window)
                 _check_cost(row, spent, wanted)

@@ -225,7 +225,8 @@ def _prose(about: Mapping[str, Any]) -> list[str]:
         f"that. *Clearly*: by more than {CLEAR:g} of those. Of outputs that is "
         f"`{AS_MANY_FOR_EACH}`, of prompts' last tokens `{ENDING_AS_SHIPPED}`. Rows that are "
         f"compared spend the same block FLOPs, to {about['equal']:g}: counted from what each token "
-        f"kept. Only `{AS_SHIPPED}` spends as nearly the same as debts are paid back.",
+        "kept; *out of reach*: this row cannot leave out so much. "
+        f"Only `{AS_SHIPPED}` spends as nearly the same as debts are paid back.",
         "",
         "```bash",
         str(about["command"]),
@@ -235,7 +236,7 @@ def _prose(about: Mapping[str, Any]) -> list[str]:
 
 def _beside(point: Point | None, reference: Point | None) -> str:
     if point is None:
-        return ""
+        return "out of reach"
     cell = _with_error(point.kl, point.kl_error)
     if reference is None or reference is point:
         return cell

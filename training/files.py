@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from elastiformer.errors import ElastiError
+from elastiformer.whole_files import write_whole
 
 
 class DataError(ElastiError):
@@ -23,13 +24,8 @@ class RunError(ElastiError):
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside, flush to disk, rename: afterwards `path` holds `content`, or what it held."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    """Afterwards `path` holds `content`, or what it held, and its name is on disk too."""
+    write_whole(path, content)
     sync_folder(path.parent)
 
 

@@ -6,6 +6,7 @@ first drops the lines past its checkpoint, so no step stands there twice.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,8 +83,10 @@ class Log:
             axis.grid(alpha=0.3)
         axes[-1, 0].set_xlabel("step")
         figure.tight_layout()
-        figure.savefig(picture, dpi=110)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=110)
         pyplot.close(figure)
+        write_atomically(picture, drawn.getvalue())
 
     def _lines(self) -> list[dict[str, float]]:
         """The whole lines of the log: a run killed while writing leaves half a one."""

@@ -103,7 +103,12 @@ def seeds(text: str) -> list[int]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     check(args)
-    reports = [_one_seed(args, seed) for seed in args.seeds]
+    reports: list[Json] = []
+    for seed in args.seeds:
+        report = _one_seed(args, seed)
+        if report is None:
+            return {"finished": False, "work": str(args.work)}
+        reports.append(report)
     rows = rows_of(reports)
     args.out.mkdir(parents=True, exist_ok=True)
     about = _about(args, reports)
@@ -122,7 +127,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     write_atomically(args.out / "seeds.md", markdown(about, rows).encode())
     write_json(args.out / "seeds.json", about | {"rows": [_as_json(row) for row in rows]})
-    return about | {"out": str(args.out), "seconds": round(time.monotonic() - started, 1)}
+    seconds = round(time.monotonic() - started, 1)
+    return about | {"finished": True, "out": str(args.out), "seconds": seconds}
 
 
 def check(args: argparse.Namespace) -> None:
@@ -142,8 +148,8 @@ def check(args: argparse.Namespace) -> None:
     some_windows(args.data, tokenizer, fitted, args.repair_window, seed=0)
 
 
-def _one_seed(args: argparse.Namespace, seed: int) -> Json:
-    """The report of one seed, made as far as it is not there yet."""
+def _one_seed(args: argparse.Namespace, seed: int) -> Json | None:
+    """The report of one seed, made as far as it is not there yet; None when told to stop."""
     folder = args.work / f"seed-{seed}"
     adapter, report = folder / "adapter", folder / "report"
     common = {"base": args.base, "dtype": args.dtype, "device": args.device}
@@ -185,18 +191,20 @@ def _one_seed(args: argparse.Namespace, seed: int) -> Json:
             repair_data=args.data,
             skip_rank=args.lora_rank,
         )
-    found = read(report)
-    found["baselines"][RECIPE] = _recipe(args, seed, folder)["ours"]
+    found, recipe = read(report), _recipe(args, seed, folder)
+    if recipe is None:
+        return None
+    found["baselines"][RECIPE] = recipe["ours"]
     return found
 
 
-def _recipe(args: argparse.Namespace, seed: int, folder: Path) -> Json:
-    """The report of the paper's recipe, made as far as it is not there yet."""
+def _recipe(args: argparse.Namespace, seed: int, folder: Path) -> Json | None:
+    """The report of the paper's recipe, made as far as it is not there yet; None: told to stop."""
     adapter, report = folder / "recipe", folder / "recipe-report"
     common = {"base": args.base, "dtype": args.dtype}
     least, most = keep_shares(args.capacities)
     if not (adapter / "adapter.json").exists():
-        call(
+        trained = call(
             distill,
             ("resume",),
             **common,
@@ -211,6 +219,8 @@ def _recipe(args: argparse.Namespace, seed: int, folder: Path) -> Json:
             window=args.repair_window,
             seed=seed,
         )
+        if not trained["finished"]:
+            return None
     common["device"] = args.device
     if not (adapter / "calibration.json").exists():
         call(
@@ -266,13 +276,14 @@ def keep_shares(capacities: Sequence[float]) -> tuple[float, float]:
     return (near[0] - 1) / SHARES_GRID, min(near[1] + 1, SHARES_GRID) / SHARES_GRID
 
 
-def call(command: ModuleType, flags: Sequence[str] = (), **options: object) -> None:
-    """Run another command of this package, with its own defaults for what is not given."""
+def call(command: ModuleType, flags: Sequence[str] = (), **options: object) -> Json:
+    """What another command of this package reports, with its own defaults for what is not given."""
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
     words = [*(f"--{flag}" for flag in flags), *(word for pair in given for word in pair)]
-    command.run(parser.parse_args(words))
+    report: Json = command.run(parser.parse_args(words))
+    return report
 
 
 def rows_of(reports: Sequence[Json]) -> list[Row]:

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from elastiformer.errors import InputError
-from elastiformer.inputs import Detokenizer, StopMatcher, TextInputs
+from elastiformer.inputs import HALF_CHARACTER, Detokenizer, Offsets, StopMatcher, TextInputs
 from tests.tiny import TURN_END, VOCAB
 
 CONTEXT = 40
@@ -62,6 +62,50 @@ def test_the_parts_add_up_to_all_tokens_decoded_at_once(inputs):
         detokenizer = Detokenizer(inputs.tokenizer)
         parts = [detokenizer.push(token) for token in ids]
         assert "".join(parts) + detokenizer.flush() == inputs.decode(ids)
+
+
+def test_bytes_that_are_no_characters_are_let_go(inputs, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(
+        "elastiformer.inputs.decoded", lambda _, ids, **__: decoded.append(len(ids)) or plain(ids)
+    )
+
+    def plain(ids):
+        return inputs.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    whole, start, stray = inputs.text("🦊")[0:4], *inputs.text("é")
+    for ids in ([stray] * 300, [start] * 300, [*whole[:2], stray, start] * 80 + [*whole]):
+        detokenizer, decoded[:] = Detokenizer(inputs.tokenizer), []
+        parts = [detokenizer.push(token) for token in ids]
+        assert "".join(parts) + detokenizer.flush() == plain(ids)
+        assert max(decoded) < 30
+
+
+def test_offsets_say_where_tokens_begin_in_the_text(inputs, fallback_tokenizer):
+    def offsets(ids, of=inputs, start=0):
+        found = Offsets(of.tokenizer, start)
+        return [found.push(token, of.piece(token).text) for token in ids]
+
+    fox = inputs.text("🦊")
+    assert offsets([*inputs.text("é"), TURN_END, *fox, *inputs.text("ab")], start=5) == [
+        *(5, 5), 6, *(6, 6, 6, 6), *(7, 8),
+    ]  # fmt: skip
+    # Half a character that nothing ends is one of its own.
+    assert offsets([fox[0], *inputs.text("ab")]) == [0, 1, 2]
+    of_words = TextInputs(fallback_tokenizer, 260, 9)
+    ids = [2, *(4 + byte for byte in "🦊".encode()), 3]
+    assert of_words.decode(ids) == "hello🦊 fox"
+    assert offsets(ids, of_words) == [0, 5, 5, 5, 5, 6]
+
+    chance = random.Random(0)
+    for _ in range(200):
+        ids = [chance.randrange(VOCAB) for _ in range(chance.randrange(1, 40))]
+        text, found = inputs.decode(ids), offsets(ids)
+        assert found == sorted(found) and found[0] >= 0 and found[-1] <= len(text)
+        for token, place in zip(ids, found, strict=True):
+            piece = inputs.piece(token).text
+            if token < TURN_END - 2 and not piece.startswith("bytes:"):
+                assert text[place:].startswith((piece, HALF_CHARACTER))
 
 
 def test_half_a_character_comes_out_at_the_end_only(inputs):

@@ -154,6 +154,31 @@ def test_echo_with_logprobs_scores_the_prompt_as_the_pretrained_model_does():
     in_house(visit, models={"tiny": model}, max_step_tokens=3)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_count_characters_of_the_text(stream):
+    prompt = "é🦊a" * 3
+
+    async def visit(house):
+        body = {"max_tokens": 6, "echo": True, "logprobs": 0, "ignore_eos": True, "seed": 1}
+        reply = await house.post("/v1/completions", prompt=prompt, stream=stream, **body)
+        parts = events(reply.text) if stream else [reply.json()]
+        choices = [choice for part in parts for choice in part["choices"]]
+        text = "".join(choice["text"] for choice in choices)
+        listed = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+        offsets = [offset for each in listed for offset in each["text_offset"]]
+        tokens = [token for each in listed for token in each["tokens"]]
+
+        begins = [0, 0, *[1] * 4, 2]
+        assert offsets[: 7 * 3] == [3 * part + at for part in range(3) for at in begins]
+        assert len(offsets) == 7 * 3 + 6 and text.startswith(prompt)
+        assert offsets == sorted(offsets) and offsets[7 * 3] == len(prompt)
+        assert offsets[-1] <= len(text)
+        assert all(text[at] == "a" for at, token in zip(offsets, tokens, strict=True)
+                   if token == "a")  # fmt: skip
+
+    in_house(visit)
+
+
 def test_echo_alone_gives_the_prompt_back():
     async def visit(house):
         answer = await house.complete(PROMPT, max_tokens=0, echo=True)
@@ -236,12 +261,22 @@ def test_batch_mates_and_chunks_do_not_change_an_answer(capacity):
         assert mixed == alone
 
 
-@pytest.mark.parametrize("tokens", [130, 700, 1500])
-def test_a_scored_text_of_any_length_spends_what_was_asked(tokens):
+@pytest.mark.parametrize(
+    ("tokens", "step_tokens", "capacities"),
+    [
+        *((tokens, 512, (0.9, 0.85)) for tokens in (130, 700, 1500)),
+        (1500, 2048, (0.9,)),
+        (400, 13, (0.85, 0.65)),
+        (400, 64, (0.85, 0.65)),
+        (400, 79, (0.65,)),
+    ],
+)
+def test_a_scored_text_of_any_length_spends_what_was_asked(tokens, step_tokens, capacities):
     """Attention is whole and grows with the text, and channels make up for it."""
-    model = elastic_model(max_position_embeddings=2048, intermediate_size=1120)
-    sites = ("mlp_in", "mlp_out", "attention_in", "attention_out")
-    path = tuple(Step(layer, site, 0.25) for site in sites for layer in range(LAYERS))
+    context = 512 if tokens < 512 else 2048
+    model = elastic_model(max_position_embeddings=context, intermediate_size=1120)
+    sites, layers = ("mlp_in", "mlp_out", "attention_in", "attention_out"), range(LAYERS)
+    path = tuple(Step(at, site, share) for share in (0.25, 0.1) for site in sites for at in layers)
     known = model.adapter.calibration
     model.adapter.calibration = replace(known, paths=dict.fromkeys(Phase, path))
     model.attach(model.adapter)
@@ -249,8 +284,8 @@ def test_a_scored_text_of_any_length_spends_what_was_asked(tokens):
     async def visit(house):
         ids = [place * 7 % VOCAB for place in range(tokens)]
         scored = {"echo": True, "logprobs": 0, "max_tokens": 0}
-        for capacity in (0.9, 0.85):
+        for capacity in capacities:
             answer = await house.complete(ids, **scored, capacity=capacity)
             assert answer["elasti"]["capacity_spent"] == pytest.approx(capacity, abs=0.02)
 
-    in_house(visit, models={"tiny": model})
+    in_house(visit, models={"tiny": model}, max_step_tokens=step_tokens)

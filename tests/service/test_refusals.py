@@ -27,6 +27,11 @@ WRONG = [
     bad("completions", "capacity", "above 0", **COMPLETION, capacity=0),
     bad("completions", "capacity", "at most 1", **COMPLETION, capacity=1.2),
     bad("completions", "capacity", "'fast'", **COMPLETION, capacity="fast"),
+    bad("completions", "capacity", 'at most 1, "auto", or', **COMPLETION, capacity="Auto"),
+    bad("completions", "capacity", 'at most 1, "auto", or', **COMPLETION, capacity=1.01),
+    bad("completions", "model", 'at most 1, "auto", or', **COMPLETION | {"model": "tiny@2"}),
+    bad("completions", "capacity", "capacity.prompt: a number above 0 and at most 1, or an",
+        **COMPLETION, capacity={"prompt": "auto"}),
     bad("completions", "capacity", "got 'xxx", **COMPLETION, capacity="x" * 9999),
     bad("completions", "capacity", "nan", **COMPLETION, capacity=float("nan")),
     bad("completions", "capacity", "inf", **COMPLETION, capacity=float("inf")),
@@ -96,6 +101,42 @@ def test_a_wrong_value_is_refused_by_name_and_the_server_goes_on(route, param, s
         assert error["type"] == "invalid_request_error"
 
         assert (await house.complete(**COMPLETION))["usage"]["completion_tokens"] == 3
+
+    in_house(visit)
+
+
+@pytest.mark.parametrize(
+    ("route", "field", "body"),
+    [
+        ("completions", "prompt", {"prompt": ["a", "{}"]}),
+        ("chat/completions", "messages", {"messages": [{"role": "user", "content": "{}"}]}),
+        ("classify", "input", {"input": "{}", "labels": ["a", "b"]}),
+        ("classify", "labels", {"input": "a", "labels": ["{}", "b"]}),
+    ],
+)
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(route, field, body, monkeypatch):
+    text = "x" * 200_000
+
+    async def visit(house):
+        tokenizer, read = house.engine.inputs.tokenizer, []
+        encode = tokenizer.encode
+
+        def watched(text, **options):
+            read.append(len(text))
+            return encode(text, **options)
+
+        monkeypatch.setattr(tokenizer, "encode", watched)
+        filled = json.loads(json.dumps(body).replace("{}", text))
+        reply = await house.post(f"/v1/{route}", **filled)
+        assert reply.status_code == 400, reply.text
+        error = reply.json()["error"]
+        assert error["param"] == field and error["code"] == "invalid_input"
+        assert re.search(r"text of 200\d+ bytes is more than the context of 512", error["message"])
+        assert max(read, default=0) < 1000
+
+        if field == "input":  # what is to be cut has to be read
+            reply = await house.post(f"/v1/{route}", **filled, truncate=True)
+            assert reply.status_code == 200 and max(read) > len(text)
 
     in_house(visit)
 

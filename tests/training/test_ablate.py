@@ -161,6 +161,25 @@ def test_a_row_that_spends_something_else_is_refused(ablated, monkeypatch):
     assert "as-many-for-each: spends 0." in said and "leave it out with --rows" in said
 
 
+def test_a_row_that_reaches_less_than_the_adapter_says_so_in_the_table(
+    ablated, tmp_path, tiny_folder
+):
+    model = ElasticModel.load(str(tiny_folder), str(tmp_path / "adapter"), dtype="float32")
+    # Whole layers and what `down` reads: of the latter alone much less can be left out.
+    few = tuple(Step(layer, "mlp_out", 0.3) for layer in range(LAYERS))
+    paths = dict.fromkeys(Phase, (*few, *late_layers(LAYERS)))
+    model.adapter.calibration = replace(model.calibration, paths=paths)
+    model.adapter.save(tmp_path / "adapter")
+    rows = "as-many-for-each,uniform-shares"
+    assert ablated("--rows", rows, "--capacities", "0.9,0.6")["rows"] == 2
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    measured = {row["name"]: [p["capacity"] for p in row["points"]] for row in report["rows"]}
+    assert measured == {"as-many-for-each": [0.9, 0.6], "uniform-shares": [0.9]}
+    text = (tmp_path / "report" / "report.md").read_text()
+    (line,) = [each for each in text.splitlines() if each.startswith("| shares | `uniform-shares`")]
+    assert line.endswith(" | out of reach |")
+
+
 def test_what_cannot_be_measured_is_refused(ablated, tmp_path, tiny_folder):
     assert "--rows: unknown row feet; known: as-many-for-each" in ablated("--rows", "feet")
     assert "--capacities: 0.3 is below 0.5" in ablated("--capacities", "0.7,0.3")
