@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from elastiformer.accounting import NOWHERE, Direct, ModelShape
 from elastiformer.capacity import LayerPlan, Phase, Plan, Site, Unit, dense_plan
@@ -162,6 +162,10 @@ class Calibration:
     search: SearchRecord | None = None  # of the paths; None: nothing was searched, or noted
 
     @cached_property
+    def _pairs(self) -> dict[Phase, tuple[ModelShape, tuple[_Pair, ...]]]:
+        return {}
+
+    @cached_property
     def _levels(self) -> dict[tuple[Phase, int], tuple[Plan, ...]]:
         return {}
 
@@ -202,14 +206,19 @@ class Calibration:
             CapacityError: below the calibrated range, or out of this path's reach at `context`.
         """
         levels = self.levels(phase, len(shape.layers))
-        shape = shape.of_phase(phase)
+        whole, shape = shape, shape.of_phase(phase)
         direct = shape.direct(levels[0]) if phase is Phase.PROMPT else NOWHERE
         dense_spent = shape.planned_share(levels[0], context, direct)  # of a prompt less than 1
         if share >= min(dense_spent, 1.0):
             return Schedule(levels[0], levels[0], dense_spent, dense_spent, 1.0, direct)
         self.refuse_below(share)
         if phase is Phase.PROMPT and shape.absorbing:
-            return _of_items(levels, share, shape, context)
+            pairs, dense = self._pairs_of(whole), shape.dense_token_flops(context)
+            found = _of_item(pairs, share, dense, context)
+            if found is None:
+                least = shape.planned_share(levels[-1], context, pairs[-1].direct)
+                raise _out_of_reach(share, least, phase, context)
+            return found
         # Bisection keeps fuller > share >= leaner, whatever single steps do to the cost.
         fuller, leaner = 0, len(levels) - 1
         fuller_spent = shape.planned_share(levels[fuller], context)  # above 1 where LoRA runs
@@ -225,6 +234,15 @@ class Calibration:
                 leaner, leaner_spent = middle, spent
         fraction = (share - leaner_spent) / (fuller_spent - leaner_spent)
         return Schedule(levels[fuller], levels[leaner], fuller_spent, leaner_spent, fraction)
+
+    def _pairs_of(self, shape: ModelShape) -> Sequence[_Pair]:
+        """Those of prompt tokens of items; made once for a model."""
+        known = self._pairs.get(Phase.PROMPT)
+        if known is None or known[0] is not shape:
+            levels = self.levels(Phase.PROMPT, len(shape.layers))
+            known = shape, tuple(_item_pairs(levels, shape.of_phase(Phase.PROMPT)))
+            self._pairs[Phase.PROMPT] = known
+        return known[1]
 
     def threshold(self, unit: Unit, layer: int, phase: Phase, share: float) -> float:
         """The router score that `share` of held-out tokens lie above.
@@ -301,35 +319,55 @@ class Calibration:
         }
 
 
-def _of_items(levels: Sequence[Plan], share: float, shape: ModelShape, context: int) -> Schedule:
-    """A schedule of prompt tokens whose keys nobody needs where none of them asks.
+class _Pair(NamedTuple):
+    """Two plans between which prompt tokens of an item are shared out, and what each spends."""
+
+    fuller: Plan
+    leaner: Plan
+    direct: Direct
+    most: tuple[float, float]  # FLOPs of a token, and for each key that it attends to
+    least: tuple[float, float]
+
+
+def _item_pairs(levels: Sequence[Plan], shape: ModelShape) -> Iterator[_Pair]:
+    """The pairs along a path whose keys nobody needs where no prompt token asks, fullest first.
 
     Where the last of them stop asking in a layer, all of its keys become free at once. For what
     that leaps over some tokens ask on, and the others leave out what comes next as well.
     """
-    nearest: Schedule | None = None  # of those that spend less
-    for fuller, leaner in _neighbours(levels, shape):
-        direct = shape.direct(fuller)
-        most, least = (shape.planned_share(plan, context, direct) for plan in (fuller, leaner))
+
+    def pair(fuller: Plan, leaner: Plan) -> _Pair:
+        direct, spent = shape.direct(fuller), []
+        for plan in (fuller, leaner):
+            linear, with_key = (shape.planned_token_flops(plan, keys, direct) for keys in (0, 1))
+            spent.append((linear, with_key - linear))
+        return _Pair(fuller, leaner, direct, *spent)
+
+    for at, (fuller, leaner) in enumerate(pairwise(levels)):
+        yield pair(fuller, leaner)
+        if shape.direct(leaner).count(0) < shape.direct(fuller).count(0):
+            yield pair(fuller, levels[min(at + 2, len(levels) - 1)])
+    yield pair(levels[-1], levels[-1])
+
+
+def _of_item(pairs: Sequence[_Pair], share: float, dense: int, context: int) -> Schedule | None:
+    """The schedule that spends a share, or the most below it; None: all spend more.
+
+    Args:
+        dense: FLOPs of a token at capacity 1.0.
+    """
+    nearest: Schedule | None = None
+    for pair in pairs:
+        most, least = (
+            (linear + context * per_key) / dense for linear, per_key in (pair.most, pair.least)
+        )
         if least <= share < most:
             fraction = (share - least) / (most - least)
-            return Schedule(fuller, leaner, most, least, fraction, direct)
-        for plan, spent in ((fuller, most), (leaner, least)):
+            return Schedule(pair.fuller, pair.leaner, most, least, fraction, pair.direct)
+        for plan, spent in ((pair.fuller, most), (pair.leaner, least)):
             if spent <= share and (nearest is None or spent > nearest.spent):
-                nearest = Schedule(plan, plan, spent, spent, 1.0, direct)
-    if nearest is None:
-        least = shape.planned_share(levels[-1], context, shape.direct(levels[-1]))
-        raise _out_of_reach(share, least, Phase.PROMPT, context)
+                nearest = Schedule(plan, plan, spent, spent, 1.0, pair.direct)
     return nearest
-
-
-def _neighbours(levels: Sequence[Plan], shape: ModelShape) -> Iterator[tuple[Plan, Plan]]:
-    """Pairs of plans between which tokens are shared out, from the fullest on."""
-    for at, (fuller, leaner) in enumerate(pairwise(levels)):
-        yield fuller, leaner
-        if shape.direct(leaner).count(0) < shape.direct(fuller).count(0):
-            yield fuller, levels[min(at + 2, len(levels) - 1)]
-    yield levels[-1], levels[-1]
 
 
 def _out_of_reach(share: float, least: float, phase: Phase, context: int) -> CapacityError:

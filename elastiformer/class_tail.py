@@ -15,27 +15,15 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elastiformer.capacity import Phase
-from elastiformer.direct_reading import DirectReading, reads_plainly
+from elastiformer.class_kernels import AS_IT_IS, AffineNorm, affine_of, close
+from elastiformer.direct_reading import Brought, DirectReading, reads_plainly
 from elastiformer.families import Layer
 from elastiformer.packed import Packed
-from elastiformer.pointwise import in_type
+from elastiformer.pointwise import Norm, in_type
 from elastiformer.readings import Values
-from elastiformer.sequence import Kind
 from elastiformer.sparse_mlp import SparseMlp
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
-
-
-def leaves_at(kind: Kind) -> int:
-    """The layer from which on, of this kind's tokens, class tokens run whole and others nothing."""
-    last = len(kind.plan.plan) - 1
-    first = last + 1
-    while first and first - 1 in kind.plan.direct:
-        first -= 1
-    if first > last or kind.phase is Phase.OUTPUT:
-        return first
-    return max(first, kind.plan.left_from)
 
 
 class ClassTail:
@@ -43,42 +31,63 @@ class ClassTail:
 
     def __init__(self, workshop: Workshop, mlp: SparseMlp, direct: DirectReading) -> None:
         self._workshop, self._mlp, self._direct = workshop, mlp, direct
+        self._closes = [_closes(layer) for layer in workshop.layout.layers]
 
     def first(self, packed: Packed) -> int:
         """The first of them in a step; the number of layers: there are none."""
-        return max(map(leaves_at, packed.distinct_kinds))
+        return max(kind.tail for kind in packed.distinct_kinds)
 
     def run(self, h_ND: Tensor, first: int, packed: Packed, taken: Taken) -> Tensor:
         """What the layers from `first` on leave; `h_ND` may be changed."""
-        tools, asking = self._workshop, packed.outputs
-        layers = tools.layout.layers[first:]
+        asking, layers = packed.outputs, self._workshop.layout.layers[first:]
         # What was normed once stays so, where each layer's norm differs in scale and shift alone.
         epsilons = {_epsilon(layer.attention_norm) for layer in layers}
         norm, epsilon = None, epsilons.pop()
         if not epsilons and epsilon is not None and not reads_plainly(h_ND):
             norm = partial(F.layer_norm, normalized_shape=h_ND.shape[1:], eps=epsilon)
         h_QD, x_ND = asking.of(h_ND).clone(), h_ND if norm is None else norm(h_ND)
-        for layer, closes in zip(layers, tools.closes[first:], strict=True):
+        for layer in layers:
             taken.keys(np.diff(packed.starts))
             asking.put(x_ND, h_QD if norm is None else norm(h_QD))
             brought = self._direct.brought(layer, x_ND, normed=norm is not None)
-            branch_QD = self._direct.branch(layer, h_QD, brought, asking, packed)
-            after = layer.after_attention
-            h_QD = h_QD + (branch_QD if after is None else after(branch_QD.to(h_QD.dtype)))
-            if closes.attention is not None:
-                h_QD, x_ND = closes.attention(h_QD), closes.attention(x_ND)
-            branch_QD = self._mlp.branch(layer, self._values(layer, h_QD), packed, asking)
-            after = layer.after_mlp
-            h_QD = h_QD + (branch_QD if after is None else after(branch_QD.to(h_QD.dtype)))
-            if closes.mlp is not None:
-                h_QD, x_ND = closes.mlp(h_QD), closes.mlp(x_ND)
+            h_QD = self._run_layer(layer, h_QD, brought, packed)
+            if layer is not layers[-1]:
+                x_ND = self._close(layer, x_ND)
         asking.put(h_ND, h_QD)
         return h_ND
 
-    def _values(self, layer: Layer, h_QD: Tensor) -> Values:
+    def _run_layer(self, layer: Layer, h_QD: Tensor, brought: Brought, packed: Packed) -> Tensor:
+        """The residual of the class tokens after a layer."""
+        asking, closes = packed.outputs, self._workshop.closes[layer.index]
+        branch_QD = self._direct.branch(layer, h_QD, brought, asking, packed)
+        h_QD = _joined(h_QD, branch_QD, layer.after_attention, closes.attention)
         norm = self._workshop.mlp_norms[layer.index]
-        return Values(h_QD, h_QD.dtype, partial(in_type, norm), own=False)
+        values = Values(h_QD, h_QD.dtype, partial(in_type, norm), own=False)
+        branch_QD = self._mlp.branch(layer, values, packed, asking)
+        return _joined(h_QD, branch_QD, layer.after_mlp, closes.mlp)
+
+    def _close(self, layer: Layer, x_ND: Tensor) -> Tensor:
+        """The residual of the others after it."""
+        closes, norms = self._workshop.closes[layer.index], self._closes[layer.index]
+        if norms is not None and not reads_plainly(x_ND):
+            if any(norm is not AS_IT_IS for norm in norms):
+                close(x_ND, *norms)
+            return x_ND
+        for norm in closes:
+            x_ND = x_ND if norm is None else norm(x_ND)
+        return x_ND
+
+
+def _joined(h_QD: Tensor, branch_QD: Tensor, after: nn.Module | None, norm: Norm | None) -> Tensor:
+    branch_QD = branch_QD.to(h_QD.dtype)
+    h_QD = h_QD + (branch_QD if after is None else after(branch_QD))
+    return h_QD if norm is None else norm(h_QD)
 
 
 def _epsilon(norm: nn.Module) -> float | None:
     return norm.eps if isinstance(norm, nn.LayerNorm) and norm.bias is not None else None
+
+
+def _closes(layer: Layer) -> tuple[AffineNorm, AffineNorm] | None:
+    first, second = affine_of(layer.attention_close), affine_of(layer.mlp_close)
+    return None if first is None or second is None else (first, second)

@@ -21,24 +21,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import prange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from elastiformer import class_kernels
 from elastiformer.accounting import ModelShape
 from elastiformer.capacity import Site
+from elastiformer.class_kernels import AS_IT_IS, NORMED, AffineNorm, affine_of
 from elastiformer.families import Layer, Layout, Projection
 from elastiformer.keeping import Kept
-from elastiformer.kernels import TURN, compiled
 from elastiformer.packed import Packed, Rows
 from elastiformer.readings import Reading
-from elastiformer.row_kernels import _as_stored, _wide, on_host
 from elastiformer.workshop import Workshop
-
-_BLOCK = 8  # rows that are brought at once
-_FAST = {"contract", "reassoc", "nsz"}
-NORMED = -1.0  # in place of an epsilon: there is nothing to norm
-_NOTHING = np.empty(0, dtype=np.float32)
 
 
 def absorbing(layout: Layout, shape: ModelShape, outputs: int) -> frozenset[int]:
@@ -72,12 +66,10 @@ class _Weights(NamedTuple):
 
 
 class Brought(NamedTuple):
-    """What rows bring to a layer: x, its norm, or what was normed before; times scale + shift."""
+    """What rows bring to a layer: x, or its norm if one is to be done as they are read."""
 
     x_ND: Tensor
-    epsilon: float = NORMED  # of the norm that is to be done
-    scale_D: np.ndarray = _NOTHING  # empty: neither
-    shift_D: np.ndarray = _NOTHING
+    norm: AffineNorm = AS_IT_IS
 
 
 class DirectReading:
@@ -86,7 +78,7 @@ class DirectReading:
     def __init__(self, workshop: Workshop) -> None:
         self._workshop = workshop
         self._weights: dict[tuple[int, tuple[str | None, ...]], tuple[int, _Weights]] = {}
-        self._affine = [_affine(layer.attention_norm) for layer in workshop.layout.layers]
+        self._affine = [affine_of(layer.attention_norm) for layer in workshop.layout.layers]
 
     def brought(self, layer: Layer, x_ND: Tensor, normed: bool = False) -> Brought:
         """What rows of the residual bring to a layer; its norm is done as they are read.
@@ -97,7 +89,7 @@ class DirectReading:
         lean, affine = self._workshop.attention_norms[layer.index], self._affine[layer.index]
         if affine is None or reads_plainly(x_ND):
             return Brought(lean(x_ND))
-        return Brought(x_ND, NORMED if normed else affine.epsilon, affine.scale_D, affine.shift_D)
+        return Brought(x_ND, affine._replace(epsilon=NORMED) if normed else affine)
 
     def run(self, layer: Layer, asking: Rows, kept: Kept, h_ND: Tensor, packed: Packed) -> None:
         """Add the branch to the residual of the rows that ask, in place.
@@ -175,24 +167,6 @@ def reads_plainly(x_ND: Tensor) -> bool:
     return not x_ND.is_cpu or bool(torch._C._len_torch_dispatch_stack())  # somebody counts
 
 
-class _Affine(NamedTuple):
-    """A norm over rows, with a scale and a shift."""
-
-    epsilon: float
-    scale_D: np.ndarray
-    shift_D: np.ndarray
-
-
-def _affine(norm: nn.Module) -> _Affine | None:
-    """A norm as our loop does it; None: it cannot."""
-    if isinstance(norm, nn.Identity):
-        return _Affine(NORMED, _NOTHING, _NOTHING)
-    if not isinstance(norm, nn.LayerNorm) or norm.bias is None:
-        return None
-    scale_D, shift_D = (each.detach().float().cpu().numpy() for each in (norm.weight, norm.bias))
-    return _Affine(norm.eps, scale_D, shift_D)
-
-
 def _sums(
     own_SAQD: Tensor,
     brought: Brought,
@@ -210,14 +184,7 @@ def _sums(
     side_N = np.zeros(read.count, dtype=np.uint8)
     for place, rows in enumerate(sides[1:], 1):
         side_N[rows.rows_R] = place
-    sums_SAQD = torch.empty_like(own_SAQD)
-    with TURN:
-        _sum_up(
-            on_host(own_SAQD), on_host(x_ND), side_N, ask_C, read_C, brought.scale_D,
-            brought.shift_D, np.float32(brought.epsilon), np.float32(layer.scale),
-            on_host(sums_SAQD),
-        )  # fmt: skip
-    return sums_SAQD
+    return class_kernels.sums(own_SAQD, x_ND, side_N, ask_C, read_C, brought.norm, layer.scale)
 
 
 def _padded_sums(
@@ -252,125 +219,3 @@ def _padded_sums(
         sum_BAQD = torch.bmm(part_BXT, x_BTD).view(len(items), heads, each, width)
         sums.append(sum_BAQD.transpose(0, 1).reshape(heads, queries, width))
     return torch.stack(sums)
-
-
-@compiled(parallel=True)
-def _sum_up(  # type: ignore[no-untyped-def]
-    own_SAQD, x_ND, side_N, ask_C, read_C, scale_D, shift_D, epsilon, scale, sums_SAQD
-):
-    sides, heads, _, width = own_SAQD.shape
-    scale_2 = scale * np.float32(1.4426950408889634)
-    for item in prange(len(ask_C) - 1):
-        begin, end = read_C[item], read_C[item + 1]
-        block_KD = np.empty((_BLOCK, width), dtype=np.float32)
-        weight_AN = np.empty((heads, end - begin), dtype=np.float32)
-        own_SAD = np.empty((sides, heads, width), dtype=np.float32)
-        sum_SAD = np.empty((sides, heads, width), dtype=np.float32)
-        for query in range(ask_C[item], ask_C[item + 1]):
-            sum_SAD[:], weight_AN[:] = 0, 0
-            for side in range(sides):
-                for head in range(heads):
-                    for d in range(width):
-                        own_SAD[side, head, d] = _wide(own_SAQD[side, head, query, d])
-            row = begin
-            while row < end:
-                side = side_N[row]
-                count = _bring(x_ND, side_N, row, end, scale_D, shift_D, epsilon, block_KD)
-                for head in range(heads):
-                    weight_K = weight_AN[head, row - begin : row - begin + count]
-                    _add_dots(own_SAD[side, head], block_KD[:count], weight_K)
-                row += count
-            for head in range(heads):
-                _weigh(weight_AN[head], scale_2)
-            row = begin
-            while row < end:
-                side = side_N[row]
-                count = _bring(x_ND, side_N, row, end, scale_D, shift_D, epsilon, block_KD)
-                for head in range(heads):
-                    weight_K = weight_AN[head, row - begin : row - begin + count]
-                    _add_rows(weight_K, block_KD[:count], sum_SAD[side, head])
-                row += count
-            for side in range(sides):
-                for head in range(heads):
-                    for d in range(width):
-                        sums_SAQD[side, head, query, d] = _as_stored(
-                            sum_SAD[side, head, d], sums_SAQD
-                        )
-
-
-@compiled(fastmath=_FAST)
-def _bring(x_ND, side_N, first, end, scale_D, shift_D, epsilon, block_KD):  # type: ignore[no-untyped-def]
-    """What the next rows of one side bring to the layer, themselves or their norms; how many."""
-    width, count = block_KD.shape[1], 0
-    while count < _BLOCK and first + count < end and side_N[first + count] == side_N[first]:
-        x_D, row_D = x_ND[first + count], block_KD[count]
-        count += 1
-        for d in range(width):
-            row_D[d] = _wide(x_D[d])
-        if epsilon >= 0:
-            mean, square = np.float32(0), np.float32(0)
-            for d in range(width):
-                mean += row_D[d]
-            mean /= np.float32(width)
-            for d in range(width):
-                square += (row_D[d] - mean) * (row_D[d] - mean)
-            narrow = np.float32(1) / np.sqrt(square / np.float32(width) + epsilon)
-            for d in range(width):
-                row_D[d] = (row_D[d] - mean) * narrow
-        if len(scale_D):
-            for d in range(width):
-                row_D[d] = row_D[d] * scale_D[d] + shift_D[d]
-    return count
-
-
-@compiled(fastmath=_FAST)
-def _weigh(weight_N, scale_2):  # type: ignore[no-untyped-def]
-    """Scores become weights, which add up to one."""
-    most, total = np.float32(-np.inf), np.float32(0)
-    for row in range(len(weight_N)):
-        most = max(most, weight_N[row])
-    for row in range(len(weight_N)):
-        weight_N[row] = np.exp2((weight_N[row] - most) * scale_2)
-        total += weight_N[row]
-    for row in range(len(weight_N)):
-        weight_N[row] /= total
-
-
-@compiled(fastmath=_FAST)
-def _add_rows(times_R, x_RD, sum_D):  # type: ignore[no-untyped-def]
-    """Add some rows, each so many times; four at a time, so that sums stay at hand."""
-    rows, width = x_RD.shape
-    for row in range(0, rows - rows % 4, 4):
-        a_D, b_D, c_D, e_D = x_RD[row], x_RD[row + 1], x_RD[row + 2], x_RD[row + 3]
-        a, b = times_R[row], times_R[row + 1]
-        c, e = times_R[row + 2], times_R[row + 3]
-        for d in range(width):
-            both = a * a_D[d] + b * b_D[d]
-            sum_D[d] += both + c * c_D[d] + e * e_D[d]
-    for row in range(rows - rows % 4, rows):
-        a, a_D = times_R[row], x_RD[row]
-        for d in range(width):
-            sum_D[d] += a * a_D[d]
-
-
-@compiled(fastmath=_FAST)
-def _add_dots(by_D, x_RD, sum_R):  # type: ignore[no-untyped-def]
-    """Add the inner product of each row with a vector; four rows at a time."""
-    rows, width = x_RD.shape
-    for row in range(0, rows - rows % 4, 4):
-        a, b, c, e = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        a_D, b_D, c_D, e_D = x_RD[row], x_RD[row + 1], x_RD[row + 2], x_RD[row + 3]
-        for d in range(width):
-            a += by_D[d] * a_D[d]
-            b += by_D[d] * b_D[d]
-            c += by_D[d] * c_D[d]
-            e += by_D[d] * e_D[d]
-        sum_R[row] += a
-        sum_R[row + 1] += b
-        sum_R[row + 2] += c
-        sum_R[row + 3] += e
-    for row in range(rows - rows % 4, rows):
-        a, a_D = np.float32(0), x_RD[row]
-        for d in range(width):
-            a += by_D[d] * a_D[d]
-        sum_R[row] += a

@@ -21,7 +21,7 @@ from numba.core.compiler_lock import global_compiler_lock
 
 _FILES = (  # all that hold compiled loops
     "amx.py",
-    "direct_reading.py",
+    "class_kernels.py",
     "kernels.py",
     "lanes.py",
     "largest.py",

@@ -87,6 +87,14 @@ class PricedPlan:
         return self._alike_from(lambda layer: layer.attention_tokens == 0 == layer.mlp_tokens)
 
     @cached_property
+    def direct_from(self) -> int:
+        """The layer from which on its item makes no keys; the number of layers: it makes all."""
+        first = len(self.plan)
+        while first - 1 in self.direct:
+            first -= 1
+        return first
+
+    @cached_property
     def whole_from(self) -> int:
         """The layer from which on, but for the last one, nothing is left out."""
         return self._alike_from(lambda layer: layer == LayerPlan())

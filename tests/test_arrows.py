@@ -18,16 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 LOW_TO_HIGH = """
     elastiformer: errors tasks whole_files text_bounds capacity usage accounting calibration
         calibration_reading card priced families encoder_families encoders experts routers lora
-        lora_files unpacking shipped originals weights encoder_weights vlms vlm_weights
-        misfits adapter_files adapter
-        saved_adapter kernels thresholds plan_grid masked pool cache sequence imaged prefixes
-        memory spare_rows row_kernels pointwise allowances device_allowances packed rotary
-        taken costs vectors stored_tile lanes largest pairs amx tile_blocks many_queries
-        whole_requests single_queries sub_layers tiles readings products flop_formulas expert_table
-        repair mending sides attention both_ways placing workshop keeping direct_reading
-        sparse_heads sparse_attention sparse_experts sparse_mlp class_tail decoding device_kernels
-        device_attention device_decoding late_layers sparse encoding imaging sight planning drawing sampling inputs
-        images encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
+        lora_files unpacking shipped originals weights encoder_weights vlms vlm_weights misfits
+        adapter_files adapter saved_adapter kernels thresholds plan_grid masked pool cache
+        sequence imaged prefixes memory spare_rows row_kernels pointwise allowances
+        device_allowances packed rotary taken costs vectors stored_tile lanes largest pairs amx
+        tile_blocks many_queries whole_requests class_kernels single_queries sub_layers tiles
+        readings products flop_formulas expert_table repair mending sides attention both_ways
+        placing workshop keeping direct_reading sparse_heads sparse_attention sparse_experts
+        sparse_mlp class_tail decoding device_kernels device_attention device_decoding
+        late_layers sparse encoding imaging sight planning drawing sampling inputs images
+        encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
 
     service: __init__ errors build hosts settings schemas scheduler pace metrics load knob orders
         fetching energy rows bench ledger outputs middleware engine encoder_engine led served
@@ -50,7 +50,7 @@ _COMPILED = {
     f"elastiformer.{name}"
     for name in (
         "amx",
-        "direct_reading",
+        "class_kernels",
         "kernels",
         "lanes",
         "largest",
@@ -103,7 +103,7 @@ DOORS = {
     "datasets": {"training.data", "training.examples"},
     "PIL": {"elastiformer.images"},
     "numba": _COMPILED,
-    "llvmlite": _COMPILED - {"elastiformer.kernels", "elastiformer.direct_reading"},
+    "llvmlite": _COMPILED - {"elastiformer.kernels", "elastiformer.class_kernels"},
     "triton": {"elastiformer.device_attention", "elastiformer.device_kernels"},
     "matplotlib": {"training.pictures", "training.progress"},
     "fastapi": {"service"},
