@@ -35,7 +35,7 @@ NOTES = (
 )
 NOTES_OF_OTHERS = (
     " Merged and dropped run as plain batches without any bookkeeping, and in the last layer, as "
-    "in what is served, compute only what the head reads. In the time of a capacity: their best, "
+    "in what is served, compute only what the head reads, but make all keys. In the time of a capacity: their best, "
     "a straight line between two strengths; empty where none is so fast."
 )
 

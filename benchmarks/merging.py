@@ -1,7 +1,7 @@
 """Other ways to save on an image's tokens: alike ones are merged, or random ones dropped.
 
 A plain vision transformer whose every layer shrinks the sequence between attention and MLP. As in
-what is served, only what the head reads is computed in the last layer.
+what is served, only what the head reads is computed in the last layer, but for all keys and values.
 
 Source: ToMe, bipartite soft matching (arXiv:2210.09461).
 

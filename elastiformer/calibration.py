@@ -332,8 +332,8 @@ class _Pair(NamedTuple):
 def _item_pairs(levels: Sequence[Plan], shape: ModelShape) -> Iterator[_Pair]:
     """The pairs along a path whose keys nobody needs where no prompt token asks, fullest first.
 
-    Where the last of them stop asking in a layer, all of its keys become free at once. For what
-    that leaps over some tokens ask on, and the others leave out what comes next as well.
+    Where the last of them stop asking in a layer, all of its keys become free at once. What that
+    leaps over is spent on its MLP by some of them; if that goes out later, they run it whole.
     """
 
     def pair(fuller: Plan, leaner: Plan) -> _Pair:
@@ -345,7 +345,13 @@ def _item_pairs(levels: Sequence[Plan], shape: ModelShape) -> Iterator[_Pair]:
 
     for at, (fuller, leaner) in enumerate(pairwise(levels)):
         yield pair(fuller, leaner)
-        if shape.direct(leaner).count(0) < shape.direct(fuller).count(0):
+        if shape.direct(leaner).count(0) == shape.direct(fuller).count(0):
+            continue
+        place = next(place for place, one in enumerate(fuller) if one != leaner[place])
+        if leaner[place].mlp_tokens == 0:
+            with_mlp = replace(leaner[place], mlp_tokens=1.0)
+            yield pair((*leaner[:place], with_mlp, *leaner[place + 1 :]), leaner)
+        else:
             yield pair(fuller, levels[min(at + 2, len(levels) - 1)])
     yield pair(levels[-1], levels[-1])
 

@@ -15,13 +15,13 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from elastiformer.capacity import Site
 from elastiformer.class_kernels import AS_IT_IS, AffineNorm, affine_of, close
 from elastiformer.direct_reading import Brought, DirectReading, reads_plainly
 from elastiformer.families import Layer
 from elastiformer.packed import Packed
-from elastiformer.pointwise import Norm, in_type
-from elastiformer.readings import Values
-from elastiformer.sparse_mlp import SparseMlp
+from elastiformer.pointwise import Norm
+from elastiformer.readings import Reading
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
 
@@ -29,8 +29,8 @@ from elastiformer.workshop import Workshop
 class ClassTail:
     """Runs them for one model."""
 
-    def __init__(self, workshop: Workshop, mlp: SparseMlp, direct: DirectReading) -> None:
-        self._workshop, self._mlp, self._direct = workshop, mlp, direct
+    def __init__(self, workshop: Workshop, direct: DirectReading) -> None:
+        self._workshop, self._direct = workshop, direct
         self._closes = [_closes(layer) for layer in workshop.layout.layers]
 
     def first(self, packed: Packed) -> int:
@@ -59,12 +59,18 @@ class ClassTail:
     def _run_layer(self, layer: Layer, h_QD: Tensor, brought: Brought, packed: Packed) -> Tensor:
         """The residual of the class tokens after a layer."""
         asking, closes = packed.outputs, self._workshop.closes[layer.index]
-        branch_QD = self._direct.branch(layer, h_QD, brought, asking, packed)
+        branch_QD = self._direct.branch(layer, h_QD, brought, asking, packed.everything, packed)
         h_QD = _joined(h_QD, branch_QD, layer.after_attention, closes.attention)
-        norm = self._workshop.mlp_norms[layer.index]
-        values = Values(h_QD, h_QD.dtype, partial(in_type, norm), own=False)
-        branch_QD = self._mlp.branch(layer, values, packed, asking)
-        return _joined(h_QD, branch_QD, layer.after_mlp, closes.mlp)
+        return _joined(h_QD, self._mlp(layer, h_QD), layer.after_mlp, closes.mlp)
+
+    def _mlp(self, layer: Layer, h_QD: Tensor) -> Tensor:
+        """What the MLP adds to rows that run whole and are not repaired."""
+        tools = self._workshop
+        x_QD = tools.mlp_norms[layer.index](h_QD)
+        out_QO = tools.at_site(layer, Site.MLP_IN).run(Reading(x_QD))
+        gate = tools.gates[layer.index]
+        a_QI = layer.activation(out_QO) if gate is None else gate(out_QO)
+        return tools.at_site(layer, Site.MLP_OUT).run(Reading(a_QI.to(h_QD.dtype)))
 
     def _close(self, layer: Layer, x_ND: Tensor) -> Tensor:
         """The residual of the others after it."""

@@ -97,23 +97,30 @@ class DirectReading:
         Args:
             asking: the class tokens of the items of which no keys are made here; each runs whole.
         """
-        brought = self.brought(layer, packed.direct(layer.index).of(h_ND))
-        branch_QD = self.branch(layer, asking.of(h_ND), brought, asking, packed)
+        read = packed.direct(layer.index)
+        brought = self.brought(layer, read.of(h_ND))
+        branch_QD = self.branch(layer, asking.of(h_ND), brought, asking, read, packed)
         kept.join(h_ND, branch_QD, asking, layer.after_attention)
 
     def branch(
-        self, layer: Layer, h_QD: Tensor, brought: Brought, asking: Rows, packed: Packed
+        self,
+        layer: Layer,
+        h_QD: Tensor,
+        brought: Brought,
+        asking: Rows,
+        read: Rows,
+        packed: Packed,
     ) -> Tensor:
         """What attention adds to the rows that ask: [Q, D].
 
         Args:
             h_QD: their residual.
-            brought: by all rows of their items.
+            brought: by the rows that are read, all of their items.
         """
         tools, shape = self._workshop, layer.shape
         x_QD = tools.attention_norms[layer.index](h_QD)
         query_QO = tools.product(layer.query).run(Reading(x_QD))
-        names, sides = zip(*self._sides(layer, packed), strict=True)
+        names, sides = zip(*self._sides(layer, read, packed), strict=True)
         keys_SAHD, values_SAHD, bias_O = self._absorbed(layer, names)
         query_AQH = query_QO.view(-1, shape.heads, shape.head_dim).transpose(0, 1)
         query_XQH = query_AQH.to(keys_SAHD.dtype)
@@ -121,7 +128,7 @@ class DirectReading:
             query_XQH = query_XQH.repeat(len(sides), 1, 1)
         own_XQD = torch.bmm(query_XQH, keys_SAHD.flatten(0, 1))
         own_SAQD = own_XQD.view(len(sides), shape.heads, *own_XQD.shape[1:])
-        sums_SAQD = _sums(own_SAQD, brought, asking, sides, packed, layer)
+        sums_SAQD = _sums(own_SAQD, brought, (asking, read), sides, packed, layer)
         out_XQH = torch.bmm(sums_SAQD.flatten(0, 1), values_SAHD.flatten(0, 1).transpose(1, 2))
         if len(sides) > 1:
             out_XQH = out_XQH.view(len(sides), shape.heads, -1, shape.head_dim).sum(0)
@@ -130,9 +137,9 @@ class DirectReading:
             out_QO = out_QO.add_(bias_O)
         return tools.at_site(layer, Site.ATTENTION_OUT).run(Reading(out_QO.to(h_QD.dtype)))
 
-    def _sides(self, layer: Layer, packed: Packed) -> list[tuple[str | None, Rows]]:
+    def _sides(self, layer: Layer, read: Rows, packed: Packed) -> list[tuple[str | None, Rows]]:
         """The rows that are read, by the repair of their keys and values."""
-        rest, found = packed.direct(layer.index), list[tuple[str | None, Rows]]()
+        rest, found = read, list[tuple[str | None, Rows]]()
         for name, rows in self._workshop.mending.of_keys(layer, packed):
             some = rows.within(rest)
             if some.count:
@@ -170,13 +177,13 @@ def reads_plainly(x_ND: Tensor) -> bool:
 def _sums(
     own_SAQD: Tensor,
     brought: Brought,
-    asking: Rows,
+    asking_read: tuple[Rows, Rows],
     sides: Sequence[Rows],
     packed: Packed,
     layer: Layer,
 ) -> Tensor:
     """The rows of each item, summed as each of its queries weighs them, side by side."""
-    x_ND, read = brought.x_ND, packed.direct(layer.index)
+    x_ND, (asking, read) = brought.x_ND, asking_read
     sides = [rows.among(read) for rows in sides]
     ask_C, read_C = packed.bounds(asking), packed.bounds(read)
     if reads_plainly(x_ND):

@@ -2,7 +2,8 @@
 
 It reads whole texts or images and answers each in one step: `step` runs the sparse form, for
 serving; `masked` the differentiable one, for training; `teacher` the base itself. A head that
-reads the class token alone leaves the other tokens in phase prompt: they owe keys and values.
+reads the class token alone leaves the other tokens in phase prompt: they owe keys and values, and
+where none of them asks not even those (direct_reading.py).
 
 Shape letters: B items   T tokens, padded   D width
 """
@@ -159,7 +160,7 @@ class ElasticEncoder(Elastic):
 
     @property
     def reads_class(self) -> bool:
-        """Whether only class tokens are read, so that all others owe keys and values alone."""
+        """Whether only class tokens are read, so that all others are of phase prompt."""
         return self._outputs is not None
 
     # Items.

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from elastiformer import kernels
 from elastiformer.accounting import ModelShape
 from elastiformer.adapter import Adapter
 from elastiformer.encoder_families import Pooling, Reads
@@ -31,8 +30,6 @@ from elastiformer.sequence import Chunk, Item, WholeSequence
 from elastiformer.spare_rows import empty
 from elastiformer.sparse import SparseForm
 from elastiformer.tasks import Task
-
-_MANY = 256  # tokens that are worth a pass of their own over all layers
 
 
 class EncoderForm(SparseForm):
@@ -56,13 +53,6 @@ class EncoderForm(SparseForm):
         self._head_weights = sum(each.weight.numel() for each in encoder.head_modules)
         self._probes = encoder.probes
         self._outside_products = lru_cache(maxsize=256)(self._count_outside)
-
-    @torch.inference_mode()
-    def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:
-        """Run the chunks, each a whole item; what is read of each, in float32."""
-        kernels.use_threads()
-        parts = _by_tail(chunks)
-        return self._run(chunks) if len(parts) == 1 else self._run_apart(chunks, parts)
 
     def _placing(self, packed: Packed) -> Placing:
         return WholePlacing(packed)
@@ -144,24 +134,6 @@ class EncoderForm(SparseForm):
         return parameters, scores
 
 
-def _by_tail(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-    """Items by the layer from which on their class tokens go on alone (class_tail.py).
-
-    Those that go on longest would keep the others from it: apart, where there are many of both.
-    """
-    parts: list[list[Chunk]] = []
-    last = None
-    for chunk in sorted(chunks, key=lambda chunk: _sequence(chunk).tail):
-        tail = _sequence(chunk).tail
-        if last != tail and (not parts or sum(len(each.ids) for each in parts[-1]) >= _MANY):
-            parts.append([])
-        parts[-1].append(chunk)
-        last = tail
-    if len(parts) > 1 and sum(len(each.ids) for each in parts[-1]) < _MANY:
-        parts[-2:] = [parts[-2] + parts[-1]]
-    return parts
-
-
 def headed(encoder: EncoderLayout, last_BTD: Tensor) -> Tensor:
     """What the base's own head makes of these hidden states, [B, O] or [B, T, O].
 
@@ -191,13 +163,9 @@ def said(encoder: EncoderLayout, given: Any) -> Tensor:
     return pooled
 
 
-def _sequence(chunk: Chunk) -> WholeSequence:
-    assert isinstance(chunk.sequence, WholeSequence), "an encoder reads whole items"
-    return chunk.sequence
-
-
 def _item(chunk: Chunk) -> Item:
-    return _sequence(chunk).item
+    assert isinstance(chunk.sequence, WholeSequence), "an encoder reads whole items"
+    return chunk.sequence.item
 
 
 def _form(item: Item) -> tuple[object, ...]:

@@ -110,6 +110,8 @@ class Mending:
 
     def of_keys(self, layer: Layer, packed: Packed) -> list[tuple[str, Rows]]:
         """The rows of a step whose keys and values are repaired, by the set of their pairs."""
+        if self._lora is None:
+            return []
         paths = {layer.key.path, layer.value.path}
         return [
             (name, rows)

@@ -245,6 +245,10 @@ class Packed:
         """The rows of items of which no keys are made in a layer (direct_reading.py)."""
         return self.rows_where(lambda kind: layer in kind.plan.direct)
 
+    def keyed(self, layer: int) -> Rows:
+        """All other rows."""
+        return self.rows_where(lambda kind: layer not in kind.plan.direct)
+
     @cached_property
     def takes_N(self) -> np.ndarray:
         """The rows that may take channels by thresholds, where there are some (allowances.py)."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from torch import Tensor
@@ -42,16 +41,6 @@ class Kind:
         return max(first, self.plan.left_from)
 
 
-class ItemKinds(tuple[Kind, ...]):
-    """The kinds of a whole item's tokens, in order. Items that are planned alike share them."""
-
-    @cached_property
-    def tail(self) -> int:
-        """The layer from which on its class tokens go on alone."""
-        distinct = {(id(kind.plan), kind.phase): kind for kind in self}
-        return max(kind.tail for kind in distinct.values())
-
-
 class Numbering:
     """The kinds that one step has met, in the order of their first rows."""
 
@@ -67,7 +56,7 @@ class Numbering:
             self.kinds.append(Kind(plan, phase))
         return self._number[key]
 
-    def of_whole(self, kinds: ItemKinds) -> list[int]:
+    def of_whole(self, kinds: tuple[Kind, ...]) -> list[int]:
         """Of an item's tokens; items that are planned alike share one tuple."""
         if id(kinds) not in self._whole:
             self._whole[id(kinds)] = [self.of(kind.plan, kind.phase) for kind in kinds]
@@ -207,12 +196,12 @@ class WholeSequence(Sequence):
     Every token's kind is known beforehand; those of phase output stand in front.
     """
 
-    def __init__(self, kinds: ItemKinds, item: Item) -> None:
+    def __init__(self, kinds: tuple[Kind, ...], item: Item) -> None:
         tokens = len(item.ids)
         assert len(kinds) == tokens, f"{len(kinds)} kinds of {tokens} tokens"
         scored = all(kind.phase is Phase.OUTPUT for kind in kinds)
         super().__init__(lambda _, position: kinds[position].plan, tokens, tokens, scored, None)
-        self.item, self._kinds, self.tail = item, kinds, kinds.tail
+        self.item, self._kinds = item, kinds
 
     def phase_at(self, position: int) -> Phase:
         return self._kinds[position].phase

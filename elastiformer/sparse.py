@@ -66,7 +66,7 @@ class SparseForm:
         self._late = LateLayers(self.workshop, self._attention, self._decoding)
         self._tail: ClassTail | None = None
         if shape.absorbing:
-            self._tail = ClassTail(self.workshop, self._mlp, self._attention.direct)
+            self._tail = ClassTail(self.workshop, self._attention.direct)
         self._rotary = Rotary(layout)
 
     @torch.inference_mode()

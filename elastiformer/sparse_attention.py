@@ -56,8 +56,9 @@ class SparseAttention:
         direct = packed.direct(layer.index)
         reading = packed.nothing
         if direct.count:
-            cached, reading = cached.without(direct), asking.within(direct)
-            asking = asking.without(direct)
+            keyed = packed.keyed(layer.index)
+            cached, reading = cached.within(keyed), asking.within(direct)
+            asking = asking.within(keyed)
         by_head = packed.nothing
         if packed.leaves_heads_out:
             by_head = packed.rows_where(

@@ -49,14 +49,13 @@ class SparseMlp:
             values = Values(whole.of(h_ND), h_ND.dtype, make, own)
             if x_ND is not None:
                 values = Values(whole.of(x_ND), x_ND.dtype, own=own)
-            kept.join(h_ND, self.branch(layer, values, packed, whole), whole, layer.after_mlp)
+            kept.join(h_ND, self._branch(layer, values, packed, whole), whole, layer.after_mlp)
         if by_expert.count:
             x_RD = norm(by_expert.of(h_ND)) if x_ND is None else by_expert.of(x_ND)
             branch_RD = self._experts.branch(layer, x_RD, packed, by_expert)
             kept.join(h_ND, branch_RD, by_expert, layer.after_mlp)
 
-    def branch(self, layer: Layer, values: Values, packed: Packed, rows: Rows) -> Tensor:
-        """What the MLP, over picked channels or all, adds to some rows: [R, D]."""
+    def _branch(self, layer: Layer, values: Values, packed: Packed, rows: Rows) -> Tensor:
         tools = self.workshop
         front, down = tools.at_site(layer, Site.MLP_IN), tools.at_site(layer, Site.MLP_OUT)
         reading = tools.read(layer, Site.MLP_IN, values, packed, rows)

@@ -135,7 +135,9 @@ def test_routing_is_held_against_merging_and_dropping_in_the_same_time(options, 
         assert 0 <= row["accuracy"] <= 1 and row["milliseconds"]["median"] > 0
         assert (row["realised"] is None) == (row["flop_ratio"] > 0.98)
         if row["setting"] in ("1", "0 a layer", "0"):
-            assert row["flop_ratio"] == pytest.approx(1.0, abs=0.05)
+            # Who merges or drops makes the last layer's keys; what is served does without.
+            most = 1.05 if row["way"] == ROUTED else 1.1
+            assert 0.95 <= row["flop_ratio"] <= most
         if row["realised"] is not None:
             saved = (1 - row["ratio"]["median"]) / (1 - row["flop_ratio"])
             assert row["realised"] == pytest.approx(saved)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastiformer import DENSE, Capacity, LayerPlan, Phase, Plan, Unit, UnitShares, encoding
+from elastiformer import DENSE, Capacity, LayerPlan, Phase, Plan, Unit, UnitShares
 from elastiformer.calibration import Calibration, Step
 from elastiformer.encoder import ElasticEncoder
-from elastiformer.sequence import Item, ItemKinds, Kind, WholeSequence
+from elastiformer.sequence import Item, Kind, WholeSequence
 from tests.elastiformer.test_encoders import (
     CLOSE,
     elastic_encoder,
@@ -36,7 +36,7 @@ def without_keys(model: ElasticEncoder, item: Item, *prompts: Plan) -> WholeSequ
     others = [Kind(pricing[Phase.PROMPT].of(plan, direct), Phase.PROMPT) for plan in prompts]
     read = Kind(pricing[Phase.OUTPUT].of(DENSE_PLAN, direct), Phase.OUTPUT)
     kinds = (read if at < model._outputs else others[at % len(others)] for at in range(10**6))
-    return WholeSequence(ItemKinds(next(kinds) for _ in item.ids), item)
+    return WholeSequence(tuple(next(kinds) for _ in item.ids), item)
 
 
 def late(lowest: float = 0.1) -> Calibration:
@@ -126,9 +126,9 @@ def test_class_tokens_that_give_something_up_themselves_need_keys():
 def test_a_tail_begins_where_the_last_of_the_others_left():
     model = elastic_encoder("bert")
     sequence = without_keys(model, items(model)[0], leaving(1), leaving(2))
-    assert sequence.tail == 2
+    assert max(kind.tail for kind in sequence._kinds) == 2
     dense = model.sequence(DENSE, items(model)[0])
-    assert dense.tail == LAYERS - 1
+    assert max(kind.tail for kind in dense._kinds) == LAYERS - 1
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
@@ -149,30 +149,3 @@ def test_a_capacity_is_kept_where_keys_become_free_at_once(family, lora_rank):
             spent = sequence.usage.capacity_spent
             assert spent <= share + 1.5 / tokens
             assert spent >= min(share, most.usage.capacity_spent) - 1.5 / tokens, share
-
-
-def test_items_whose_others_leave_elsewhere_run_apart_where_both_are_many(monkeypatch):
-    model = elastic_encoder("vit")
-    given = items(model, (1,) * 6)
-    soon, later = (
-        [without_keys(model, each, leaving(first)) for each in given] for first in (1, 2)
-    )
-    runs: list[int] = []
-    run = type(model._sparse)._run
-
-    def noted(form, chunks):
-        runs.append(len(chunks))
-        return run(form, chunks)
-
-    monkeypatch.setattr(type(model._sparse), "_run", noted)
-    expected = [*stepped(model, *soon), *stepped(model, *later)]
-    monkeypatch.setattr(encoding, "_MANY", 5 * len(given[0].ids))
-    runs.clear()
-    by_turns = [each for pair in zip(soon, later, strict=True) for each in pair]
-    found = stepped(model, *by_turns)
-    assert runs == [6, 6]
-    for actual, wanted in zip([*found[::2], *found[1::2]], expected, strict=True):
-        torch.testing.assert_close(actual, wanted, **CLOSE)
-    runs.clear()
-    stepped(model, *soon, *later[:4])
-    assert runs == [10]

@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from elastiformer import DENSE, Capacity
+from elastiformer import DENSE, Capacity, Phase, SavedAdapter
 from elastiformer.encoder import ElasticEncoder
 from tests.elastiformer.test_encoders import elastic_encoder, items
 from tests.tiny_encoders import (
     IMAGE_FAMILIES,
     LABELS,
+    LAYERS,
     PATCH,
     SIDE,
     WORDS,
@@ -165,12 +166,35 @@ def test_one_by_one_at_most_one_sub_layer_works_on_a_part_of_the_tokens(
             sequence = served.sequence(Capacity(percent / 100, percent / 100), item)
             plans = [sequence.plan_at(place).plan for place in range(len(item.ids))]
             routed = plans[1:]  # the first token keeps every sub-layer
-            shares = [
-                {getattr(plan[layer], field) for plan in routed}
+            shares = {
+                (layer, field): {getattr(plan[layer], field) for plan in routed}
                 for layer in range(len(served.shape.layers))
                 for field in TOKEN_FIELDS
-            ]
-            assert sum(each not in ({0.0}, {1.0}) for each in shares) <= 1
+            }
+            parted = [place for place, each in shares.items() if each not in ({0.0}, {1.0})]
+            assert len(parted) <= 1 or parted == [(parted[0][0], field) for field in TOKEN_FIELDS]
+
+
+def test_late_layers_go_out_whole_and_the_last_first(tmp_path, capsys):
+    base = save_tiny_encoder(tmp_path / "base", tiny_encoder("vit"))
+    data, adapter = pictures(tmp_path / "images", 60), tmp_path / "adapter"
+    units = ["--units", "attention_tokens,mlp_tokens", "--steps", 2]
+    ran(capsys, "distill", "--base", base, "--data", data, "--out", adapter, *units)
+    where = ["--base", base, "--adapter", adapter, "--data", data]
+    calibrated = ran(capsys, "calibrate", *where, "--late-layers")
+    assert calibrated["promise_kept"] and list(calibrated["candidates"]) == ["late layers"]
+    order = [step.layer for step in SavedAdapter.load(adapter).calibration.paths[Phase.PROMPT]]
+    assert order == sorted(order, reverse=True) and order[0] == LAYERS - 1
+
+
+def test_late_layers_are_refused_where_every_token_is_read(tmp_path, capsys):
+    base = save_tiny_encoder(tmp_path / "base", tiny_encoder("siglip", "features"))
+    data, adapter = pictures(tmp_path / "images"), tmp_path / "adapter"
+    units = ["--units", "attention_tokens,mlp_tokens", "--steps", 2]
+    ran(capsys, "distill", "--base", base, "--data", data, "--out", adapter, *units)
+    where = ["--base", base, "--adapter", adapter, "--data", data, "--dtype", "float32"]
+    assert main(["calibrate", *OPTIONS["calibrate"], *map(str, where), "--late-layers"]) != 0
+    assert "--late-layers: every token" in capsys.readouterr().err
 
 
 def test_of_every_image_as_many_patches_are_kept_as_are_due():
