@@ -35,8 +35,8 @@ NOTES = (
 )
 NOTES_OF_OTHERS = (
     " Merged and dropped run as plain batches without any bookkeeping, and in the last layer, as "
-    "in what is served, compute only what the head reads, but make all keys. In the time of a capacity: their best, "
-    "a straight line between two strengths; empty where none is so fast."
+    "in what is served, compute only what the head reads, but make all keys. In the time of a "
+    "capacity: their best, a straight line between two strengths; empty where none is so fast."
 )
 
 
