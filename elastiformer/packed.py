@@ -241,8 +241,14 @@ class Packed:
             self._bounds[rows] = np.searchsorted(rows.rows_R, self.starts)
         return self._bounds[rows]
 
+    @cached_property
+    def _reads_directly(self) -> bool:
+        return any(kind.plan.direct for kind in self.distinct_kinds)
+
     def direct(self, layer: int) -> Rows:
         """The rows of items of which no keys are made in a layer (direct_reading.py)."""
+        if not self._reads_directly:
+            return self.nothing
         return self.rows_where(lambda kind: layer in kind.plan.direct)
 
     def keyed(self, layer: int) -> Rows:

@@ -73,7 +73,7 @@ class SparseAttention:
         query_QAH = self._project(layer, values, packed, placing, (cached, whole), rotation)
         keys_C = placing.keys(layer.index)
         if direct.count:
-            keys_C = keys_C + np.diff(np.searchsorted(direct.rows_R, packed.starts))
+            keys_C = keys_C + np.diff(packed.bounds(direct))
         taken.keys(keys_C)
         if query_QAH is not None:
             self._attend(layer, query_QAH, whole, kept, h_ND, packed, placing)
