@@ -190,7 +190,7 @@ def layer_cost(
         attention_skipped = router_tokens
         attention_per_key = 4 * counts.heads * width
     if unread and sides:
-        return LayerCost(router_tokens, router_tokens, 0, 0, 0)
+        return LayerCost(0, 0, 0, 0, 0)
     if unread:
         attention = router_tokens + keys_values + lora("key", "value")
         return LayerCost(attention, attention_skipped, 0, 0, 0)

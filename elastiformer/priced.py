@@ -157,10 +157,14 @@ class Pricing:
             )
             without_attention = Price(linear=cost.attention_skipped)
             without_mlp = Price(linear=cost.mlp_skipped)
-            total += attention if layer.attention_tokens else without_attention
+            # In a last layer of which no keys are made, tokens of a prompt do not even ask.
+            asked = layer.attention_tokens
+            if direct and direct[place] and self.shape.last_unread:
+                asked = 0.0
+            total += attention if asked else without_attention
             total += mlp if layer.mlp_tokens else without_mlp
-            per_key.append(cost.attention_per_key if layer.attention_tokens else 0)
-            if 0 < layer.attention_tokens < 1:
+            per_key.append(cost.attention_per_key if asked else 0)
+            if 0 < asked < 1:
                 no_attention[place] = without_attention + attention * -1
             if 0 < layer.mlp_tokens < 1:
                 no_mlp[place] = without_mlp + mlp * -1
