@@ -96,8 +96,9 @@ class Keeping:
     def _share(self, kind: Kind, layer: Layer, unit: Unit) -> float:
         if unit is Unit.MLP_TOKENS and layer.index == self._last and kind.phase is Phase.PROMPT:
             return 0.0  # nobody reads it
-        if kind.phase is Phase.PROMPT and layer.index in kind.plan.direct:
-            return 0.0  # nor asks
+        prompt = kind.phase is Phase.PROMPT
+        if unit is Unit.ATTENTION_TOKENS and prompt and layer.index in kind.plan.direct:
+            return 0.0  # it does not ask
         share: float = getattr(kind.plan.plan[layer.index], unit.value)
         return share
 
