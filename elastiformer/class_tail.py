@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elastiformer.capacity import Site
-from elastiformer.class_kernels import AS_IT_IS, AffineNorm, affine_of, close
+from elastiformer.class_kernels import AS_IT_IS, NORMED, AffineNorm, affine_of, close
 from elastiformer.direct_reading import Brought, DirectReading, reads_plainly
 from elastiformer.families import Layer
 from elastiformer.packed import Packed
@@ -41,9 +41,10 @@ class ClassTail:
         """What the layers from `first` on leave; `h_ND` may be changed."""
         asking, layers = packed.outputs, self._workshop.layout.layers[first:]
         # What was normed once stays so, where each layer's norm differs in scale and shift alone.
-        epsilons = {_epsilon(layer.attention_norm) for layer in layers}
+        norms = [self._direct.norms[layer.index] for layer in layers]
+        epsilons = {NORMED if each is None else each.epsilon for each in norms}
         norm, epsilon = None, epsilons.pop()
-        if not epsilons and epsilon is not None and not reads_plainly(h_ND):
+        if not epsilons and epsilon != NORMED and not reads_plainly(h_ND):
             norm = partial(F.layer_norm, normalized_shape=h_ND.shape[1:], eps=epsilon)
         h_QD, x_ND = asking.of(h_ND).clone(), h_ND if norm is None else norm(h_ND)
         for layer in layers:
@@ -88,10 +89,6 @@ def _joined(h_QD: Tensor, branch_QD: Tensor, after: nn.Module | None, norm: Norm
     branch_QD = branch_QD.to(h_QD.dtype)
     h_QD = h_QD + (branch_QD if after is None else after(branch_QD))
     return h_QD if norm is None else norm(h_QD)
-
-
-def _epsilon(norm: nn.Module) -> float | None:
-    return norm.eps if isinstance(norm, nn.LayerNorm) and norm.bias is not None else None
 
 
 def _closes(layer: Layer) -> tuple[AffineNorm, AffineNorm] | None:

@@ -78,7 +78,7 @@ class DirectReading:
     def __init__(self, workshop: Workshop) -> None:
         self._workshop = workshop
         self._weights: dict[tuple[int, tuple[str | None, ...]], tuple[int, _Weights]] = {}
-        self._affine = [affine_of(layer.attention_norm) for layer in workshop.layout.layers]
+        self.norms = [affine_of(layer.attention_norm) for layer in workshop.layout.layers]
 
     def brought(self, layer: Layer, x_ND: Tensor, normed: bool = False) -> Brought:
         """What rows of the residual bring to a layer; its norm is done as they are read.
@@ -86,7 +86,7 @@ class DirectReading:
         Args:
             normed: whether all of it was done but for its scale and shift.
         """
-        lean, affine = self._workshop.attention_norms[layer.index], self._affine[layer.index]
+        lean, affine = self._workshop.attention_norms[layer.index], self.norms[layer.index]
         if affine is None or reads_plainly(x_ND):
             return Brought(lean(x_ND))
         return Brought(x_ND, affine._replace(epsilon=NORMED) if normed else affine)

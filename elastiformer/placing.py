@@ -252,7 +252,7 @@ class WholePlacing(Placing):
 
     def _bounds_of(self, rows: Rows) -> Bounds:
         if rows not in self._bounds:
-            self._bounds[rows] = Bounds(np.searchsorted(rows.rows_R, self._packed.starts))
+            self._bounds[rows] = Bounds(self._packed.bounds(rows))
         return self._bounds[rows]
 
     def _each(self, layer: int, rows: Rows) -> list[Read]:

@@ -222,21 +222,19 @@ class Planner:
 
         The fewer keys are made, the more do class tokens spend on reading without them.
         """
+        assert self.calibration is not None, "a capacity below 1"
+        lowest = self.calibration.lowest
         others, context = tokens - outputs, prompt_context(tokens)
         asked = (share * tokens - outputs) / others
         shape, dense = self.shape.of_phase(Phase.OUTPUT), dense_plan(len(self.shape.layers))
         while self.shape.absorbing:
-            direct = self._schedule_of_item(max(asked, self.lowest), tokens).direct
+            direct = self._schedule_of_item(max(asked, lowest), tokens).direct
             spent = outputs * shape.planned_share(dense, context, direct)
             less = (share * tokens - spent) / others
             if less >= asked:
                 break
             asked = less
-        return max(asked, self.lowest)
-
-    @property
-    def lowest(self) -> float:
-        return self.calibration.lowest if self.calibration is not None else 1.0
+        return max(asked, lowest)
 
     def plans(self, capacity: Capacity, context: int) -> tuple[Plan, Plan]:
         """The (prompt plan, output plan) nearest to a capacity, for tokens over `context` keys."""
