@@ -126,7 +126,7 @@ def shaped(name: str, layers: int | None, dtype: str, device: str) -> ElasticMod
         tie_word_embeddings=False,
     )
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(), torch.device(place):
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_config(config, dtype=_dtype(dtype, torch.device(place)))
     with torch.no_grad():

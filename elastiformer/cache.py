@@ -152,10 +152,19 @@ class SequenceCache:
 
     def rows_for(self, layer: int, tokens: int) -> np.ndarray:
         """Where the next tokens of a layer go among the pool's rows: [N, 2G]."""
-        room, length = int(self.room_L[layer]), int(self.length_L[layer])
-        assert length + tokens <= room, f"layer {layer}: {length} + {tokens} tokens in room {room}"
+        return self.rows_at(layer, int(self.length_L[layer]), tokens)
+
+    def rows_at(self, layer: int, first: int, tokens: int) -> np.ndarray:
+        """Where some tokens of a layer go, by how many are before them: [N, 2G]."""
+        room = int(self.room_L[layer])
+        assert first + tokens <= room, f"layer {layer}: {first} + {tokens} tokens in room {room}"
         part_G = self.first_row(layer) + room * np.arange(self.shape.rows_per_token)
-        return part_G + (length + np.arange(tokens))[:, None]
+        return part_G + (first + np.arange(tokens))[:, None]
+
+    def grow(self, tokens: int) -> None:
+        """Let every layer hold so many tokens more."""
+        assert (self.length_L + tokens <= self.room_L).all(), "more tokens than there is room for"
+        self.length_L += tokens
 
     def note_positions(self, layer: int, positions_N: Tensor) -> None:
         """Where the tokens stand that the next `rows_for` of this layer are for."""

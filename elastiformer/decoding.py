@@ -79,6 +79,30 @@ class Decoding:
         return not counted and self._is_able and self._may_run_many
 
     @property
+    def knows_prompts(self) -> bool:
+        """Whether steps that hold prompts may be run here, too: `takes_prompts` says which."""
+        return False
+
+    def takes_prompts(self, packed: Packed) -> bool:
+        """Whether this step is one of those: then `run_prompts` runs all of it."""
+        raise NotImplementedError
+
+    def allowances(self, packed: Packed) -> DeviceAllowances | None:
+        """What the rows of such a step take of their channels; None: all of them."""
+        raise NotImplementedError
+
+    def run_prompts(
+        self,
+        h_ND: Tensor,
+        packed: Packed,
+        placing: Placing,
+        taken: Taken,
+        rotations: dict[str | None, Rotation],
+    ) -> Tensor:
+        """Run all layers of such a step; the residual that they leave."""
+        raise NotImplementedError
+
+    @property
     def knows_layers(self) -> bool:
         """Whether some layers of a step can be run by themselves."""
         return self._runs is not None

@@ -150,3 +150,34 @@ class DeviceAllowances:
         debts_OLT = np.ascontiguousarray(self._after_LTN.transpose(2, 0, 1))
         for owner, debts_LT in zip(self._owners, debts_OLT, strict=True):
             owner.channel_debts = debts_LT
+
+
+class AmongOthers(DeviceAllowances):
+    """Of a step that holds other rows, too, which take all of their channels.
+
+    Args:
+        rows_J: those that take by thresholds, no two of one request.
+        count: of all rows.
+        owners, kind_J: of those that take, in the same order.
+    """
+
+    def __init__(
+        self,
+        rows_J: np.ndarray,
+        count: int,
+        owners: Sequence[Owner],
+        channels_LTK: np.ndarray,
+        kind_J: np.ndarray,
+        ladder_LTG: Tensor,
+        outputs_LT: np.ndarray,
+    ) -> None:
+        all_J = np.ones(len(rows_J), dtype=bool)
+        super().__init__(owners, all_J, channels_LTK, kind_J, ladder_LTG, outputs_LT)
+        self._rows_J, self._count = rows_J, count
+
+    @cached_property
+    def beyond(self) -> tuple[np.ndarray, np.ndarray]:
+        """The same as above of every row: int64 [N]."""
+        products_N, channels_N = np.zeros((2, self._count), dtype=np.int64)
+        products_N[self._rows_J], channels_N[self._rows_J] = super().beyond
+        return products_N, channels_N

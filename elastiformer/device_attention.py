@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastiformer.device_kernels import MOST_PARTS, PROGRAMS, At, give, sum_of, warps
+from elastiformer.device_kernels import MOST_PARTS, PROGRAMS, At, give, span, sum_of, warps
 
 _KEYS = 64  # that a program attends to in one go
 
@@ -75,8 +75,8 @@ def attend(
     )  # fmt: skip
     width = heads * size
     out_NI = torch.empty(rows, width, dtype=query_NAH.dtype, device=device)
-    block = triton.next_power_of_2(width)
-    _together[(rows,)](
+    block = span(width)
+    _together[(rows, triton.cdiv(width, block))](
         out_SNAH, most_SNA, total_SNA, out_NI, width, rows, heads, SIZE=size, PARTS=parts,
         BLOCK=block, num_warps=warps(block), **at.arguments(query_NAH),
     )  # fmt: skip
@@ -166,13 +166,12 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["place", "ladder_place"])
 def _together(  # type: ignore[no-untyped-def]
-    parts, most, total, out, width, rows, heads, norms, takes, granted, debts, ladder, place,
-    ladder_place, rungs, kept_index, kept_value, kept_count, SIZE: tl.constexpr,
-    PARTS: tl.constexpr, PICKS: tl.constexpr, LISTS: tl.constexpr, PATIENCE: tl.constexpr,
-    HASTE: tl.constexpr, BLOCK: tl.constexpr,
+    parts, most, total, out, width, rows, heads, norms, takes, granted, debts, owed, ladder, place,
+    ladder_place, rungs, SIZE: tl.constexpr, PARTS: tl.constexpr, PICKS: tl.constexpr,
+    PATIENCE: tl.constexpr, HASTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    at_B = tl.arange(0, BLOCK)
+    at_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside_B = at_B < width
     head_B = at_B // SIZE
     highest_B = tl.full((BLOCK,), -1e30, dtype=tl.float32)  # of a row without keys, too
@@ -191,6 +190,6 @@ def _together(  # type: ignore[no-untyped-def]
         weight_B += less_B * tl.load(total + from_B, mask=inside_B, other=1.0)
     x_B = sum_B / tl.maximum(weight_B, 1e-30)
     give(
-        x_B, at_B, inside_B, out, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
-        kept_index, kept_value, kept_count, row, width, PICKS, LISTS, PATIENCE, HASTE,
+        x_B, at_B, inside_B, out, norms, takes, granted, debts, owed, ladder, place, ladder_place,
+        rungs, row, width, PICKS, PATIENCE, HASTE,
     )  # fmt: skip

@@ -5,7 +5,7 @@ Captured for some numbers of rows, a step is as long as what it reads: rows are 
 next number, and what a step is about (where keys lie, what is granted) goes over in one piece.
 
 It stands in for SparseAttention and SparseMlp where decoding.py does, and takes the same channels;
-whatever else a step holds is theirs.
+steps that hold prompts are DevicePrompts', and whatever else a step holds is theirs.
 
 Shape letters: N rows, filled up   D width   S parts of a sum   O outputs   L layers   T sites   R
     rotated part of a head   P rows of the pool
@@ -26,13 +26,13 @@ from elastiformer import device_attention as attention
 from elastiformer import device_kernels as kernels
 from elastiformer.capacity import Site
 from elastiformer.decoding import MOST_ROWS, Decoding
-from elastiformer.device_allowances import DeviceAllowances
-from elastiformer.device_kernels import GELU, SILU, TILES, At, Kept, Takes, Tile
+from elastiformer.device_allowances import AmongOthers, DeviceAllowances
+from elastiformer.device_kernels import GELU, SILU, TILES, At, Takes, Tile
+from elastiformer.device_prompts import DevicePrompts
 from elastiformer.families import Layer
 from elastiformer.packed import Packed
 from elastiformer.placing import Placing
 from elastiformer.pointwise import RootMeanSquare, Rotation
-from elastiformer.products import Product
 from elastiformer.taken import Taken
 from elastiformer.workshop import SITES, Workshop
 
@@ -90,6 +90,32 @@ class DeviceDecoding(Decoding):
         self._steps[rows].run(h_ND, packed, placing, rotation, way)
         for layer in range(len(self._workshop.layout.layers)):
             taken.keys(placing.keys(layer))
+
+    @property
+    def knows_prompts(self) -> bool:
+        counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
+        return self._is_able and not counted
+
+    def takes_prompts(self, packed: Packed) -> bool:
+        return max(packed.positions) < self._window and self._prompts.takes(packed)
+
+    def allowances(self, packed: Packed) -> AmongOthers | None:
+        return self._prompts.allowances(packed)
+
+    def run_prompts(
+        self,
+        h_ND: Tensor,
+        packed: Packed,
+        placing: Placing,
+        taken: Taken,
+        rotations: dict[str | None, Rotation],
+    ) -> Tensor:
+        rotation = next(iter(rotations.values()), None)
+        return self._prompts.run(h_ND, packed, placing, taken, rotation)
+
+    @cached_property
+    def _prompts(self) -> DevicePrompts:
+        return DevicePrompts(self._workshop, [form for form in self._forms if form is not None])
 
     def _takes(self, packed: Packed) -> bool:
         """Rows that take by thresholds, or all of their channels."""
@@ -153,19 +179,19 @@ class DeviceDecoding(Decoding):
         tools = self._workshop
         products = [tools.at_site(layer, site) for layer in tools.layout.layers[:_TIMED_LAYERS]]
         x_1I = torch.randn(1, products[0].inputs, device=tools.device).to(tools.dtype)
-        at_once = _seconds(lambda: [_at_once(x_1I, product) for product in products])
+        whole = _seconds(lambda: [product.whole(x_1I) for product in products])
 
         def seconds(share: float, tile: Tile) -> float:
-            kept = _some(x_1I, share)
+            kept_1I = x_1I * (torch.rand(x_1I.shape, device=tools.device) < share)
             return _seconds(
                 lambda: [
-                    kernels.multiply_one(kept, product.weight_IO, product.bias_O, tile)
+                    kernels.multiply_one(kept_1I, product.weight_IO, product.bias_O, tile)
                     for product in products
                 ]
             )
 
         tile = min(TILES, key=lambda tile: seconds(0.5, tile))
-        faster = [share for share in SHARES if seconds(share, tile) < at_once]
+        faster = [share for share in SHARES if seconds(share, tile) < whole]
         return max(faster, default=0.0), tile
 
 
@@ -190,6 +216,7 @@ class _Step:
         self._there, self._here = (
             self._named(whole, sizes) for whole in (self._numbers, self._host)
         )
+        self._owed_LTN = torch.zeros_like(self._there.owed_LTN)
         self._gone = _event() if captures else None
         ladder_LTG = workshop.ladder_LTG
         self._ladder_LTG = torch.zeros(len(layers), len(SITES), 2, device=device)
@@ -223,7 +250,7 @@ class _Step:
             self._graphs[way].replay()
         h_ND.copy_(self._h_ND[:count])
         if isinstance(allowances, DeviceAllowances):
-            allowances.owe(self._there.owed_LTN[:, :, :count].clone())
+            allowances.owe(self._owed_LTN[:, :, :count].clone())
 
     def _named(self, numbers: Tensor, sizes: tuple[int, ...]) -> _Told:
         first, room, length, granted, owed, takes = torch.split(numbers, list(sizes))
@@ -279,45 +306,39 @@ class _Step:
 
     def _run_layers(self, rows_PH: Tensor, way: Way) -> None:
         tools, told = self._tools, self._there
-        takes = Takes(told.takes_N, told.granted_LTN, told.owed_LTN, self._ladder_LTG)
+        self._owed_LTN.copy_(told.owed_LTN)
+        takes = Takes(
+            told.takes_N, told.granted_LTN, told.owed_LTN, self._owed_LTN, self._ladder_LTG
+        )
         lies = (told.first_LN, told.room_LN, told.length_LN)
         branch_SND: Tensor | None = None
         for layer, form in zip(tools.layout.layers, self._forms, strict=True):
             place, shape = layer.index, layer.shape
             front, out, gated, down = (self._at(layer, at, takes, way) for at in range(len(SITES)))
             x_ND = self._normalise(tools.attention_norms[place], branch_SND, front)
-            out_SNO = self._product(layer, Site.ATTENTION_IN, x_ND, front, way)
+            out_SNO = self._product(layer, Site.ATTENTION_IN, x_ND, way)
             query_NAH = attention.place(out_SNO, self._turn_NR, rows_PH, lies, place, shape.heads)
             x_NI = attention.attend(
                 query_NAH, rows_PH, lies, place, shape.kv_heads, layer.scale, out
             )
-            branch_SND = self._product(layer, Site.ATTENTION_OUT, x_NI, out, way)
+            branch_SND = self._product(layer, Site.ATTENTION_OUT, x_NI, way)
             x_ND = self._normalise(tools.mlp_norms[place], branch_SND, gated)
-            both_SNO = self._product(layer, Site.MLP_IN, x_ND, gated, way)
+            both_SNO = self._product(layer, Site.MLP_IN, x_ND, way)
             x_NI = kernels.gate(form, both_SNO, down, tools.dtype)
-            branch_SND = self._product(layer, Site.MLP_OUT, x_NI, down, way)
+            branch_SND = self._product(layer, Site.MLP_OUT, x_NI, way)
         assert branch_SND is not None, "a model without layers"
         self._h_ND += branch_SND.sum(0)
 
     def _at(self, layer: Layer, place: int, takes: Takes, way: Way) -> At:
         """What the rows take at one site."""
         norms_I = self._tools.layout.column_norms(layer, SITES[place])
-        if not way.picks:
-            return At(norms_I, None, None)
-        kept = None
-        if way.tiles[place] is not None:
-            whole = {"index_I": torch.int32, "value_I": torch.float32}
-            kept = Kept(
-                **{name: torch.empty_like(norms_I, dtype=dtype) for name, dtype in whole.items()},
-                number=norms_I.new_empty(1, dtype=torch.int32),
-            )
-        return At(norms_I, takes.at(layer.index, place), kept)
+        return At(norms_I, takes.at(layer.index, place) if way.picks else None)
 
-    def _product(self, layer: Layer, site: Site, x_NI: Tensor, at: At, way: Way) -> Tensor:
+    def _product(self, layer: Layer, site: Site, x_NI: Tensor, way: Way) -> Tensor:
         product, tile = self._tools.at_site(layer, site), way.tiles[SITES.index(site)]
-        if tile is None or at.kept is None:
-            return _at_once(x_NI, product)
-        return kernels.multiply_one(at.kept, product.weight_IO, product.bias_O, tile)
+        if tile is None:
+            return product.whole(x_NI)[None]
+        return kernels.multiply_one(x_NI, product.weight_IO, product.bias_O, tile)
 
     def _normalise(self, norm: object, branch_SND: Tensor | None, at: At) -> Tensor:
         assert isinstance(norm, RootMeanSquare), "a layer that is not known"
@@ -335,19 +356,6 @@ class _Told(NamedTuple):
     granted_LTN: Tensor
     owed_LTN: Tensor
     takes_N: Tensor
-
-
-def _some(x_1I: Tensor, share: float) -> Kept:
-    """A share of the channels, as if a row had kept them."""
-    index_I = torch.nonzero(torch.rand(x_1I.shape[1], device=x_1I.device) < share)[:, 0]
-    count = torch.tensor([len(index_I)], dtype=torch.int32, device=x_1I.device)
-    return Kept(index_I.int(), x_1I[0, index_I].float(), count)
-
-
-def _at_once(x_NI: Tensor, product: Product) -> Tensor:
-    if product.bias_O is None:
-        return torch.mm(x_NI, product.weight_IO)[None]
-    return torch.addmm(product.bias_O, x_NI, product.weight_IO)[None]
 
 
 def _event(**options: bool) -> torch.cuda.Event:

@@ -5,12 +5,12 @@ longer than their arithmetic. Between kernels values are in the base's type, as 
 and in sums that several programs share, they are float32.
 
 The product of a lone row reads only what the row kept of a weight: for it the weight lies input by
-input.
+input, and no input of which the row holds nothing is read.
 
-Attention has a file of its own (device_attention.py).
+Attention has files of its own (device_attention.py, device_prompt_attention.py).
 
 Shape letters: N rows   D width   I inputs   O outputs   S parts of a sum   L layers   T sites
-    B a block
+    J rows that take   B a block
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SILU, GELU = 0, 1
 def check(device: torch.device) -> None:
     """Compile and run a kernel."""
     both_112 = torch.zeros(1, 1, 2, device=device)
-    gate(SILU, both_112, At(both_112, None, None), torch.float32)
+    gate(SILU, both_112, At(both_112, None), torch.float32)
 
 
 class Tile(NamedTuple):
@@ -44,15 +44,13 @@ class Tile(NamedTuple):
     warps: int
 
 
-TILES = (Tile(64, 128, 528, 4), Tile(32, 256, 528, 4), Tile(64, 256, 264, 8), Tile(16, 512, 528, 4))
-
-
-class Kept(NamedTuple):
-    """What a lone row keeps of its channels, side by side."""
-
-    index_I: Tensor  # int32; as many as are kept
-    value_I: Tensor  # float32
-    number: Tensor  # of them, int32
+TILES = (
+    Tile(32, 128, 1056, 4),
+    Tile(64, 64, 1056, 4),
+    Tile(32, 256, 528, 4),
+    Tile(16, 512, 528, 4),
+)
+_SPAN = 1024  # channels of a row that a program gives, where rows need not be read whole
 
 
 class Takes(NamedTuple):
@@ -60,13 +58,16 @@ class Takes(NamedTuple):
 
     Args:
         takes_N: which rows take by thresholds, where granted less than all.
-        debts_LTN: channels taken beyond what was granted; brought up to date.
+        debts_LTN: channels taken beyond what was granted, before this step.
+        owed_LTN: the same after it: to be given the debts, and then brought up to date by several
+            programs, none of which may see what others took.
         ladder_LTG: float32.
     """
 
     takes_N: Tensor
     granted_LTN: Tensor
     debts_LTN: Tensor
+    owed_LTN: Tensor
     ladder_LTG: Tensor
 
     def at(self, layer: int, site: int) -> tuple[Any, ...]:
@@ -78,6 +79,7 @@ class Takes(NamedTuple):
             self.takes_N,
             self.granted_LTN,
             self.debts_LTN,
+            self.owed_LTN,
             self.ladder_LTG,
             place * rows,
             place * rungs,
@@ -90,19 +92,15 @@ class At(NamedTuple):
 
     norms_I: Tensor  # by which channels are picked
     takes: tuple[Any, ...] | None  # `Takes.at`; None: every row takes all
-    kept: Kept | None  # to be filled in with what a lone row keeps, if somebody asks
 
     def arguments(self, some: Tensor) -> dict[str, Any]:
         """As the kernels take them; `some` tensor where there is nothing."""
-        names = ("takes", "granted", "debts", "ladder", "place", "ladder_place", "rungs")
-        nothing = (some, some, some, some, 0, 0, 0)
-        kept = self.kept or (some, some, some)
+        names = ("takes", "granted", "debts", "owed", "ladder", "place", "ladder_place", "rungs")
+        nothing = (some, some, some, some, some, 0, 0, 0)
         return {
             "norms": self.norms_I,
             **dict(zip(names, self.takes or nothing, strict=True)),
-            **dict(zip(("kept_index", "kept_value", "kept_count"), kept, strict=True)),
             "PICKS": self.takes is not None,
-            "LISTS": self.kept is not None,
             "PATIENCE": PATIENCE,
             "HASTE": HASTE,
         }
@@ -141,15 +139,28 @@ def gate(form: int, both_SNO: Tensor, at: At, dtype: torch.dtype) -> Tensor:
     """
     parts, rows, both = both_SNO.shape
     out_NI = torch.empty(rows, both // 2, dtype=dtype, device=both_SNO.device)
-    block = triton.next_power_of_2(both // 2)
-    _gate[(rows,)](
+    block = span(both // 2)
+    _gate[(rows, triton.cdiv(both // 2, block))](
         both_SNO, out_NI, both // 2, rows, FORM=form, PARTS=parts, BLOCK=block,
         num_warps=warps(block), **at.arguments(both_SNO),
     )  # fmt: skip
     return out_NI
 
 
-def multiply_one(kept: Kept, weight_IO: Tensor, bias_O: Tensor | None, tile: Tile) -> Tensor:
+def take(x_NI: Tensor, rows_J: Tensor, at: At) -> None:
+    """Leave of some rows what they take, zero elsewhere, in place.
+
+    Args:
+        rows_J: int64; what each takes stands in the same order.
+    """
+    inputs = x_NI.shape[1]
+    block = span(inputs)
+    _take[(len(rows_J), triton.cdiv(inputs, block))](
+        x_NI, rows_J, inputs, BLOCK=block, num_warps=warps(block), **at.arguments(x_NI)
+    )  # fmt: skip
+
+
+def multiply_one(x_1I: Tensor, weight_IO: Tensor, bias_O: Tensor | None, tile: Tile) -> Tensor:
     """The product of a lone row, which reads no more of the weight than the row kept.
 
     Returns:
@@ -158,13 +169,19 @@ def multiply_one(kept: Kept, weight_IO: Tensor, bias_O: Tensor | None, tile: Til
     inputs, outputs = weight_IO.shape
     tiles = triton.cdiv(outputs, tile.outputs)
     parts = max(1, min(tile.programs // tiles, MOST_PARTS, triton.cdiv(inputs, tile.inputs)))
+    each = triton.cdiv(triton.cdiv(inputs, parts), tile.inputs) * tile.inputs
+    parts = triton.cdiv(inputs, each)
     out_S1O = torch.empty(parts, 1, outputs, dtype=torch.float32, device=weight_IO.device)
     _multiply_one[(tiles, parts)](
-        *kept, weight_IO, weight_IO if bias_O is None else bias_O, out_S1O, outputs, parts,
+        x_1I, weight_IO, weight_IO if bias_O is None else bias_O, out_S1O, inputs, outputs, each,
         HAS_BIAS=bias_O is not None, INPUTS=tile.inputs, OUTPUTS=tile.outputs,
         num_warps=tile.warps,
     )  # fmt: skip
     return out_S1O
+
+
+def span(channels: int) -> int:
+    return min(1 << (channels - 1).bit_length(), _SPAN)
 
 
 def warps(block: int) -> int:
@@ -183,11 +200,13 @@ def sum_of(parts, row, at, inside, rows, width, PARTS: tl.constexpr):  # type: i
 
 @triton.jit
 def _taken(  # type: ignore[no-untyped-def]
-    x_B, at_B, inside_B, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
-    kept_index, kept_value, kept_count, row, inputs, LISTS: tl.constexpr, PATIENCE: tl.constexpr,
-    HASTE: tl.constexpr,
+    x_B, at_B, inside_B, norms, takes, granted, debts, owed, ladder, place, ladder_place, rungs,
+    row, inputs, PATIENCE: tl.constexpr, HASTE: tl.constexpr,
 ):  # fmt: skip
-    """`x`, zero but for what the row takes; its debt is brought up to date (thresholds.py)."""
+    """`x`, zero but for what the row takes; what it owes then is brought up to date.
+
+    As thresholds.py says. The first program of a row takes down the grant, each what it took.
+    """
     grant = tl.minimum(tl.load(granted + place + row), inputs)
     debt = tl.load(debts + place + row)
     beyond = debt - tl.minimum(tl.maximum(debt, -grant), grant)
@@ -198,40 +217,33 @@ def _taken(  # type: ignore[no-untyped-def]
     least = tl.where(is_taking, tl.load(ladder + ladder_place + rung), float("-inf"))
     size_B = tl.abs(x_B) * tl.load(norms + at_B, mask=inside_B, other=0.0)
     kept_B = inside_B & ((size_B >= least) | (size_B != size_B))  # what is no number is taken
-    count = tl.sum(kept_B.to(tl.int32), 0).to(tl.int64)
-    tl.store(debts + place + row, debt + tl.where(is_taking, count - grant, 0))
-    if LISTS:
-        into_B = tl.cumsum(kept_B.to(tl.int32), 0) - 1
-        tl.store(kept_index + into_B, at_B, mask=kept_B)
-        tl.store(kept_value + into_B, x_B, mask=kept_B)
-        tl.store(kept_count, count.to(tl.int32))
+    more = tl.sum(kept_B.to(tl.int32), 0).to(tl.int64) - tl.where(tl.program_id(1) == 0, grant, 0)
+    tl.atomic_add(owed + place + row, tl.where(is_taking, more, 0))
     return tl.where(kept_B, x_B, 0.0)
 
 
 @triton.jit
 def give(  # type: ignore[no-untyped-def]
-    x_B, at_B, inside_B, out, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
-    kept_index, kept_value, kept_count, row, inputs, PICKS: tl.constexpr, LISTS: tl.constexpr,
-    PATIENCE: tl.constexpr, HASTE: tl.constexpr,
+    x_B, at_B, inside_B, out, norms, takes, granted, debts, owed, ladder, place, ladder_place,
+    rungs, row, inputs, PICKS: tl.constexpr, PATIENCE: tl.constexpr, HASTE: tl.constexpr,
 ):  # fmt: skip
     """Store a row, in the type of `out`, as far as the row takes it."""
     x_B = x_B.to(out.dtype.element_ty).to(tl.float32)
     if PICKS:
         x_B = _taken(
-            x_B, at_B, inside_B, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
-            kept_index, kept_value, kept_count, row, inputs, LISTS, PATIENCE, HASTE,
+            x_B, at_B, inside_B, norms, takes, granted, debts, owed, ladder, place, ladder_place,
+            rungs, row, inputs, PATIENCE, HASTE,
         )  # fmt: skip
     tl.store(out + row * inputs + at_B, x_B.to(out.dtype.element_ty), mask=inside_B)
 
 
 @triton.jit(do_not_specialize=["place", "ladder_place"])
 def _normalise(  # type: ignore[no-untyped-def]
-    h, branch, scale, out, width, epsilon, rows, norms, takes, granted, debts, ladder, place,
-    ladder_place, rungs, kept_index, kept_value, kept_count, PARTS: tl.constexpr,
-    PICKS: tl.constexpr, LISTS: tl.constexpr, PATIENCE: tl.constexpr, HASTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    h, branch, scale, out, width, epsilon, rows, norms, takes, granted, debts, owed, ladder, place,
+    ladder_place, rungs, PARTS: tl.constexpr, PICKS: tl.constexpr, PATIENCE: tl.constexpr,
+    HASTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     at_B = tl.arange(0, BLOCK)
     inside_B = at_B < width
     x_B = tl.load(h + row * width + at_B, mask=inside_B, other=0.0).to(tl.float32)
@@ -241,20 +253,19 @@ def _normalise(  # type: ignore[no-untyped-def]
     root = tl.rsqrt(tl.sum(x_B * x_B, 0) / width + epsilon)
     x_B = x_B * root * tl.load(scale + at_B, mask=inside_B, other=0.0).to(tl.float32)
     give(
-        x_B, at_B, inside_B, out, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
-        kept_index, kept_value, kept_count, row, width, PICKS, LISTS, PATIENCE, HASTE,
+        x_B, at_B, inside_B, out, norms, takes, granted, debts, owed, ladder, place, ladder_place,
+        rungs, row, width, PICKS, PATIENCE, HASTE,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["place", "ladder_place"])
 def _gate(  # type: ignore[no-untyped-def]
-    both, out, inputs, rows, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
-    kept_index, kept_value, kept_count, FORM: tl.constexpr, PARTS: tl.constexpr,
-    PICKS: tl.constexpr, LISTS: tl.constexpr, PATIENCE: tl.constexpr, HASTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    both, out, inputs, rows, norms, takes, granted, debts, owed, ladder, place, ladder_place,
+    rungs, FORM: tl.constexpr, PARTS: tl.constexpr, PICKS: tl.constexpr, PATIENCE: tl.constexpr,
+    HASTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    at_B = tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    at_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside_B = at_B < inputs
     first_B = sum_of(both, row, at_B, inside_B, rows, 2 * inputs, PARTS)
     second_B = sum_of(both, row, at_B + inputs, inside_B, rows, 2 * inputs, PARTS)
@@ -265,31 +276,44 @@ def _gate(  # type: ignore[no-untyped-def]
         first_B = first_B * tl.sigmoid(2 * inner_B)  # 0.5 * (1 + tanh(inner))
     x_B = first_B * second_B
     give(
-        x_B, at_B, inside_B, out, norms, takes, granted, debts, ladder, place, ladder_place, rungs,
-        kept_index, kept_value, kept_count, row, inputs, PICKS, LISTS, PATIENCE, HASTE,
+        x_B, at_B, inside_B, out, norms, takes, granted, debts, owed, ladder, place, ladder_place,
+        rungs, row, inputs, PICKS, PATIENCE, HASTE,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["place", "ladder_place"])
+def _take(  # type: ignore[no-untyped-def]
+    x, rows, inputs, norms, takes, granted, debts, owed, ladder, place, ladder_place, rungs,
+    PICKS: tl.constexpr, PATIENCE: tl.constexpr, HASTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    one = tl.program_id(0)
+    at_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside_B = at_B < inputs
+    into_B = x + tl.load(rows + one) * inputs + at_B
+    x_B = tl.load(into_B, mask=inside_B, other=0.0).to(tl.float32)
+    x_B = _taken(
+        x_B, at_B, inside_B, norms, takes, granted, debts, owed, ladder, place, ladder_place,
+        rungs, one, inputs, PATIENCE, HASTE,
+    )  # fmt: skip
+    tl.store(into_B, x_B.to(x.dtype.element_ty), mask=inside_B)
 
 
 @triton.jit
 def _multiply_one(  # type: ignore[no-untyped-def]
-    index, value, count, weight, bias, out, outputs, parts, HAS_BIAS: tl.constexpr,
-    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
+    x, weight, bias, out, inputs, outputs, each, HAS_BIAS: tl.constexpr, INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     at_O = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     inside_O = at_O < outputs
-    kept = tl.load(count)
-    each = tl.cdiv(kept, parts)
-    stop = tl.minimum((part + 1) * each, kept)
+    stop = tl.minimum((part + 1) * each, inputs)
     sum_IO = tl.zeros((INPUTS, OUTPUTS), dtype=tl.float32)
     for first in range(part * each, stop, INPUTS):
-        place_I = first + tl.arange(0, INPUTS)
-        there_I = place_I < stop
-        at_I = tl.load(index + place_I, mask=there_I, other=0)
-        x_I = tl.load(value + place_I, mask=there_I, other=0.0)
+        at_I = first + tl.arange(0, INPUTS)
+        x_I = tl.load(x + at_I, mask=at_I < stop, other=0.0).to(tl.float32)
         weight_IO = tl.load(
             weight + at_I[:, None] * outputs + at_O[None, :],
-            mask=there_I[:, None] & inside_O[None, :],
+            mask=(x_I != 0)[:, None] & inside_O[None, :],
             other=0.0,
         )
         sum_IO += x_I[:, None] * weight_IO.to(tl.float32)

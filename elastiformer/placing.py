@@ -56,11 +56,12 @@ class Placing:
         self._parts: dict[Rows, list[_Part]] = {}
         self._masks: Masks = {}
         self._single_parts: dict[Rows, np.ndarray] = {}
-        # With complete caches every layer takes every row: all places are known at once.
+        # With complete caches every layer takes every row: they grow by all of them at once.
         self._complete = self._caches[0].complete
-        self._whole_LNG: np.ndarray | None = None
+        self._before_C = [int(cache.length_L[0]) for cache in self._caches]
         if self._complete:
-            self._whole_LNG = self._everywhere()
+            for cache, span in zip(self._caches, packed.spans, strict=True):
+                cache.grow(span.stop - span.start)
 
     def place(self, layer: int, rows: Rows, keys_values_RMH: Tensor | None) -> None:
         """Write the keys and values [R, 2G, H] of these rows into their caches."""
@@ -92,7 +93,6 @@ class Placing:
 
         Of complete caches: each reads the keys up to its own position.
         """
-        assert self._whole_LNG is not None, "caches that are not complete"
         chunk_R = self._packed.chunk_N[rows.rows_R]
         first_LR, room_LR = self._first_LC[:, chunk_R], self._room_LC[:, chunk_R]
         value_LR = first_LR + self._caches[0].shape.kv_heads * room_LR
@@ -111,10 +111,20 @@ class Placing:
 
     def grow_in_all_layers(self) -> np.ndarray:
         """Make room for chunks of one row each that every layer takes: its places [L, N, 2G]."""
-        if self._whole_LNG is not None:
-            return self._whole_LNG  # complete caches have grown by the whole step
+        if self._complete:
+            return self._whole_LNG
         with_positions = zip(self._caches, self._packed.positions, strict=True)
         return np.stack([cache.next_rows(at) for cache, at in with_positions], axis=1)
+
+    @property
+    def first_LC(self) -> np.ndarray:
+        """Where each chunk's keys begin in each layer, among the rows of the pool."""
+        return self._first_LC
+
+    @property
+    def room_LC(self) -> np.ndarray:
+        """How far apart the heads of a chunk are in each layer."""
+        return self._room_LC
 
     @property
     def rows_PH(self) -> Tensor:
@@ -196,17 +206,18 @@ class Placing:
 
     @cached_property
     def _index_LNG(self) -> Tensor:
-        assert self._whole_LNG is not None, "caches that are not complete"
         return torch.from_numpy(self._whole_LNG).to(self._packed.device)
 
-    def _everywhere(self) -> np.ndarray:
-        """The places of all rows in all layers, [L, N, 2G]; the caches grow by them."""
+    @cached_property
+    def _whole_LNG(self) -> np.ndarray:
+        """Of complete caches, the places of all rows in all layers: [L, N, 2G]."""
+        assert self._complete, "caches that are not complete"
         parts_LNG = []
-        for cache, span in zip(self._caches, self._packed.spans, strict=True):
-            tokens = span.stop - span.start
-            first_NG = cache.rows_for(0, tokens) - cache.first_row(0)
+        for cache, span, before in zip(
+            self._caches, self._packed.spans, self._before_C, strict=True
+        ):
+            first_NG = cache.rows_at(0, before, span.stop - span.start) - cache.first_row(0)
             parts_LNG.append(cache.first_rows_L[:, None, None] + first_NG)
-            cache.length_L += tokens
         return parts_LNG[0] if len(parts_LNG) == 1 else np.concatenate(parts_LNG, axis=1)
 
     def _next(self, layer: int, rows: Rows) -> Tensor:

@@ -82,6 +82,15 @@ class PricedPlan:
     _root: Callable[[Plan], PricedPlan]
 
     @cached_property
+    def keeps_by_plan(self) -> bool:
+        """Whether it keeps each sub-layer whole or not at all, so that no router has a say."""
+        return all(
+            share in (0, 1)
+            for layer in self.plan
+            for share in (layer.attention_tokens, layer.mlp_tokens)
+        )
+
+    @cached_property
     def left_from(self) -> int:
         """The layer from which on, but for the last one, all sub-layers are left out."""
         return self._alike_from(lambda layer: layer.attention_tokens == 0 == layer.mlp_tokens)

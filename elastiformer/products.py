@@ -94,6 +94,12 @@ class Product:
         """The product over all channels."""
         return self.run(Reading(x_RI))
 
+    def whole(self, x_RI: Tensor) -> Tensor:
+        """The product over all channels of a device, where its weight lies input by input."""
+        if self._bias_O is None:
+            return torch.mm(x_RI, self.weight_IO)
+        return torch.addmm(self._bias_O, x_RI, self.weight_IO)
+
     def by_row(self, reading: Reading) -> Tensor:
         """The product over each row's channels and no others."""
         if not self.has_tiles:

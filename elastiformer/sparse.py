@@ -74,6 +74,10 @@ class SparseForm:
         """Run the chunks; float32 logits [output rows, vocabulary] of each."""
         kernels.use_threads()
         parts = lone, longer = _parts(chunks)
+        if longer and self._decoding.knows_prompts:
+            packed = Packed(chunks, self.workshop.device)
+            if self._decoding.takes_prompts(packed):
+                return self._run_packed(packed, prompts=True)
         if not longer or not self._decoding.may_run_apart:
             return self._run(chunks)
         if ends := {chunk for chunk in longer if self._decoding.ends_apart(chunk)}:
@@ -102,17 +106,26 @@ class SparseForm:
         return [found[chunk.sequence] for chunk in chunks]
 
     def _run(self, chunks: Sequence[Chunk]) -> list[Tensor]:
-        packed = Packed(chunks, self.workshop.device)
-        packed.allowances = self.workshop.allowances(packed)
+        return self._run_packed(Packed(chunks, self.workshop.device))
+
+    def _run_packed(self, packed: Packed, prompts: bool = False) -> list[Tensor]:
+        """Run one step.
+
+        Args:
+            prompts: whether it is one of those that `Decoding.takes_prompts`.
+        """
+        tools = self._decoding if prompts else self.workshop
+        packed.allowances = tools.allowances(packed)
         placing, taken = self._placing(packed), Taken(packed, self.shape)
         h_ND = self._embed(packed)
         rotations = self._rotary.of(packed, h_ND)
-        h_ND = self._run_layers(h_ND, packed, placing, taken, rotations)
+        run = self._decoding.run_prompts if prompts else self._run_layers
+        h_ND = run(h_ND, packed, placing, taken, rotations)
         logits = self._logits(h_ND, packed)
         taken.settle(self.adapter.units if self.adapter is not None else ())
         if packed.allowances is not None:
             packed.allowances.settle()
-        for chunk in chunks:
+        for chunk in packed.chunks:
             chunk.sequence.length += len(chunk.ids)
         return logits
 

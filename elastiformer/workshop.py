@@ -23,7 +23,7 @@ from elastiformer.attention import Backend, Portable, backend
 from elastiformer.both_ways import BothWays
 from elastiformer.capacity import Site, Unit
 from elastiformer.costs import ROWS, CostTable, compare
-from elastiformer.device_allowances import DeviceAllowances
+from elastiformer.device_allowances import AmongOthers, DeviceAllowances
 from elastiformer.expert_table import ExpertTable
 from elastiformer.families import Layer, Layout, Projection
 from elastiformer.mending import Mending
@@ -182,6 +182,19 @@ class Workshop:
             packed.channels_LTK,
             packed.kind_N,
             self.ladder_LTG,
+            self._outputs_LT,
+        )
+
+    def allowances_among(self, packed: Packed) -> AmongOthers:
+        """The same of the rows that pick, on a device, where no request has two of them."""
+        rows_J = packed.picking.rows_R
+        return AmongOthers(
+            rows_J,
+            packed.count,
+            [packed.chunks[chunk].sequence for chunk in packed.chunk_N[rows_J].tolist()],
+            packed.channels_LTK,
+            packed.kind_N[rows_J],
+            self._ladder_on_device_LTG,
             self._outputs_LT,
         )
 
