@@ -152,14 +152,10 @@ class SequenceCache:
 
     def rows_for(self, layer: int, tokens: int) -> np.ndarray:
         """Where the next tokens of a layer go among the pool's rows: [N, 2G]."""
-        return self.rows_at(layer, int(self.length_L[layer]), tokens)
-
-    def rows_at(self, layer: int, first: int, tokens: int) -> np.ndarray:
-        """Where some tokens of a layer go, by how many are before them: [N, 2G]."""
-        room = int(self.room_L[layer])
-        assert first + tokens <= room, f"layer {layer}: {first} + {tokens} tokens in room {room}"
+        room, length = int(self.room_L[layer]), int(self.length_L[layer])
+        assert length + tokens <= room, f"layer {layer}: {length} + {tokens} tokens in room {room}"
         part_G = self.first_row(layer) + room * np.arange(self.shape.rows_per_token)
-        return part_G + (first + np.arange(tokens))[:, None]
+        return part_G + (length + np.arange(tokens))[:, None]
 
     def grow(self, tokens: int) -> None:
         """Let every layer hold so many tokens more."""

@@ -58,7 +58,6 @@ class Placing:
         self._single_parts: dict[Rows, np.ndarray] = {}
         # With complete caches every layer takes every row: they grow by all of them at once.
         self._complete = self._caches[0].complete
-        self._before_C = [int(cache.length_L[0]) for cache in self._caches]
         if self._complete:
             for cache, span in zip(self._caches, packed.spans, strict=True):
                 cache.grow(span.stop - span.start)
@@ -212,13 +211,13 @@ class Placing:
     def _whole_LNG(self) -> np.ndarray:
         """Of complete caches, the places of all rows in all layers: [L, N, 2G]."""
         assert self._complete, "caches that are not complete"
-        parts_LNG = []
-        for cache, span, before in zip(
-            self._caches, self._packed.spans, self._before_C, strict=True
-        ):
-            first_NG = cache.rows_at(0, before, span.stop - span.start) - cache.first_row(0)
-            parts_LNG.append(cache.first_rows_L[:, None, None] + first_NG)
-        return parts_LNG[0] if len(parts_LNG) == 1 else np.concatenate(parts_LNG, axis=1)
+        packed = self._packed
+        first_LN = self._first_LC[:, packed.chunk_N] + np.array(packed.positions)
+        part_G = np.arange(self._caches[0].shape.rows_per_token)
+        places_LNG: np.ndarray = (
+            first_LN[..., None] + self._room_LC[:, packed.chunk_N, None] * part_G
+        )
+        return places_LNG
 
     def _next(self, layer: int, rows: Rows) -> Tensor:
         """The places of some rows in one layer, [R, 2G]; the caches grow by them there."""
