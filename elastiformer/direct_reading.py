@@ -17,6 +17,7 @@ Shape letters: N rows of items   Q queries   A query heads   H head size   G key
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -78,7 +79,11 @@ class DirectReading:
     def __init__(self, workshop: Workshop) -> None:
         self._workshop = workshop
         self._weights: dict[tuple[int, tuple[str | None, ...]], tuple[int, _Weights]] = {}
-        self.norms = [affine_of(layer.attention_norm) for layer in workshop.layout.layers]
+
+    @cached_property
+    def norms(self) -> list[AffineNorm | None]:
+        """Each layer's, as far as it is one. Copied for who reads so: a causal model never does."""
+        return [affine_of(layer.attention_norm) for layer in self._workshop.layout.layers]
 
     def brought(self, layer: Layer, x_ND: Tensor, normed: bool = False) -> Brought:
         """What rows of the residual bring to a layer; its norm is done as they are read.
@@ -86,9 +91,8 @@ class DirectReading:
         Args:
             normed: whether all of it was done but for its scale and shift.
         """
-        lean, affine = self._workshop.attention_norms[layer.index], self.norms[layer.index]
-        if affine is None or reads_plainly(x_ND):
-            return Brought(lean(x_ND))
+        if reads_plainly(x_ND) or (affine := self.norms[layer.index]) is None:
+            return Brought(self._workshop.attention_norms[layer.index](x_ND))
         return Brought(x_ND, affine._replace(epsilon=NORMED) if normed else affine)
 
     def run(self, layer: Layer, asking: Rows, kept: Kept, h_ND: Tensor, packed: Packed) -> None:

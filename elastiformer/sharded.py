@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Self
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -21,11 +22,11 @@ from torch.distributed.tensor import DTensor
 from elastiformer.adapter import Adapter, elastic_shape
 from elastiformer.cache import CacheShape
 from elastiformer.capacity import Unit
-from elastiformer.errors import AdapterError, UnsupportedModel
+from elastiformer.errors import AdapterError, BaseModelError, UnsupportedModel
 from elastiformer.families import Layer, Layout, Projection
 from elastiformer.model import ElasticModel
 from elastiformer.sparse import SparseForm
-from elastiformer.weights import load_base
+from elastiformer.weights import device_of, load_base
 
 CARRIED = (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS)
 
@@ -49,11 +50,15 @@ class ShardedModel(ElasticModel):
 
         Raises:
             BaseModelError, AdapterError: as there.
+            BaseModelError: another device than this machine's accelerator, by several processes.
             UnsupportedModel: heads or neurons that cannot be divided among the processes, or
                 weights that hold several projections in one.
             AdapterError: units that would decide over what is divided, or a repair.
         """
-        loaded = load_base(base, dtype, device, processes=dist.get_world_size())
+        processes = dist.get_world_size()
+        if processes > 1:
+            _check_device(device_of(device), processes)
+        loaded = load_base(base, dtype, device, processes)
         return cls._of(loaded, adapter)
 
     def attach(self, adapter: Adapter | None) -> None:
@@ -70,6 +75,17 @@ class ShardedModel(ElasticModel):
     @cached_property
     def _sparse(self) -> SparseForm:
         return SparseForm(self._part, self.adapter, self.shape)
+
+
+def _check_device(place: torch.device, processes: int) -> None:
+    # Transformers asks nobody where the parts go.
+    known = torch.accelerator.current_accelerator() or torch.device("cpu")
+    if place.type != known.type:
+        raise BaseModelError(
+            f"device '{place}' cannot be used by {processes} processes: Transformers lays out "
+            f"their parts on this machine's accelerator, '{known.type}'. Hide it from them "
+            "(CUDA_VISIBLE_DEVICES= hides GPUs), or use it"
+        )
 
 
 def divided(layout: Layout, rank: int, size: int) -> Layout:

@@ -7,7 +7,7 @@ waits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,7 +21,7 @@ from service.items import Given, PlacedItems, place_items, refuse_labels
 from service.knob import Asked, Knob, Resolved
 from service.orders import Order
 from service.outputs import end_tokens
-from service.reach import as_run, of_chat, within_reach
+from service.reach import as_run, of_chat, of_texts, within_reach
 from service.scheduler import Job
 from service.schemas import (
     ChatRequest,
@@ -86,23 +86,24 @@ class Desk:
         served, resolved = self._writer(asked, caller)
         inputs = served.engine.inputs
         prompts = _prompts(asked, inputs)
+        scored = bool(asked.echo) and asked.logprobs is not None
         if served.vlm is not None:
             served.vlm.pictures.refuse_image_tokens(prompts)
-            resolved = within_reach(resolved, served.engine.longest)
+            serve = of_texts(served.engine, prompts, asked.max_tokens, scored)
+            resolved = within_reach(resolved, serve)
         if asked.max_tokens == 0 and not asked.echo:
             raise BadRequest("max_tokens: 0 is for echo only", "max_tokens")
-        longest = served.engine.longest(resolved.applied)
         most_new = [
-            _most_new(inputs, ids, asked.max_tokens, COMPLETION_TOKENS, longest) for ids in prompts
+            _most_new(
+                inputs,
+                ids,
+                asked.max_tokens,
+                COMPLETION_TOKENS,
+                partial(served.engine.most_new, resolved.applied, len(ids), scored=scored),
+            )
+            for ids in prompts
         ]
-        order = self._order(
-            asked,
-            resolved,
-            prompts,
-            most_new,
-            logprobs=asked.logprobs,
-            scored=bool(asked.echo) and asked.logprobs is not None,
-        )
+        order = self._order(asked, resolved, prompts, most_new, asked.logprobs, scored)
         echoes = tuple(prompts) if asked.echo else ()
         order = served.engine.checked(order)
         return Placed(served, order, asked.model, asked.logprobs, echoes)
@@ -122,18 +123,19 @@ class Desk:
             ids, pictures = served.vlm.pictures.chat(inputs, messages)
         else:
             ids = inputs.chat(messages)
+        bound = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
+        limit = asked.max_completion_tokens or asked.max_tokens
         imaged: ImagedPrompt | None = None
         if served.vlm is not None:
-            resolved = within_reach(resolved, of_chat(served.engine, served.vlm, ids, pictures))
+            serve = of_chat(served.engine, served.vlm, ids, pictures, limit)
+            resolved = within_reach(resolved, serve)
             if pictures:
                 imaged = served.vlm.prompt(resolved.applied, ids, pictures)
                 resolved = as_run(resolved, served.vlm)
-        bound = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
-        limit = asked.max_completion_tokens or asked.max_tokens
-        longest = served.engine.longest(imaged.capacity if imaged else resolved.applied)
-        longest += imaged.dropped if imaged else 0
+        run = (imaged.capacity, len(imaged.ids)) if imaged else (resolved.applied, len(ids))
+        fitting = partial(served.engine.most_new, *run)
         most_new = _most_new(
-            inputs, ids, limit, self.default_max_tokens, longest, bound, "messages"
+            inputs, ids, limit, self.default_max_tokens, fitting, bound, "messages"
         )
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         order = self._order(asked, resolved, [ids], [most_new], logprobs=logprobs, field="messages")
@@ -291,11 +293,11 @@ def _most_new(
     ids: Sequence[int],
     asked: int | None,
     default: int,
-    longest: int,
+    fitting: Callable[[int], int],
     bound: str = "max_tokens",
     field: str = "prompt",
 ) -> int:
-    """The asked length, refused if it does not fit; a default is what fits of it."""
+    """The asked length, refused if it does not fit; a default is what is `fitting` of it."""
     if asked is not None:
         inputs.checked_room(len(ids), asked, bound, field)
         return asked
@@ -305,7 +307,7 @@ def _most_new(
             f"{field}: {len(ids)} tokens fill the context of {inputs.context}; "
             "no room for an answer"
         )
-    return min(default, room, max(longest - len(ids), 1))
+    return fitting(min(default, room))
 
 
 def _sampling(asked: Generation, logprobs: int | None) -> Sampling:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from elastiformer import Capacity, Chunk, ElasticModel, Sequence
 from elastiformer.elastic import Elastic
-from elastiformer.errors import ElastiError, InputError
+from elastiformer.errors import CapacityError, ElastiError, InputError
 from elastiformer.imaged import ImagedPrompt
 from elastiformer.inputs import Detokenizer, StopMatcher, TextInputs
 from elastiformer.vlm import ElasticVlm
@@ -142,15 +142,47 @@ class Engine:
     def shares_prefixes(self) -> bool:
         return self.model.prefixes is not None
 
+    def most_new(
+        self, capacity: Capacity, prompt_tokens: int, most: int, scored: bool = False
+    ) -> int:
+        """How many of `most` tokens may follow a prompt: what fits the whole cache, and what this
+        capacity can reach; one at least."""
+
+        def does_not_fit(new: int) -> bool:
+            needed = self._blocks(capacity, prompt_tokens, prompt_tokens + new, scored)
+            return needed is None or needed > self.limits.cache_blocks
+
+        if not does_not_fit(most):
+            return most
+        return max(1, bisect_left(range(1, most + 1), True, key=does_not_fit))
+
     def _longest(self, capacity: Capacity) -> int:
         """The most tokens that a prompt and its answer may have together, whatever their parts:
-        by the model's context and by the whole cache."""
+        by the model's context, by the whole cache, and by what this capacity can reach.
+
+        Raises:
+            CapacityError: it can reach no length.
+        """
 
         def does_not_fit(tokens: int) -> bool:
-            needed = (self.model.blocks_for(capacity, part, tokens) for part in (1, tokens))
-            return max(needed) > self.limits.cache_blocks
+            needed = self._blocks(capacity, tokens, tokens)  # an answer is short
+            if needed is None:
+                return True
+            return max(needed, self._blocks(capacity, 1, tokens) or 0) > self.limits.cache_blocks
 
-        return bisect_left(range(1, self.model.context + 1), True, key=does_not_fit)
+        longest = bisect_left(range(1, self.model.context + 1), True, key=does_not_fit)
+        if longest == 0:
+            self.model.blocks_for(capacity, 1, 1)  # says why, if it is not the cache
+        return longest
+
+    def _blocks(
+        self, capacity: Capacity, prompt_tokens: int, most_tokens: int, scored: bool = False
+    ) -> int | None:
+        """What a sequence takes of the cache; None where its capacity is out of its reach."""
+        try:
+            return self.model.blocks_for(capacity, prompt_tokens, most_tokens, scored)
+        except CapacityError:
+            return None
 
     def submit(self, order: Order) -> Ticket:
         """Take an order; called on the event loop that its events shall arrive on.

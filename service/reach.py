@@ -7,7 +7,7 @@ tokens alone has nothing to leave out of text. A caller's own number is never li
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from elastiformer.capacity import Capacity, Share
@@ -22,17 +22,43 @@ _HUNDREDTHS = range(1, 101)
 Serve = Callable[[Capacity], object]  # raises CapacityError for what cannot be served
 
 
-def of_chat(
-    engine: Engine, vlm: ElasticVlm, ids: tuple[int, ...], pictures: tuple[Picture, ...]
+def of_texts(
+    engine: Engine, texts: Sequence[Sequence[int]], new: int | None, scored: bool = False
 ) -> Serve:
-    """A conversation with these pictures, perhaps none."""
+    """Prompts with so many tokens to follow; None: as many as are served, so one."""
 
     def serve(capacity: Capacity) -> None:
-        if pictures:
-            capacity = vlm.prompt(capacity, ids, pictures).capacity
-        engine.longest(capacity)
+        for ids in texts:
+            _serve(engine, capacity, len(ids), new, scored)
 
     return serve
+
+
+def of_chat(
+    engine: Engine,
+    vlm: ElasticVlm,
+    ids: tuple[int, ...],
+    pictures: tuple[Picture, ...],
+    new: int | None,
+) -> Serve:
+    """A conversation with these pictures, perhaps none, and so many tokens to follow."""
+
+    def serve(capacity: Capacity) -> None:
+        run = ids
+        if pictures:
+            prompt = vlm.prompt(capacity, ids, pictures)
+            capacity, run = prompt.capacity, prompt.ids
+        _serve(engine, capacity, len(run), new)
+
+    return serve
+
+
+def _serve(
+    engine: Engine, capacity: Capacity, tokens: int, new: int | None, scored: bool = False
+) -> None:
+    # What is beyond the context is refused for that.
+    most = min(tokens + (1 if new is None else new), engine.model.context)
+    engine.model.blocks_for(capacity, tokens, most, scored)
 
 
 def within_reach(resolved: Resolved, serve: Serve) -> Resolved:

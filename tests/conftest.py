@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Kernels of GPUs run on a CPU, slowly, unless the tests run on a GPU.
 if os.environ.get("ELASTI_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is loaded without a device goes to a GPU
 
 from collections.abc import Callable, Generator
 from pathlib import Path

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +35,7 @@ from training.loop import VERSIONS
 from training.options import command_line, names, whole
 from training.progress import track
 from training.ranks import numbers
-from training.signals import Stop
+from training.signals import GOES_ON, Stop
 
 FREE = {"out", "rows", "device"}  # what may differ when a study goes on
 
@@ -90,11 +91,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     folder = run_beside(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     same_run(folder / "options.json", vars(args), FREE)
-    with Stop() as stop:
+    with Stop("row") as stop:
         for name in track(wanted, label="rows"):
             path = folder / f"{name}.json"
             if not path.exists():
                 if stop.asked:
+                    print(f"stopped before {name}; {GOES_ON}", file=sys.stderr)
                     return {"finished": False, "run": str(folder)}
                 write_json(path, [asdict(point) for point in study.measured(known[name])])
     done = [

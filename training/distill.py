@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def train(args: argparse.Namespace, world: World) -> dict[str, Any] | None:
     """One run in a world that stands: from the options to the adapter."""
-    with Stop() as stop:
+    with Stop("step" if world.leads else None) as stop:
         settle(args, world)
         return prepared(args, world, *learner(args, world)).go(stop)
 

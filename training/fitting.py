@@ -121,7 +121,7 @@ def fit(
         done = found.step
     began = time.monotonic()
     log = Log(folder, label, schedule.steps, done)
-    with Stop() as stop:
+    with Stop("step") as stop:
         while done < schedule.steps and not stop.asked:
             parts = loss(done)
             for optimizer in optimizers:

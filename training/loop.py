@@ -33,7 +33,7 @@ from training.lessons import Teacher
 from training.losses import Direction, Divergence, Weights
 from training.processes import World, sum_gradients
 from training.progress import Log
-from training.signals import Stop
+from training.signals import GOES_ON, Stop
 from training.stream import StreamedWindows
 from training.student import Objective, Student, Whole
 
@@ -140,7 +140,8 @@ class Distillation:
         seconds = time.monotonic() - began
         speed = (self._done - done_before) * args.batch_tokens / seconds
         if self._done < args.steps:
-            print(f"stopped after step {self._done}; go on with --resume", file=sys.stderr)
+            how = GOES_ON if args.resume else "go on with --resume"
+            print(f"stopped after step {self._done}; {how}", file=sys.stderr)
             return {"finished": False, "step": self._done, "run": str(self._folder)}
         return self._finish(log) | {"tokens_per_second": round(speed, 1)}
 

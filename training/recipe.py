@@ -42,7 +42,7 @@ from training.progress import track
 from training.quality import Setting, Window, compare, recalibrate, routed, windows_of
 from training.recipe_report import Choice, Point, Recipe, Row, Training, write_recipe
 from training.sensitivity import Meter
-from training.signals import Stop
+from training.signals import GOES_ON, Stop
 from training.start import blank_adapter
 from training.student import TextStudent
 
@@ -149,10 +149,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     folder = run_beside(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     same_run(folder / "options.json", vars(args), FREE)
-    with Stop() as stop:
+    with Stop("row, or this step of its training") as stop:
         study = Study(args, folder, stop)
         for name in track(args.rows, label="rows"):
             if stop.asked or not study.settled(ROWS[name]):
+                print(f"stopped; {name} is not done, and {GOES_ON}", file=sys.stderr)
                 return {"finished": False, "run": str(folder)}
     done = {
         name: row.measured(json.loads(path.read_text()))

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+GOES_ON = "the same command goes on where it was"
+
 
 class Stop:
-    """`with Stop() as stop:` … `stop.asked` is True after the first SIGINT or SIGTERM."""
+    """`with Stop("step") as stop:` … `stop.asked` is True after the first SIGINT or SIGTERM."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, ends: str | None) -> None:
+        """
+        Args:
+            ends: what is ended first, as whoever stops is told at once; None: nothing is said.
+        """
         self.asked = False
+        self._ends = ends
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -34,7 +43,15 @@ class Stop:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         self._restore()
+        if self._ends is not None:
+            tell(f"stopping after this {self._ends}; Ctrl-C again stops at once")
 
     def _restore(self) -> None:
         while self._before:
             signal.signal(*self._before.popitem())
+
+
+def tell(line: str) -> None:
+    """Say a line on stderr, whatever else is being written there: beside a bar, say."""
+    with suppress(OSError):
+        os.write(2, f"\n{line}\n".encode())

@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastiformer import DENSE, Capacity, LayerPlan, Phase, Plan, Unit, UnitShares
+from elastiformer import (
+    DENSE,
+    Capacity,
+    Chunk,
+    ElasticModel,
+    LayerPlan,
+    Phase,
+    Plan,
+    Unit,
+    UnitShares,
+    direct_reading,
+)
 from elastiformer.calibration import Calibration, Step
 from elastiformer.encoder import ElasticEncoder
 from elastiformer.sequence import Item, Kind, WholeSequence
@@ -18,6 +29,7 @@ from tests.elastiformer.test_encoders import (
     planned,
     stepped,
 )
+from tests.tiny import tiny
 from tests.tiny_encoders import LAYERS, tiny_encoder
 
 FAMILIES = ("bert", "distilbert", "vit", "deit", "clip-projected")
@@ -112,6 +124,17 @@ def test_in_bfloat16_it_is_near_what_keys_give():
 )
 def test_where_it_cannot_be_keys_are_made(family, choices):
     assert elastic_encoder(family, **choices).shape.absorbing == frozenset()
+
+
+def test_norms_are_copied_for_those_alone_who_read_so(monkeypatch):
+    copied = []
+    monkeypatch.setattr(direct_reading, "affine_of", lambda norm: copied.append(norm))
+    causal = ElasticModel(tiny("gpt2"))  # its norms have a scale and a shift
+    causal.step([Chunk(causal.sequence(DENSE, 5, 6), [1, 2, 3, 4, 5])])
+    assert not copied
+    encoder = ElasticEncoder(tiny_encoder("bert"))
+    stepped(encoder, without_keys(encoder, items(encoder)[0], leaving(1)))
+    assert len(copied) == LAYERS
 
 
 def test_class_tokens_that_give_something_up_themselves_need_keys():

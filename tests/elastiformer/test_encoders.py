@@ -151,15 +151,21 @@ def test_at_capacity_one_an_encoder_is_the_pretrained_one(family, task):
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "dinov2", "siglip"])
 def test_in_bfloat16_packed_rows_are_near_the_pretrained_model(family):
-    """Within a twentieth of the largest output, and 0.05."""
-    truth = ElasticEncoder(tiny_encoder(family))
-    given = items(truth)
-    rough = ElasticEncoder(tiny_encoder(family).to(torch.bfloat16))
-    with torch.inference_mode():
-        expected = [truth.teacher(truth.collate([item]))[0] for item in given]
-        actual = rough.encode(given, [DENSE] * len(given))
-    for right, ours in zip(expected, actual, strict=True):
-        assert (ours - right).abs().max() <= right.abs().max() / 20 + 0.05
+    """Over several models, off by no more than half more than the pretrained ones themselves are,
+    and a tenth of what they say in float32."""
+    rights, ours, theirs = [], [], []
+    for seed in range(4):
+        truth = ElasticEncoder(tiny_encoder(family, seed=seed))
+        given = items(truth, seed=seed)
+        rough = ElasticEncoder(tiny_encoder(family, seed=seed).to(torch.bfloat16))
+        with torch.inference_mode():
+            rights += [truth.teacher(truth.collate([item]))[0] for item in given]
+            theirs += [rough.teacher(rough.collate([item]))[0].float() for item in given]
+            ours += rough.encode(given, [DENSE] * len(given))
+    right, our, their = (torch.stack(each) for each in (rights, ours, theirs))
+    off = (our - right).norm()
+    assert off <= 1.5 * (their - right).norm()
+    assert off <= right.norm() / 10
 
 
 def test_a_text_of_one_token_runs_as_any_other():

@@ -10,6 +10,7 @@ from elastiformer import Capacity, Chunk, Site, Unit, workshop
 from elastiformer.decoding import Decoding
 from elastiformer.packed import Packed
 from elastiformer.thresholds import SEARCHED
+from tests.devices import cpu_only
 from tests.elastiformer.elastic import by_thresholds, elastic, text
 
 PROMPT = 60  # tokens, all whole but for the last, whose logits are read
@@ -67,6 +68,7 @@ def test_in_bfloat16_others_come_rounded_and_these_do_not(model, split, monkeypa
     assert spent[0] < dense_spent[0] and not torch.equal(by_itself_RV, dense_RV)
 
 
+@cpu_only  # where it is the host that tells
 def test_who_reads_the_same_site_again_is_told_the_same_and_others_take_all(model):
     """Keys are read of all rows, of which one picks; queries of so few that it is not split off."""
     sequence = model.sequence(Capacity(1.0, 0.75), PROMPT, PROMPT + 2)

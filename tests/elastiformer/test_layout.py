@@ -10,6 +10,7 @@ from elastiformer import Capacity, CapacityError, ElasticModel, LayerPlan, Unit,
 from elastiformer.accounting import LayerShape, LoraShape, ModelShape, layer_cost
 from elastiformer.experts import balanced_clusters
 from elastiformer.families import describe
+from tests.devices import DEVICE
 from tests.elastiformer.elastic import EXPERTS, elastic, text
 from tests.tiny import HEADS, KV_HEADS, LAYERS, MLP_WIDTH, WIDTH, tiny
 
@@ -91,7 +92,7 @@ def test_all_experts_together_are_the_dense_mlp_whatever_their_order(family):
     """The split is lossless: the sum over all experts, each alone, is the whole MLP."""
     model = elastic(family, units=[Unit.EXPERTS], lora_rank=0)
     layer = model.layout.layers[1]
-    x_RD = torch.randn(5, WIDTH)
+    x_RD = torch.randn(5, WIDTH).to(DEVICE)
     with torch.no_grad():
         expected = layer.mlp(x_RD)
         experts = model._sparse.workshop.experts(layer)

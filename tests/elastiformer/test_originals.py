@@ -10,7 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from elastiformer import DENSE, Chunk, ElasticModel
 from elastiformer.capacity import Site
 from elastiformer.originals import Originals
+from tests.devices import cpu_only
 from tests.elastiformer.test_tiles import grid
+
+pytestmark = cpu_only  # where steps of few rows read tiles
 
 
 @pytest.fixture(scope="module")

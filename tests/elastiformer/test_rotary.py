@@ -8,6 +8,7 @@ import torch
 from elastiformer import DENSE, Chunk, ElasticModel
 from elastiformer.packed import Packed
 from elastiformer.rotary import Rotary
+from tests.devices import DEVICE
 from tests.tiny import CONTEXT, WIDTH, tiny
 
 
@@ -20,9 +21,9 @@ def test_what_is_looked_up_is_what_the_family_computes(family):
             request = model.sequence(DENSE, 9, 9)
             request.length = start
             packed = Packed([Chunk(request, [1] * 9)], model.device)
-            h_ND = torch.zeros(9, WIDTH, dtype=dtype)
+            h_ND = torch.zeros(9, WIDTH, dtype=dtype, device=DEVICE)
             found = rotary.of(packed, h_ND)
-            position_1T = torch.arange(start, start + 9)[None]
+            position_1T = torch.arange(start, start + 9, device=DEVICE)[None]
             for kind, rotation in found.items():
                 extra = () if kind is None else (kind,)
                 cos_1TR, sin_1TR = model.layout.rotary(h_ND, position_1T, *extra)

@@ -7,10 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from benchmarks.models import routed_tokens
 from elastiformer import ElasticModel
+from elastiformer.errors import BaseModelError
+from elastiformer.sharded import ShardedModel
+from tests.devices import cpu_only
 from tests.tiny import tiny
+
+pytestmark = cpu_only  # where processes without a device of their own sum by Gloo
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("llama", "qwen2", "gemma2")  # plain; biases and tied weights; norms on the branches
@@ -74,6 +81,15 @@ def folder(tmp_path):
         tmp_path / "odd"
     )
     return tmp_path
+
+
+def test_processes_use_the_accelerator_or_are_told_to_hide_it(tmp_path, monkeypatch):
+    """Transformers puts their parts there, whatever device they name."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    refusal = r"'cpu' cannot be used by 2 processes: .* 'cuda'\. Hide it .*CUDA_VISIBLE_DEVICES="
+    with pytest.raises(BaseModelError, match=refusal):
+        ShardedModel.load(str(tmp_path), device="cpu")
 
 
 def test_two_processes_compute_skip_and_spend_what_one_does(folder):

@@ -53,7 +53,10 @@ def greedy(model, sequence, prompt, tokens):
 def test_greedy_text_at_capacity_one_is_what_transformers_generates(model, ids):
     prompt, tokens = ids[:40], 12
     expected = model.base.generate(
-        torch.tensor([prompt]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+        torch.tensor([prompt], device=model.device),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
     )[0, len(prompt) :].tolist()
     sequence = model.sequence(DENSE, len(prompt), len(prompt) + tokens + 1)
 
@@ -63,7 +66,7 @@ def test_greedy_text_at_capacity_one_is_what_transformers_generates(model, ids):
 
 
 def test_logits_at_capacity_one_are_the_base_model_bit_for_bit(model, ids):
-    ids_BT = torch.tensor([ids[:24], ids[24:48]])
+    ids_BT = torch.tensor([ids[:24], ids[24:48]], device=model.device)
     with torch.inference_mode():
         expected = model.teacher(ids_BT)
         plans = [model.plans(DENSE, 24)] * 2
@@ -120,10 +123,11 @@ def test_the_sparse_form_takes_the_decisions_that_the_masked_form_measured(ids):
     priced = [sequence.plan_at(position) for position in range(tokens)]
     plans = list({id(each): each.plan for each in priced}.values())
     plan_T = torch.tensor([plans.index(each.plan) for each in priced])
-    output_BT = torch.arange(tokens)[None] >= prompt - 1
+    output_BT = torch.arange(tokens, device=model.device)[None] >= prompt - 1
     with torch.no_grad():
         grid = PlanGrid(plans, plan_T[None])
-        expected = model.masked(torch.tensor([ids[:tokens]]), grid, output_BT).logits_BTV
+        ids_BT = torch.tensor([ids[:tokens]], device=model.device)
+        expected = model.masked(ids_BT, grid, output_BT).logits_BTV
     actual = model.step([Chunk(sequence, ids[:prompt])])
     for token in ids[prompt:tokens]:
         actual += model.step([Chunk(sequence, [token])])
@@ -135,10 +139,11 @@ def test_the_sparse_form_takes_the_decisions_that_the_masked_form_measured(ids):
 
 def test_the_repair_gives_prompts_back_much_of_what_leaving_late_layers_costs(model, monkeypatch):
     """Prompt at a capacity of 0.65, continuation whole; the same with the repair turned off."""
-    ids_BT, prompt = torch.tensor([model.tokenizer(FRESH_TEXT)["input_ids"]]), 54
+    ids, prompt = model.tokenizer(FRESH_TEXT)["input_ids"], 54
+    ids_BT = torch.tensor([ids], device=model.device)
     tokens = ids_BT.shape[1]
     plans = [(model.plans(Capacity(0.65), tokens)[0], model.plans(DENSE, tokens)[1])]
-    output_BT = torch.arange(tokens)[None] >= prompt - 1
+    output_BT = torch.arange(tokens, device=model.device)[None] >= prompt - 1
 
     def lost() -> float:
         with torch.inference_mode():

@@ -12,6 +12,7 @@ from elastiformer import DENSE, Capacity, products, spare_rows
 from elastiformer.encoder import ElasticEncoder
 from elastiformer.packed import Rows
 from elastiformer.spare_rows import empty, rounded, widened, with_room
+from tests.devices import cpu_only
 
 CPU = torch.device("cpu")
 ADAPTERS = Path(elastiformer.__file__).parent / "adapters"
@@ -63,6 +64,7 @@ def test_gathered_rows_come_with_room_and_are_added_where_they_came_from():
     assert torch.equal(into_ND, expected_ND)
 
 
+@cpu_only  # where it is oneDNN that products of bfloat16 are asked of
 @needs_bfloat16
 def test_texts_of_any_length_meet_few_numbers_of_rows_and_nothing_is_copied(monkeypatch):
     model = ElasticEncoder.load("sentiment", ADAPTERS / "sentiment", dtype="bfloat16")

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from elastiformer import weights
 from elastiformer.errors import BaseModelError, UnsupportedModel
 from elastiformer.weights import config_hash, load_base, resolve
+from tests.devices import DEVICE
 from tests.tiny import END_OF_TEXT, SPECIAL_TOKENS, VOCAB, tiny, tiny_tokenizer
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -34,7 +35,7 @@ def change_config(folder: Path, **changes: object) -> None:
 
 
 def test_a_folder_gives_the_weights_that_were_saved(tiny_folder):
-    loaded = load_base(str(tiny_folder), dtype="float32")
+    loaded = load_base(str(tiny_folder), dtype="float32", device=str(DEVICE))
 
     assert isinstance(loaded.model, PreTrainedModel)
     assert not loaded.model.training
@@ -50,9 +51,9 @@ def test_a_folder_gives_the_weights_that_were_saved(tiny_folder):
 def test_every_family_survives_the_folder_with_its_hash(family, tmp_path):
     model = tiny(family)
     model.save_pretrained(tmp_path / "saved")
-    loaded = load_base(str(tmp_path / "saved"), dtype="float32")
+    loaded = load_base(str(tmp_path / "saved"), dtype="float32", device=str(DEVICE))
 
-    ids = torch.randint(VOCAB, (1, 7))
+    ids = torch.randint(VOCAB, (1, 7)).to(DEVICE)
     with torch.inference_mode():
         assert torch.equal(loaded.model(ids).logits, model(ids).logits)
     assert loaded.tokenizer is None
@@ -297,7 +298,7 @@ def test_a_killed_unpacking_is_begun_anew_and_three_at_once_do_it_once(embedded_
     assert sum("unpacking embedded-tiny, once" in one for one in said) == 1
     assert not left_behind.exists()
 
-    loaded = load_base("embedded-tiny", dtype="float32")
+    loaded = load_base("embedded-tiny", dtype="float32", device=str(DEVICE))
     expected, actual = tiny("llama", head_dim=6).state_dict(), loaded.model.state_dict()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert loaded.tokenizer("hi 42").input_ids == tiny_tokenizer()("hi 42").input_ids
@@ -357,7 +358,8 @@ def write_gguf(path: Path) -> None:
             if projection in name:  # llama.cpp pairs the rotated halves row by row
                 halves = tensor.view(count, 2, config.head_dim // 2, config.hidden_size)
                 tensor = halves.transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
+        written = tensor.cpu().numpy()
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), written)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
-from tests.service.conftest import Watched, elastic_model, in_house, soon
-from tests.tiny import CONTEXT
+from elastiformer import Calibration, ElasticModel, Phase, Step
+from tests.service.conftest import LOWEST, Watched, elastic_model, in_house, soon
+from tests.tiny import CONTEXT, LAYERS
 
 ASKED = {"temperature": 0, "ignore_eos": True}
 
@@ -54,6 +55,40 @@ def test_a_cache_larger_than_the_context_bounds_nothing():
         assert answer["usage"]["total_tokens"] == CONTEXT
 
     in_house(visit)
+
+
+def lean_where_short() -> ElasticModel:
+    """What is left out is of MLPs alone: over many keys that is too little of the whole."""
+    model = elastic_model()
+    path = tuple(Step(layer, "mlp_tokens", 0.0) for layer in range(LAYERS))
+    paths = dict.fromkeys(Phase, path)
+    model.adapter.calibration = Calibration(LOWEST, 96, paths, thresholds={}, measured=())
+    model.attach(model.adapter)
+    return model
+
+
+def test_a_capacity_is_refused_for_lengths_that_a_request_can_reach_and_no_others():
+    low, more = ASKED | {"capacity": 0.6}, ASKED | {"capacity": 0.75}
+
+    async def visit(house):
+        scored = low | {"echo": True, "logprobs": 0, "max_tokens": 0}
+        answer = await house.complete("a" * 24, **scored)
+        assert answer["elasti"]["capacity_applied"] == 0.6
+        assert (await house.complete("a" * 24, max_tokens=3, **low))["usage"]["total_tokens"] == 27
+        for body in (scored, low | {"max_tokens": 3}):
+            refused = await house.post("/v1/completions", prompt="a" * 400, **body)
+            assert refused.status_code == 400
+            assert refused.json()["error"]["code"] == "invalid_capacity", refused.text
+        # What the server chooses itself is what this capacity reaches.
+        messages = [{"role": "user", "content": "a" * 24}]
+        chat = await house.post("/v1/chat/completions", messages=messages, **more)
+        assert chat.status_code == 200, chat.text
+        assert chat.json()["usage"]["total_tokens"] == 128  # those after it have 160 keys
+        body = {"inputs": "a" * 900, "labels": ["x", "y"], "truncate": True, "capacity": 0.85}
+        cut = await house.client.post("/predict", json=body)
+        assert cut.status_code == 200, cut.text
+
+    in_house(visit, models={"tiny": lean_where_short()})
 
 
 def test_what_must_wait_waits_in_order_and_everything_is_given_back():

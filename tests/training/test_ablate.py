@@ -15,7 +15,7 @@ from elastiformer.calibration import Calibration, Step
 from elastiformer.capacity import dense_plan
 from tests.tiny import LAYERS
 from tests.training.test_calibrate import prose
-from training import ablate, ablation
+from training import ablate, ablation, signals
 from training.__main__ import main
 from training.ablation_report import Ablation, Point, beyond, sentences
 from training.ablation_rows import (
@@ -134,7 +134,11 @@ def test_a_run_that_was_stopped_goes_on(ablated, tmp_path, monkeypatch):
         found = run_row(study, row)
         if row.name == "by-size":
             signal.raise_signal(signal.SIGTERM)
+            assert told == ["stopping after this row; Ctrl-C again stops at once"]
         return found
+
+    told = []
+    monkeypatch.setattr(signals, "tell", told.append)
 
     monkeypatch.setattr(ablation.Study, "measured", stopped)
     said = ablated("--rows", "as-many-for-each,by-size,token-before")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 
 import pytest
 
 from elastiformer import Unit
 from tests.training.test_calibrate import prose
+from training import signals
 from training.__main__ import main
-from training.recipe import ALONE, CHOICES, ROWS, rows
+from training.recipe import ALONE, CHOICES, ROWS, Study, rows
 from training.recipe_report import Choice, Point, Recipe, Row, ratio, sentences
 
 
@@ -65,6 +67,25 @@ def test_rows_are_trained_measured_and_not_trained_again(recipe, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("adapter.json")} == before
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
     assert "holds a run with another steps" in recipe("--rows", "channels", "--steps", "3")
+
+
+def test_whoever_stops_a_run_is_told_at_once_what_it_still_does(recipe, tmp_path, monkeypatch):
+    measure, told = Study._measure, []
+
+    def stopped(study, row):
+        signal.raise_signal(signal.SIGINT)
+        assert told == [
+            "stopping after this row, or this step of its training; Ctrl-C again stops at once"
+        ]
+        return measure(study, row)
+
+    monkeypatch.setattr(signals, "tell", told.append)
+    monkeypatch.setattr(Study, "_measure", stopped)
+    assert recipe("--rows", "channels,heads", "--steps", "2")["finished"] is False
+    monkeypatch.undo()
+    rows_done = {path.stem for path in (tmp_path / "report.run").glob("*.json")} - {"options"}
+    assert rows_done == {"channels"}
+    assert recipe("--rows", "channels,heads", "--steps", "2")["finished"]
 
 
 def test_a_wrong_row_is_refused_with_those_there_are():

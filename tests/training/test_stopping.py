@@ -19,6 +19,7 @@ from tests.training.test_seeds import command as seeds_command
 from training import distill
 from training.__main__ import COMMANDS, STOPPED, main
 from training.sensitivity import Notebook
+from training.signals import Stop
 
 __all__ = ["folders", "seeds_command"]  # fixtures
 ROOT = Path(__file__).parents[2]
@@ -102,6 +103,17 @@ def test_a_calibration_keeps_its_answers_and_leaves_the_adapter_as_it_was(
     assert main(calibrate(folders, "--probes", "4")) == 0
     assert notes.read_text().startswith(asked)
     assert ElasticModel.load(str(folders[0]), str(adapter)).calibration is not None
+
+
+def test_a_first_signal_is_answered_at_once_and_a_second_ends_it(capfd):
+    with pytest.raises(KeyboardInterrupt), Stop("row") as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked
+        assert "stopping after this row; Ctrl-C again stops at once\n" in capfd.readouterr().err
+        signal.raise_signal(signal.SIGINT)
+    with Stop(None) as stop:  # of a process that speaks to nobody
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.asked and not capfd.readouterr().err
 
 
 def test_seeds_stop_where_a_training_in_them_stops(seeds_command, monkeypatch, capsys, tmp_path):
