@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastiformer.device_kernels import MOST_PARTS, PROGRAMS, At, give, span, sum_of, warps
+from elastiformer.device_kernels import MOST_PARTS, PROGRAMS, At, give, span, sum_of
 
 _KEYS = 64  # that a program attends to in one go
+_TOGETHER = 256  # channels of which a program adds up the parts
 
 
 def place(
@@ -75,10 +76,10 @@ def attend(
     )  # fmt: skip
     width = heads * size
     out_NI = torch.empty(rows, width, dtype=query_NAH.dtype, device=device)
-    block = span(width)
+    block = min(span(width), _TOGETHER)
     _together[(rows, triton.cdiv(width, block))](
         out_SNAH, most_SNA, total_SNA, out_NI, width, rows, heads, SIZE=size, PARTS=parts,
-        BLOCK=block, num_warps=warps(block), **at.arguments(query_NAH),
+        BLOCK=block, num_warps=4, **at.arguments(query_NAH),
     )  # fmt: skip
     return out_NI
 
@@ -174,20 +175,15 @@ def _together(  # type: ignore[no-untyped-def]
     at_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside_B = at_B < width
     head_B = at_B // SIZE
-    highest_B = tl.full((BLOCK,), -1e30, dtype=tl.float32)  # of a row without keys, too
-    for part in tl.static_range(PARTS):
-        from_B = (part * rows + row) * heads + head_B
-        some_B = tl.load(most + from_B, mask=inside_B, other=0.0)
-        highest_B = tl.maximum(highest_B, some_B)
-    sum_B = tl.zeros((BLOCK,), dtype=tl.float32)
-    weight_B = tl.zeros((BLOCK,), dtype=tl.float32)
-    for part in tl.static_range(PARTS):
-        from_B = (part * rows + row) * heads + head_B
-        less_B = tl.exp(tl.load(most + from_B, mask=inside_B, other=0.0) - highest_B)
-        sum_B += less_B * tl.load(
-            parts + (part * rows + row) * width + at_B, mask=inside_B, other=0.0
-        )
-        weight_B += less_B * tl.load(total + from_B, mask=inside_B, other=1.0)
+    part_P = tl.arange(0, PARTS)
+    from_PB = ((part_P * rows + row) * heads)[:, None] + head_B[None, :]
+    inside_PB = (part_P < PARTS)[:, None] & inside_B[None, :]
+    most_PB = tl.load(most + from_PB, mask=inside_PB, other=-1e30)
+    highest_B = tl.maximum(tl.max(most_PB, 0), -1e30)  # of a row without keys, too
+    less_PB = tl.exp(most_PB - highest_B[None, :])
+    of_PB = ((part_P * rows + row) * width)[:, None] + at_B[None, :]
+    sum_B = tl.sum(less_PB * tl.load(parts + of_PB, mask=inside_PB, other=0.0), 0)
+    weight_B = tl.sum(less_PB * tl.load(total + from_PB, mask=inside_PB, other=1.0), 0)
     x_B = sum_B / tl.maximum(weight_B, 1e-30)
     give(
         x_B, at_B, inside_B, out, norms, takes, granted, debts, owed, ladder, place, ladder_place,

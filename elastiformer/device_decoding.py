@@ -115,7 +115,8 @@ class DeviceDecoding(Decoding):
 
     @cached_property
     def _prompts(self) -> DevicePrompts:
-        return DevicePrompts(self._workshop, [form for form in self._forms if form is not None])
+        forms = [form for form in self._forms if form is not None]
+        return DevicePrompts(self._workshop, forms, self._captures)
 
     def _takes(self, packed: Packed) -> bool:
         """Rows that take by thresholds, or all of their channels."""

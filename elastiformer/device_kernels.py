@@ -151,7 +151,7 @@ def take(x_NI: Tensor, rows_J: Tensor, at: At) -> None:
     """Leave of some rows what they take, zero elsewhere, in place.
 
     Args:
-        rows_J: int64; what each takes stands in the same order.
+        rows_J: int64; what each takes stands in the same order. Below 0: it is not there.
     """
     inputs = x_NI.shape[1]
     block = span(inputs)
@@ -287,9 +287,12 @@ def _take(  # type: ignore[no-untyped-def]
     PICKS: tl.constexpr, PATIENCE: tl.constexpr, HASTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     one = tl.program_id(0)
+    row = tl.load(rows + one)
+    if row < 0:
+        return
     at_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside_B = at_B < inputs
-    into_B = x + tl.load(rows + one) * inputs + at_B
+    into_B = x + row * inputs + at_B
     x_B = tl.load(into_B, mask=inside_B, other=0.0).to(tl.float32)
     x_B = _taken(
         x_B, at_B, inside_B, norms, takes, granted, debts, owed, ladder, place, ladder_place,

@@ -39,7 +39,7 @@ class Lying(NamedTuple):
 class Asking(NamedTuple):
     """Some rows of a step, in order."""
 
-    chunk_N: Tensor  # int64, of each
+    chunk_N: Tensor  # int64, of each; below 0: it is none, and leaves no keys
     position_N: Tensor  # int64: which of the keys of its chunk is its own
     programs_W3: Tensor  # int64: a chunk, and its first row here and the last one's end
 
@@ -101,7 +101,8 @@ def attend(
 ) -> Tensor:
     """Each query over the keys of its request up to its own: [N, A x H]."""
     rows, heads, size = query_NAH.shape
-    out_NI = torch.empty(rows, heads * size, dtype=query_NAH.dtype, device=query_NAH.device)
+    # Of what fills up a step nobody attends.
+    out_NI = torch.zeros(rows, heads * size, dtype=query_NAH.dtype, device=query_NAH.device)
     _attend[(len(asking.programs_W3), heads)](
         query_NAH, rows_PH, *lying, asking.position_N, asking.programs_W3, out_NI,
         layer * lying.first_LC.shape[1], heads, heads // kv_heads, kv_heads,
@@ -137,10 +138,11 @@ def _place(  # type: ignore[no-untyped-def]
     into_M = query + (row * heads + head_M) * SIZE
     asks_MB = inside_MB & (head_M < heads)[:, None]
     tl.store(into_M[:, None] + at_B[None, :], x_MB.to(query.dtype.element_ty), mask=asks_MB)
-    of = at + tl.load(chunk + row)
+    own = tl.load(chunk + row)
+    of = at + tl.maximum(own, 0)
     first = tl.load(key + of) + tl.load(position + row)
     to_M = pool + (first + (head_M - heads) * tl.load(room + of)) * SIZE
-    kept_MB = inside_MB & (head_M >= heads)[:, None]
+    kept_MB = inside_MB & (head_M >= heads)[:, None] & (own >= 0)
     tl.store(to_M[:, None] + at_B[None, :], x_MB.to(pool.dtype.element_ty), mask=kept_MB)
 
 

@@ -1,52 +1,81 @@
-"""Steps with prompts on a GPU: a few kernels a layer, over the rows that keep it and no others.
+"""Steps with prompts on a GPU: all layers over the rows that keep them, and mostly in one launch.
 
 Layer by layer in operators (SparseAttention, SparseMlp) a step of some hundred tokens waits for
-launches, not for products. Here what lies between two products is one kernel, the queries of all
-requests attend in one, and rows leave and join again only where the rows that keep a sub-layer
-change: late layers, which few rows of a prompt keep, are as many launches over few rows, and the
-keys and values of the others.
+launches, not for products. Here what lies between two products is one kernel
+(device_prompt_layers.py), and a step like one before is a graph of kernels that was captured then:
+alike are steps of which the same sets of rows, filled up to the same sizes, keep the same
+sub-layers. What else they are about goes over in one piece.
 
 It takes steps in which plans alone decide what is kept, and in which a request has at most one row
 that picks channels: its latest. Whatever else a step holds is the operators'.
 
-Shape letters: N rows   R some of them   J rows that take channels by thresholds   D width
-    I inputs   O outputs   L layers   C chunks
+Shape letters: N rows, filled up   R some of them   J rows that take channels by thresholds
+    D width   L layers   T sites   C chunks   W programs of attention
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from elastiformer import device_kernels as kernels
 from elastiformer import device_prompt_attention as attention
-from elastiformer.capacity import Phase, Site
+from elastiformer.capacity import Phase
 from elastiformer.device_allowances import AmongOthers
-from elastiformer.device_kernels import At, Takes
+from elastiformer.device_kernels import Takes
 from elastiformer.device_prompt_attention import Asking, Lying
-from elastiformer.families import Layer, Projection
-from elastiformer.packed import Packed, Rows
+from elastiformer.device_prompt_layers import ALL, NONE, Group, LayerRows, PromptLayers, Repaired
+from elastiformer.packed import Packed
 from elastiformer.placing import Placing
-from elastiformer.pointwise import RootMeanSquare, Rotation
-from elastiformer.readings import Reading
+from elastiformer.pointwise import Rotation
 from elastiformer.sequence import Kind
 from elastiformer.taken import Taken
 from elastiformer.workshop import SITES, Workshop
+
+_GRAPHS = 48  # that are kept at most
+_FORMS = 128  # of steps, that were met before
+_STRUCTURES = 512
+_LEAST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """Which rows keep which sub-layers, by the numbers of their kinds."""
+
+    sets: tuple[frozenset[int], ...]  # the first is of all
+    layers: tuple[LayerRows, ...]
+
+
+class _Sizes(NamedTuple):
+    """What a graph is captured for, beside the structure of its step; all filled up."""
+
+    rows: int
+    chunks: int
+    takers: int
+    of_sets: tuple[tuple[int, int], ...]  # rows and programs
+    pool: int  # where its memory is
 
 
 class DevicePrompts:
     """Runs the layers of one model over steps that hold more than decode rows."""
 
-    def __init__(self, workshop: Workshop, forms: Sequence[int]) -> None:
+    def __init__(self, workshop: Workshop, forms: Sequence[int], captures: bool) -> None:
         """
         Args:
             forms: of each layer's gate.
         """
-        self._workshop, self._forms = workshop, forms
+        self._workshop, self._captures = workshop, captures
+        self._layers = PromptLayers(workshop, forms)
+        self._structure = lru_cache(maxsize=_STRUCTURES)(self._make_structure)
+        self._steps: OrderedDict[tuple[_Structure, _Sizes], _Step] = OrderedDict()
+        self._residuals: dict[int, Tensor] = {}  # by rows
+        self._memory = torch.cuda.graph_pool_handle() if captures else None
 
     def takes(self, packed: Packed) -> bool:
         """Whether a step is one of those."""
@@ -75,188 +104,233 @@ class DevicePrompts:
         rotation: Rotation | None,
     ) -> Tensor:
         """The residual that the layers leave, float32."""
-        step = _Step(self._workshop, h_ND, packed, placing, rotation)
-        for layer, form in zip(self._workshop.layout.layers, self._forms, strict=True):
-            step.attention(layer)
-            taken.keys(placing.keys(layer.index))
-            step.mlp(layer, form)
-        return step.end()
+        structure = self._structure(packed.distinct_kinds)
+        rows_of = [
+            packed.rows_of(frozenset(packed.distinct_kinds[at] for at in of_set)).rows_R
+            for of_set in structure.sets
+        ]
+        programs = [
+            attention.programs(np.searchsorted(rows_R, packed.starts)) for rows_R in rows_of
+        ]
+        allowances = packed.allowances
+        assert allowances is None or isinstance(allowances, AmongOthers), "another kind of step"
+        sizes = _Sizes(
+            filled(packed.count),
+            _power(len(packed.chunks)),
+            0 if allowances is None else _power(len(packed.picking.rows_R)),
+            tuple((filled(len(r)), _power(len(p))) for r, p in zip(rows_of, programs, strict=True)),
+            placing.rows_PH.data_ptr(),
+        )
+        step = self._step(structure, sizes, h_ND.shape[1])
+        found_ND = step.run(h_ND, packed, placing, rotation, rows_of, programs)
+        for layer in range(len(self._workshop.layout.layers)):
+            taken.keys(placing.keys(layer))
+        return found_ND
 
+    def _step(self, structure: _Structure, sizes: _Sizes, width: int) -> _Step:
+        key = (structure, sizes)
+        if key not in self._steps:
+            if sizes.rows not in self._residuals:
+                # One row more, in which what fills up comes and goes.
+                residual_ND = torch.zeros(sizes.rows + 1, width, device=self._workshop.device)
+                self._residuals[sizes.rows] = residual_ND
+            self._steps[key] = _Step(
+                self._workshop, self._layers, structure, sizes, self._residuals[sizes.rows],
+                self._memory,
+            )  # fmt: skip
+            while len(self._steps) > _FORMS:
+                self._steps.popitem(last=False)
+        self._steps.move_to_end(key)
+        captured = [step for step in self._steps.values() if step.is_captured]
+        for step in captured[: max(len(captured) - _GRAPHS, 0)]:
+            step.forget()
+        return self._steps[key]
 
-class _Some:
-    """Rows of a step, and what kernels are told of them."""
+    def _make_structure(self, kinds: tuple[Kind, ...]) -> _Structure:
+        every = frozenset(range(len(kinds)))
+        sets = [every]
 
-    def __init__(self, rows: Rows, step: _Step) -> None:
-        self._rows, self._step = rows, step
+        def number(some: frozenset[int]) -> int:
+            if not some:
+                return NONE
+            if some not in sets:
+                sets.append(some)
+            return sets.index(some)
 
-    @cached_property
-    def asking(self) -> Asking:
-        rows, step = self._rows, self._step
-        bounds_S = np.searchsorted(rows.rows_R, step.packed.starts)
-        programs_W3 = torch.from_numpy(attention.programs(bounds_S)).to(step.device)
-        return Asking(rows.of(step.chunk_N), rows.of(step.packed.position_N), programs_W3)
-
-    @cached_property
-    def turn_RR(self) -> tuple[Tensor, Tensor] | None:
-        if self._step.rotation is None:
-            return None
-        rotation = self._rows.turn(self._step.rotation)
-        return rotation.cos_NR, rotation.sin_NR
-
-    @cached_property
-    def takers_J(self) -> Tensor:
-        """Where those that take stand among these rows."""
-        return self._step.packed.picking.among(self._rows).index_R
+        layers = []
+        for layer in self._workshop.layout.layers:
+            last = layer.index == len(self._workshop.layout.layers) - 1
+            # What a prompt token is left with there, nobody reads.
+            read = [at for at, kind in enumerate(kinds) if not last or kind.phase is Phase.OUTPUT]
+            plans = [kind.plan.plan[layer.index] for kind in kinds]
+            asking = frozenset(at for at in read if plans[at].attention_tokens)
+            names: dict[str, set[int]] = {}
+            for at, kind in enumerate(kinds):
+                if (name := self._workshop.mending.name(layer, kind)) is not None:
+                    names.setdefault(name, set()).add(at)
+            layers.append(
+                LayerRows(
+                    number(asking),
+                    number(every - asking),
+                    number(frozenset(at for at in read if plans[at].mlp_tokens)),
+                    tuple(Repaired(name, number(frozenset(of))) for name, of in names.items()),
+                )
+            )
+        return _Structure(tuple(sets), tuple(layers))
 
 
 class _Step:
-    """One step on its way through the layers: the residual, and which rows of it are at hand."""
+    """Steps of one structure and size: where they find what they are about, and their kernels."""
 
     def __init__(
         self,
         workshop: Workshop,
+        layers: PromptLayers,
+        structure: _Structure,
+        sizes: _Sizes,
+        residual_ND: Tensor,
+        memory: Any,
+    ) -> None:
+        self._layers, self._structure, self._sizes = layers, structure, sizes
+        self._h_ND, self._memory = residual_ND, memory
+        self._device = workshop.device
+        self._ladder_LTG = workshop.ladder_on_device_LTG if sizes.takers else None
+        self._turn_NR: tuple[Tensor, Tensor] | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._runs = 0
+        count, taking = len(workshop.layout.layers), (len(SITES), sizes.takers)
+        shapes: dict[str, tuple[int, ...]] = {
+            "first": (count, sizes.chunks),
+            "room": (count, sizes.chunks),
+            "takes": (sizes.takers,),
+            "granted": (count, *taking),
+            "debts": (count, *taking),
+        }
+        for at, (rows, programs) in enumerate(sizes.of_sets):
+            shapes |= {f"{name} {at}": (rows,) for name in ("rows", "chunk", "position")}
+            shapes |= {f"programs {at}": (programs, 3), f"takers {at}": (sizes.takers,)}
+        bounds = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes.values())]).tolist()
+        self._host = torch.zeros(bounds[-1], dtype=torch.int64, pin_memory=memory is not None)
+        self._there = torch.zeros(bounds[-1], dtype=torch.int64, device=self._device)
+        self._told, self._named = (
+            {
+                name: whole[bounds[at] : bounds[at + 1]].view(shape)
+                for at, (name, shape) in enumerate(shapes.items())
+            }
+            for whole in (self._host, self._there)
+        )
+        self._owed_LTJ = torch.zeros_like(self._named["debts"])
+        self._gone = _event() if memory is not None else None
+
+    @property
+    def is_captured(self) -> bool:
+        return self._graph is not None
+
+    def forget(self) -> None:
+        """Give up the graph."""
+        self._graph = None
+
+    def run(
+        self,
         h_ND: Tensor,
         packed: Packed,
         placing: Placing,
         rotation: Rotation | None,
+        rows_of: Sequence[np.ndarray],
+        programs: Sequence[np.ndarray],
+    ) -> Tensor:
+        count, allowances = packed.count, packed.allowances
+        self._tell(packed, placing, rows_of, programs)
+        self._h_ND[:count], self._h_ND[count:] = h_ND, 0
+        if rotation is not None:
+            if self._turn_NR is None:
+                shape = (2, self._sizes.rows, rotation.cos_NR.shape[1])
+                cos_NR, sin_NR = torch.zeros(shape, device=self._device)
+                self._turn_NR = cos_NR, sin_NR
+            self._turn_NR[0][:count], self._turn_NR[1][:count] = rotation.cos_NR, rotation.sin_NR
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._memory is not None and self._runs:
+            self._graph = self._captured(placing.rows_PH)
+            self._graph.replay()
+        else:
+            self._run_layers(placing.rows_PH)
+        self._runs += 1
+        if isinstance(allowances, AmongOthers):
+            allowances.owe(self._owed_LTJ[:, :, : len(packed.picking.rows_R)].clone())
+        return self._h_ND[:count]
+
+    def _tell(
+        self,
+        packed: Packed,
+        placing: Placing,
+        rows_of: Sequence[np.ndarray],
+        programs: Sequence[np.ndarray],
     ) -> None:
-        self._tools, self.packed, self.rotation = workshop, packed, rotation
-        self.device = packed.device
-        self.chunk_N = torch.from_numpy(packed.chunk_N).to(self.device)
-        lies_2LC = np.stack([placing.first_LC, placing.room_LC])
-        self._lying = Lying(*torch.from_numpy(lies_2LC).to(self.device))
-        self._pool_PH = placing.rows_PH
-        self._some: dict[Rows, _Some] = {}
-        self._left: dict[Rows, Rows] = {}
-        # The residual of all rows, and of those at hand, to which a branch has yet to be added.
-        self._h_ND = h_ND.float()
-        self._rows, self._h_RD = packed.everything, self._h_ND
-        self._branch_1RD: Tensor | None = None
-        self._left_behind: tuple[Rows, Tensor] | None = None
-        self._takes = self._taking()
+        """Send what the step is about."""
+        if self._gone is not None:
+            self._gone.synchronize()  # what was sent before has left
+        told = {name: each.numpy() for name, each in self._told.items()}
+        chunks, takers_J = len(packed.chunks), packed.picking.rows_R
+        told["first"][:, :chunks], told["room"][:, :chunks] = placing.first_LC, placing.room_LC
+        position_N = np.array(packed.positions)
+        for at, (rows_R, programs_W3) in enumerate(zip(rows_of, programs, strict=True)):
+            count = len(rows_R)
+            told[f"rows {at}"][:count], told[f"rows {at}"][count:] = rows_R, self._sizes.rows
+            told[f"chunk {at}"][:count], told[f"chunk {at}"][count:] = packed.chunk_N[rows_R], -1
+            told[f"position {at}"][:count] = position_N[rows_R]
+            told[f"programs {at}"][:] = 0
+            told[f"programs {at}"][: len(programs_W3)] = programs_W3
+            if self._sizes.takers:
+                told[f"takers {at}"][:] = -1
+                place_J = np.searchsorted(rows_R, takers_J)
+                is_here_J = rows_R[np.minimum(place_J, count - 1)] == takers_J if count else False
+                told[f"takers {at}"][: len(takers_J)] = np.where(is_here_J, place_J, -1)
+        if isinstance(packed.allowances, AmongOthers):
+            takes_J, granted_LTJ, debts_LTJ, _ = packed.allowances.asked
+            told["takes"][:], told["takes"][: len(takes_J)] = 0, takes_J
+            told["granted"][:, :, : len(takes_J)] = granted_LTJ
+            told["debts"][:, :, : len(takes_J)] = debts_LTJ
+        self._there.copy_(self._host, non_blocking=True)
+        if self._gone is not None:
+            self._gone.record()
 
-    def attention(self, layer: Layer) -> None:
-        """Place keys and values of all rows, and run attention over those that keep it."""
-        packed, last = self.packed, layer.index == len(self._tools.layout.layers) - 1
-        rows = packed.rows_where(
-            lambda kind: (
-                bool(kind.plan.plan[layer.index].attention_tokens)
-                and not (last and kind.phase is Phase.PROMPT)
-            )  # nobody reads what it is left with
-        )
-        self._turn_to(rows)
-        left = self._others(rows)
-        norm = self._tools.attention_norms[layer.index]
-        if left.count:
-            x_RD = self._normalised(norm, self._behind(left), None)
-            out_RO = self._product(layer, x_RD, left, *layer.at_site(Site.ATTENTION_IN)[1:])
-            some = self._of(left)
-            attention.place(
-                out_RO, some.turn_RR, self._pool_PH, self._lying, some.asking, layer.index, 0
+    def _captured(self, rows_PH: Tensor) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            self._run_layers(rows_PH)
+        return graph
+
+    def _run_layers(self, rows_PH: Tensor) -> None:
+        named = self._named
+        groups = []
+        for at in range(len(self._structure.sets)):
+            asking = Asking(*(named[f"{name} {at}"] for name in ("chunk", "position", "programs")))
+            rows_R, turn_RR = named[f"rows {at}"], self._turn_NR
+            if turn_RR is not None and at != ALL:
+                within_R = rows_R.clamp(max=self._sizes.rows - 1)
+                cos_NR, sin_NR = turn_RR
+                turn_RR = cos_NR.index_select(0, within_R), sin_NR.index_select(0, within_R)
+            groups.append(Group(rows_R, asking, turn_RR, named[f"takers {at}"]))
+        takes = None
+        if self._ladder_LTG is not None:
+            self._owed_LTJ.copy_(named["debts"])
+            takes = Takes(
+                named["takes"], named["granted"], named["debts"], self._owed_LTJ, self._ladder_LTG
             )
-        if not rows.count:
-            return
-        some, shape = self._of(rows), layer.shape
-        x_RD = self._next(norm)
-        self._take(x_RD, layer, Site.ATTENTION_IN)
-        out_RO = self._product(layer, x_RD, rows, *layer.at_site(Site.ATTENTION_IN))
-        where = (self._pool_PH, self._lying, some.asking, layer.index)
-        query_RAH = attention.place(out_RO, some.turn_RR, *where, shape.heads)
-        x_RI = attention.attend(query_RAH, *where, shape.kv_heads, layer.scale)
-        self._take(x_RI, layer, Site.ATTENTION_OUT)
-        self._branch_1RD = self._product(layer, x_RI, rows, layer.out)[None]
+        lying = Lying(named["first"], named["room"])
+        self._layers.run(self._h_ND, self._structure.layers, groups, rows_PH, lying, takes)
 
-    def mlp(self, layer: Layer, form: int) -> None:
-        """Run the MLP over the rows that keep it."""
-        last = layer.index == len(self._tools.layout.layers) - 1
 
-        def keeps(kind: Kind) -> bool:
-            unread = last and kind.phase is Phase.PROMPT
-            return bool(kind.plan.plan[layer.index].mlp_tokens) and not unread
+def filled(rows: int) -> int:
+    """The next size that steps are filled up to: at most an eighth more, or a few rows."""
+    apart = max(_LEAST_ROWS, (1 << max(rows - 1, 0).bit_length()) // 16)
+    return -(-rows // apart) * apart
 
-        rows = self.packed.rows_where(keeps)
-        if not rows.count:
-            return
-        self._turn_to(rows)
-        x_RD = self._next(self._tools.mlp_norms[layer.index])
-        self._take(x_RD, layer, Site.MLP_IN)
-        both_RO = self._product(layer, x_RD, rows, *layer.at_site(Site.MLP_IN))
-        x_RI = kernels.gate(form, both_RO[None], At(both_RO, None), self._tools.dtype)
-        self._take(x_RI, layer, Site.MLP_OUT)
-        self._branch_1RD = self._product(layer, x_RI, rows, *layer.at_site(Site.MLP_OUT))[None]
 
-    def end(self) -> Tensor:
-        """What the layers leave."""
-        self._leave()
-        if isinstance(self.packed.allowances, AmongOthers) and self._takes is not None:
-            self.packed.allowances.owe(self._takes.owed_LTN)
-        return self._h_ND
+def _power(count: int) -> int:
+    return 1 << (count - 1).bit_length() if count else 1
 
-    def _turn_to(self, rows: Rows) -> None:
-        """Have other rows at hand."""
-        if rows is not self._rows and not (rows.all and self._rows.all):
-            self._leave()
-            self._rows, self._h_RD, self._left_behind = rows, rows.of(self._h_ND), None
 
-    def _leave(self) -> None:
-        """Bring the rows at hand back among the others."""
-        if self._branch_1RD is not None:
-            self._h_RD += self._branch_1RD[0]
-            self._branch_1RD = None
-        if not self._rows.all:
-            self._rows.put(self._h_ND, self._h_RD)
-
-    def _behind(self, rows: Rows) -> Tensor:
-        """The residual of rows that are not at hand, which nobody changes meanwhile."""
-        if self._left_behind is None or self._left_behind[0] is not rows:
-            self._left_behind = rows, rows.of(self._h_ND)
-        return self._left_behind[1]
-
-    def _others(self, rows: Rows) -> Rows:
-        if rows not in self._left:
-            self._left[rows] = self.packed.everything.without(rows)
-        return self._left[rows]
-
-    def _of(self, rows: Rows) -> _Some:
-        if rows not in self._some:
-            self._some[rows] = _Some(rows, self)
-        return self._some[rows]
-
-    def _next(self, norm: object) -> Tensor:
-        """The norm of the residual at hand, once the latest branch has joined it."""
-        x_RD = self._normalised(norm, self._h_RD, self._branch_1RD)
-        self._branch_1RD = None
-        return x_RD
-
-    def _normalised(self, norm: object, h_RD: Tensor, branch_1RD: Tensor | None) -> Tensor:
-        assert isinstance(norm, RootMeanSquare), "a layer that is not known"
-        every = At(norm.scale_D, None)
-        return kernels.normalise(
-            h_RD, branch_1RD, norm.scale_D, norm.epsilon, every, self._tools.dtype
-        )
-
-    def _taking(self) -> Takes | None:
-        if self.packed.allowances is None:
-            return None
-        assert isinstance(self.packed.allowances, AmongOthers), "a step of another kind"
-        takes_J, granted_LTJ, debts_LTJ, ladder_LTG = self.packed.allowances.asked
-        takes, granted, debts = (
-            torch.from_numpy(np.ascontiguousarray(each, dtype=np.int64)).to(self.device)
-            for each in (takes_J, granted_LTJ, debts_LTJ)
-        )
-        return Takes(takes, granted, debts, debts.clone(), ladder_LTG)
-
-    def _take(self, x_RI: Tensor, layer: Layer, site: Site) -> None:
-        """Leave of the rows that pick what they take."""
-        if self._takes is None:
-            return
-        norms_I = self._tools.layout.column_norms(layer, site)
-        at = At(norms_I, self._takes.at(layer.index, SITES.index(site)))
-        kernels.take(x_RI, self._of(self._rows).takers_J, at)
-
-    def _product(self, layer: Layer, x_RI: Tensor, rows: Rows, *parts: Projection) -> Tensor:
-        tools = self._tools
-        product = tools.product(*parts)
-        if tools.mending.is_repaired(layer, product, self.packed):
-            return tools.mending.run(layer, product, Reading(x_RI), self.packed, rows)
-        return product.whole(x_RI)
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -90,6 +90,10 @@ class Mending:
         """What `run` gives, in bfloat16, where it comes so; None elsewhere."""
         return None if self.is_repaired(layer, product, packed) else product.rounded(reading)
 
+    def joined(self, layer: Layer, name: str, product: Product) -> Joined | None:
+        """All pairs of a product in a set of them; None: it has none."""
+        return self._form(layer, name, product, self._working_dtype).joined
+
     def is_repaired(self, layer: Layer, product: Product, packed: Packed) -> bool:
         """Whether any row of a step has this product repaired."""
         return any(

@@ -58,6 +58,12 @@ class Joined(NamedTuple):
             branch_PO = F.linear(inner_PK[:, inner], b_OK)
             rows.add(out_RO[:, outputs], branch_PO[: rows.count])
 
+    def mend_some(self, x_RI: Tensor, out_RO: Tensor, uses_R1: Tensor) -> None:
+        """Repair a product in place where `uses` is 1, and leave it where it is 0."""
+        inner_RK = F.linear(x_RI, self.a_KI) * uses_R1
+        for inner, outputs, b_OK in self.parts:
+            out_RO[:, outputs].addmm_(inner_RK[:, inner], b_OK.T)
+
 
 class Folded(Product):
     """A product with all pairs of a repair in its weights: another copy of them, and no more work.

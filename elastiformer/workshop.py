@@ -172,7 +172,7 @@ class Workshop:
                 packed.takes_N,
                 packed.channels_LTK,
                 packed.kind_N,
-                self._ladder_on_device_LTG,
+                self.ladder_on_device_LTG,
                 self._outputs_LT,
             )
         owner_N = np.where(packed.takes_N, packed.chunk_N, -1)
@@ -194,7 +194,7 @@ class Workshop:
             [packed.chunks[chunk].sequence for chunk in packed.chunk_N[rows_J].tolist()],
             packed.channels_LTK,
             packed.kind_N[rows_J],
-            self._ladder_on_device_LTG,
+            self.ladder_on_device_LTG,
             self._outputs_LT,
         )
 
@@ -208,7 +208,7 @@ class Workshop:
         return ladders(calibration.channel_quantiles)
 
     @cached_property
-    def _ladder_on_device_LTG(self) -> Tensor:
+    def ladder_on_device_LTG(self) -> Tensor:
         assert self.ladder_LTG is not None, "rows that take by no thresholds"
         return torch.from_numpy(self.ladder_LTG).to(self.device)
 
