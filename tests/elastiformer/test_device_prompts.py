@@ -21,6 +21,7 @@ from tests.tiny import LAYERS, tiny
 
 pytest.importorskip("triton", exc_type=ImportError)
 device_prompts = pytest.importorskip("elastiformer.device_prompts")
+device_prompt_attention = pytest.importorskip("elastiformer.device_prompt_attention")
 
 from tests.elastiformer.test_device_decoding import (  # noqa: E402  (needs Triton)
     CLOSE,
@@ -57,7 +58,7 @@ def ran(model: ElasticModel, plans: list, pieces: list) -> tuple[torch.Tensor, l
     sequences = [planned_sequence(model, plan, PROMPT, TOKENS) for plan in plans]
     left = [text(seed=row)[0].tolist() for row in range(len(plans))]
     logits = []
-    for step in range(len(pieces[0]) + 2 * len(plans)):
+    for step in range(2 * len(plans) + 1):
         chunks = []
         for row, sequence in enumerate(sequences):
             place = step - 2 * row
@@ -117,8 +118,7 @@ def test_at_full_capacity_it_is_the_base(family, counted):
         assert len(counted) == step + 1
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("family", "seed"), [("llama", 1), ("qwen2", 2)])
 def test_rows_that_leave_sub_layers_out_are_left_out(family, seed, counted):
     units = (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS, Unit.CHANNELS)
     model = by_thresholds(elastic(family, units, lora_rank=0))
@@ -139,16 +139,18 @@ def test_repaired_rows_are_repaired(counted):
     assert counted
 
 
-def test_long_texts_go_over_several_blocks(counted):
+def test_long_texts_go_over_several_programs(counted, monkeypatch):
+    monkeypatch.setattr(device_prompt_attention, "QUERIES", 16)
+    monkeypatch.setattr(device_prompt_attention, "_KEYS", 16)
     model = elastic("llama", (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS), lora_rank=0)
     late = without(*range(LAYERS, 2 * LAYERS))
-    tokens, ids = 150, [text(150, seed=row)[0].tolist() for row in range(2)]
+    tokens, ids = 50, [text(50, seed=row)[0].tolist() for row in range(2)]
     found = []
     for form in (layer_by_layer, lambda each: on_device(each, 0.0)):
         form(model)
         sequences = [planned_sequence(model, (late, DENSE), tokens, tokens) for _ in ids]
         logits = []
-        for begin, end in ((0, 70), (70, 150)):
+        for begin, end in ((0, 23), (23, 50)):
             chunks = [
                 Chunk(sequence, own[begin:end])
                 for sequence, own in zip(sequences, ids, strict=True)
@@ -158,7 +160,14 @@ def test_long_texts_go_over_several_blocks(counted):
         for sequence in sequences:
             sequence.release()
     torch.testing.assert_close(*found, **CLOSE)
-    assert counted == [140, 160]
+    assert counted == [46, 54]
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 128, 129, 2048, 2049])
+def test_steps_are_filled_up_by_little(rows):
+    filled = device_prompts.filled(rows)
+    assert rows <= filled <= max(rows * 9 / 8, rows + 15)
+    assert device_prompts.filled(filled) == filled
 
 
 def test_what_only_operators_know_is_theirs(counted):
