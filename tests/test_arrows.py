@@ -25,7 +25,8 @@ LOW_TO_HIGH = """
         tile_blocks many_queries whole_requests class_kernels single_queries sub_layers tiles
         readings products flop_formulas expert_table repair mending sides attention both_ways
         placing workshop keeping direct_reading sparse_heads sparse_attention sparse_experts
-        sparse_mlp class_tail decoding device_kernels device_attention device_decoding
+        sparse_mlp class_tail decoding device_kernels device_attention device_prompt_attention
+        device_prompt_layers device_prompts device_decoding
         late_layers sparse encoding imaging sight planning drawing sampling inputs images
         encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
 
@@ -104,7 +105,11 @@ DOORS = {
     "PIL": {"elastiformer.images"},
     "numba": _COMPILED,
     "llvmlite": _COMPILED - {"elastiformer.kernels", "elastiformer.class_kernels"},
-    "triton": {"elastiformer.device_attention", "elastiformer.device_kernels"},
+    "triton": {
+        "elastiformer.device_attention",
+        "elastiformer.device_kernels",
+        "elastiformer.device_prompt_attention",
+    },
     "matplotlib": {"training.pictures", "training.progress"},
     "fastapi": {"service"},
     "httpx": {"service.fetching"},
