@@ -234,7 +234,8 @@ class _Step:
     ) -> None:
         """Run all layers over the residual [fewer rows, D], in place."""
         count, allowances = packed.count, packed.allowances
-        placing.grow_in_all_layers()
+        if not placing.complete:  # the others have grown by the whole step
+            placing.grow_in_all_layers()
         self._tell(h_ND, placing, allowances)
         if rotation is not None:
             if self._turn_NR is None:
