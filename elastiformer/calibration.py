@@ -45,6 +45,11 @@ def output_context(position: int) -> int:
     return position // OUTPUT_BLOCK * OUTPUT_BLOCK + OUTPUT_BLOCK // 2
 
 
+def output_block_end(position: int) -> int:
+    """The position after the last one of its block."""
+    return (position // OUTPUT_BLOCK + 1) * OUTPUT_BLOCK
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One move along a path: this layer now keeps `share` of `field` (a field of LayerPlan)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -117,20 +117,21 @@ class Packed:
 
     def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
         self.chunks, self.device = chunks, device
-        self.ids: list[int] = []
-        self.positions: list[int] = []
-        starts, numbering, numbers = [0], Numbering(), list[int]()
-        for chunk in chunks:
-            sequence = chunk.sequence
-            self.ids += chunk.ids
-            starts.append(len(self.ids))
-            self.positions += range(sequence.length, sequence.length + len(chunk.ids))
-            numbers += sequence.numbers(len(chunk.ids), numbering)
-        self.count = len(self.ids)
-        self.spans = [slice(begin, end) for begin, end in pairwise(starts)]
-        self.starts = np.array(starts)
+        sizes = [len(chunk.ids) for chunk in chunks]
+        self.starts = np.cumsum([0, *sizes])
+        bounds: list[int] = self.starts.tolist()
+        self.count = bounds[-1]
+        self.spans = [slice(begin, end) for begin, end in pairwise(bounds)]
+        numbering, self.kind_N = Numbering(), np.empty(self.count, dtype=np.int64)
+        for chunk, first, size in zip(chunks, bounds, sizes, strict=False):
+            if size == 1:
+                self.kind_N[first] = chunk.sequence.number(numbering)
+            else:
+                self.kind_N[first : first + size] = chunk.sequence.numbers(size, numbering)
         self.distinct_kinds = tuple(numbering.kinds)
-        self.kind_N = np.array(numbers)
+        # Where each row stands; after what ran before, from its chunk's first row on.
+        before_C = np.array([chunk.sequence.length for chunk in chunks]) - self.starts[:-1]
+        self.position_on_host_N = np.arange(self.count) + np.repeat(before_C, sizes)
         self._number = {kind: at for at, kind in enumerate(self.distinct_kinds)}
         self._rows: dict[frozenset[Kind], Rows] = {}
         self._bounds: dict[Rows, np.ndarray] = {}
@@ -139,10 +140,16 @@ class Packed:
         # Where rows take channels by thresholds:
         self.allowances: Allowances | DeviceAllowances | None = None
         # By way of NumPy, which reads lists several times faster than PyTorch.
+        ids_N = np.fromiter(chain.from_iterable(chunk.ids for chunk in chunks), np.int64)
         self.ids_N, self.position_N = (
-            torch.from_numpy(np.array(each, dtype=np.int64)).to(device)
-            for each in (self.ids, self.positions)
+            torch.from_numpy(each_N).to(device) for each_N in (ids_N, self.position_on_host_N)
         )
+
+    @cached_property
+    def positions(self) -> list[int]:
+        """Of each row, among its sequence's tokens that run."""
+        positions: list[int] = self.position_on_host_N.tolist()
+        return positions
 
     @cached_property
     def kinds(self) -> list[Kind]:
@@ -261,7 +268,7 @@ class Packed:
         takes_K = np.array(
             [kind.phase is Phase.OUTPUT and kind.plan.only_picks for kind in self.distinct_kinds]
         )
-        takes_N: np.ndarray = takes_K[self.kind_N] & (np.array(self.positions) > 0)
+        takes_N: np.ndarray = takes_K[self.kind_N] & (self.position_on_host_N > 0)
         return takes_N
 
     @cached_property

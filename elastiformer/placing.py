@@ -95,7 +95,7 @@ class Placing:
         chunk_R = self._packed.chunk_N[rows.rows_R]
         first_LR, room_LR = self._first_LC[:, chunk_R], self._room_LC[:, chunk_R]
         value_LR = first_LR + self._caches[0].shape.kv_heads * room_LR
-        length_R = np.array(self._packed.positions, dtype=np.int64)[rows.rows_R] + 1
+        length_R = self._packed.position_on_host_N[rows.rows_R] + 1
         length_LR = np.tile(length_R, (len(first_LR), 1))
         index_LRG = np.ascontiguousarray(self._whole_LNG[:, rows.rows_R])
         return Cached(

@@ -14,7 +14,12 @@ from typing import NamedTuple
 
 from elastiformer.accounting import ModelShape
 from elastiformer.adapter import Adapter
-from elastiformer.calibration import Calibration, Schedule, output_context
+from elastiformer.calibration import (
+    Calibration,
+    Schedule,
+    output_block_end,
+    output_context,
+)
 from elastiformer.capacity import (
     Capacity,
     Phase,
@@ -28,6 +33,7 @@ from elastiformer.errors import CapacityError
 from elastiformer.priced import PricedPlan, Pricing
 from elastiformer.routers import TOKEN_UNITS, most_kept
 from elastiformer.sequence import Kind
+from elastiformer.stretches import Plans, PricedSchedule, Stretch
 
 _REMEMBERED = 4096
 _STEPS_PER_OCTAVE = 8
@@ -43,17 +49,6 @@ _EXCESS = 0.015  # of the capacity, where most of a prompt is stored
 _OPENING_TOKENS, _OPENING_PRICE = 8, 0.011
 
 PlanAt = Callable[[Phase, int], PricedPlan]
-
-
-class _Priced(NamedTuple):
-    """A schedule and its plans' prices: a plan is too long to be looked up for every token."""
-
-    schedule: Schedule
-    fuller: PricedPlan
-    leaner: PricedPlan
-
-    def at(self, position: int) -> PricedPlan:
-        return self.fuller if self.schedule.is_fuller(position) else self.leaner
 
 
 class Ending(NamedTuple):
@@ -108,7 +103,7 @@ class Planner:
         for keys in contexts:
             self._check(capacity.output, Phase.OUTPUT, keys)
 
-    def plan_at(self, capacity: Capacity, prompt_tokens: int) -> PlanAt:
+    def plan_at(self, capacity: Capacity, prompt_tokens: int) -> Plans:
         """The plan of each token of a text that is read onwards, by phase and position.
 
         The last tokens of a prompt run whole, as far as the others can make up for it.
@@ -117,15 +112,17 @@ class Planner:
             return self._plan_at(capacity, prompt_tokens)
         ending = self._ending(capacity.prompt, prompt_context(prompt_tokens))
         first = prompt_tokens - 1 - ending.tokens  # the very last token is of phase output
-        dense = self.pricing[Phase.PROMPT].dense
+        dense = PricedSchedule.of_one(self.pricing[Phase.PROMPT].dense)
         before = self._plan_at(replace(capacity, prompt=ending.others), prompt_tokens)
 
-        def plan_at(phase: Phase, position: int) -> PricedPlan:
-            if phase is Phase.PROMPT and position >= first:
-                return dense
-            return before(phase, position)
+        def find(phase: Phase, position: int) -> Stretch:
+            if phase is Phase.OUTPUT:
+                return before.stretch(phase, position)
+            if position >= first:
+                return Stretch(dense, phase, position)
+            return before.stretch(phase, position).until(first)
 
-        return plan_at
+        return Plans(find)
 
     def most_stored(self, capacity: Capacity, prompt_tokens: int, most_tokens: int) -> int:
         """How many of a prompt's tokens may come from a store, if not all that are prompt.
@@ -148,27 +145,33 @@ class Planner:
 
     def _plan_at(
         self, capacity: Capacity, prompt_tokens: int, piece_tokens: int | None = None
-    ) -> PlanAt:
+    ) -> Plans:
         """The same without that: what all tokens of a phase do alike."""
         piece_tokens = piece_tokens or self._piece_tokens
         context_of_prompt = prompt_context(prompt_tokens)
-        uniform = {phase: self._uniform(capacity.of(phase), phase) for phase in Phase}
+        uniform = {
+            phase: None if plan is None else PricedSchedule.of_one(plan)
+            for phase in Phase
+            for plan in (self._uniform(capacity.of(phase), phase),)
+        }
 
-        def plan_at(phase: Phase, position: int) -> PricedPlan:
+        def find(phase: Phase, position: int) -> Stretch:
             share = capacity.of(phase)
-            if (plan := uniform[phase]) is not None:
-                return plan
+            if (plans := uniform[phase]) is not None:
+                return Stretch(plans, phase, position)
             assert not isinstance(share, UnitShares), "keep shares are the same for all tokens"
             if position >= prompt_tokens:
-                context = output_context(position)
+                context, stop = output_context(position), output_block_end(position)
             elif phase is Phase.PROMPT:
-                context = context_of_prompt  # each of its tokens owes all of its keys
+                # Each of its tokens owes all of its keys.
+                context, stop = context_of_prompt, prompt_tokens
             else:
                 piece_end = (position // piece_tokens + 1) * piece_tokens
-                context = prompt_context(min(piece_end, prompt_tokens))
-            return self._priced(share, phase, context).at(position)
+                stop = min(piece_end, prompt_tokens)
+                context = prompt_context(stop)
+            return Stretch(self._priced(share, phase, context), phase, position, stop)
 
-        return plan_at
+        return Plans(find)
 
     def _uniform(self, share: Share, phase: Phase) -> PricedPlan | None:
         """The plan of all tokens of a phase, where they have one and the same."""
@@ -180,7 +183,7 @@ class Planner:
 
     def _of_whole(self, capacity: Capacity, tokens: int, outputs: int | None) -> tuple[Kind, ...]:
         """The kinds of a whole item's tokens, of which the first `outputs` are read; None: all."""
-        plan_at = self._plan_at(capacity, tokens, piece_tokens=tokens)
+        plan_at: PlanAt = self._plan_at(capacity, tokens, piece_tokens=tokens)
         if outputs is not None and self._absorbs(capacity):
             plan_at = self._plan_of_item(capacity.prompt, tokens)
         read = tokens if outputs is None else outputs
@@ -202,7 +205,7 @@ class Planner:
             self.pricing[Phase.PROMPT].of(plan, schedule.direct)
             for plan in (schedule.fuller, schedule.leaner)
         )
-        others = _Priced(schedule, fuller, leaner)
+        others = PricedSchedule(schedule, fuller, leaner)
         read = self.pricing[Phase.OUTPUT].of(dense_plan(len(self.shape.layers)), schedule.direct)
         return lambda phase, position: read if phase is Phase.OUTPUT else others.at(position)
 
@@ -297,9 +300,10 @@ class Planner:
         assert self.calibration is not None
         return prompt_ending(self.calibration, self.shape, share, context)
 
-    def _price(self, share: float, phase: Phase, context: int) -> _Priced:
+    def _price(self, share: float, phase: Phase, context: int) -> PricedSchedule:
         schedule, pricing = self._schedule(share, phase, context), self.pricing[phase]
-        return _Priced(schedule, pricing.of(schedule.fuller), pricing.of(schedule.leaner))
+        fuller, leaner = pricing.of(schedule.fuller), pricing.of(schedule.leaner)
+        return PricedSchedule(schedule, fuller, leaner)
 
     def _check(self, share: Share, phase: Phase, context: int, absorbs: bool = False) -> None:
         """Refuse a share that this model cannot run."""
@@ -351,15 +355,16 @@ def answer_opening(share: float, sent: int) -> Opening:
     return Opening(tokens, tokens * (1 - share) / 2)
 
 
-def opened(plan_at: PlanAt, whole: PricedPlan, first: int) -> PlanAt:
+def opened(plans: Plans, whole: PricedPlan, first: int) -> Plans:
     """The same plans, but for tokens of phase output before the position `first`: the whole one."""
+    opening = PricedSchedule.of_one(whole)
 
-    def plan_or_whole(phase: Phase, position: int) -> PricedPlan:
+    def find(phase: Phase, position: int) -> Stretch:
         if phase is Phase.OUTPUT and position < first:
-            return whole
-        return plan_at(phase, position)
+            return Stretch(opening, phase, position, first)
+        return plans.stretch(phase, position)
 
-    return plan_or_whole
+    return Plans(find)
 
 
 def others_share(share: float, whole: float, tokens: int, context: int) -> float:

@@ -15,6 +15,7 @@ from elastiformer.cache import SequenceCache
 from elastiformer.capacity import Phase, Unit
 from elastiformer.priced import PricedPlan
 from elastiformer.routers import Debt
+from elastiformer.stretches import Plans, Stretch
 from elastiformer.usage import Usage
 
 
@@ -55,6 +56,20 @@ class Numbering:
             self._number[key] = len(self.kinds)
             self.kinds.append(Kind(plan, phase))
         return self._number[key]
+
+    def of_stretch(self, stretch: Stretch, first: int, stop: int) -> int | np.ndarray:
+        """Of a stretch's positions from `first` to before `stop`; one number where they agree."""
+        plans, phase = stretch.plans, stretch.phase
+        if plans.fuller is plans.leaner:
+            return self.of(plans.fuller, phase)
+        is_fuller_N = plans.fuller_N(first, stop)
+        starts_fuller = bool(is_fuller_N[0])
+        number = self.of(plans.fuller if starts_fuller else plans.leaner, phase)
+        others_N = is_fuller_N != starts_fuller
+        if not others_N.any():
+            return number
+        other = self.of(plans.leaner if starts_fuller else plans.fuller, phase)
+        return np.where(others_N, other, number)
 
     def of_whole(self, kinds: tuple[Kind, ...]) -> list[int]:
         """Of an item's tokens; items that are planned alike share one tuple."""
@@ -121,12 +136,31 @@ class Sequence:
         plan = self.plan_at(position)
         return plan.rooted if position == 0 else plan
 
-    def numbers(self, tokens: int, numbering: Numbering) -> list[int]:
+    def number(self, numbering: Numbering) -> int:
+        """Which kind the next token is of."""
+        phase = self.phase_at(self.length)
+        plan = self._plan_at(phase, self.length)
+        return numbering.of(plan if self.length else plan.rooted, phase)
+
+    def numbers(self, tokens: int, numbering: Numbering) -> list[int] | np.ndarray:
         """Which kinds the next tokens are of."""
-        return [
-            numbering.of(self.run_at(position), self.phase_at(position))
-            for position in range(self.length, self.length + tokens)
-        ]
+        first, stop, plan_at = self.length, self.length + tokens, self._plan_at
+        if not isinstance(plan_at, Plans):
+            return [
+                numbering.of(self.run_at(position), self.phase_at(position))
+                for position in range(first, stop)
+            ]
+        number_N, at = np.empty(tokens, dtype=np.int64), first
+        if at == 0:  # it alone is rooted
+            number_N[0], at = self.number(numbering), 1
+        while at < stop:
+            phase = self.phase_at(at)
+            stretch = plan_at.stretch(phase, at)
+            of_phase = self.prompt_tokens - 1 if phase is Phase.PROMPT else stop
+            end = min(stretch.stop, of_phase, stop)
+            number_N[at - first : end - first] = numbering.of_stretch(stretch, at, end)
+            at = end
+        return number_N
 
     @property
     def moved(self) -> bool:

@@ -20,7 +20,7 @@ LOW_TO_HIGH = """
         calibration_reading card priced families encoder_families encoders experts routers lora
         lora_files unpacking shipped originals weights encoder_weights vlms vlm_weights misfits
         adapter_files adapter saved_adapter kernels thresholds plan_grid masked pool cache
-        sequence imaged prefixes memory spare_rows row_kernels pointwise allowances
+        stretches sequence imaged prefixes memory spare_rows row_kernels pointwise allowances
         device_allowances packed rotary taken costs vectors stored_tile lanes largest pairs amx
         tile_blocks many_queries whole_requests class_kernels single_queries sub_layers tiles
         readings products flop_formulas expert_table repair mending sides attention both_ways
