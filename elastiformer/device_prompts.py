@@ -212,13 +212,12 @@ class _Step:
         bounds = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes.values())]).tolist()
         self._host = torch.zeros(bounds[-1], dtype=torch.int64, pin_memory=memory is not None)
         self._there = torch.zeros(bounds[-1], dtype=torch.int64, device=self._device)
-        self._told, self._named = (
-            {
-                name: whole[bounds[at] : bounds[at + 1]].view(shape)
-                for at, (name, shape) in enumerate(shapes.items())
-            }
-            for whole in (self._host, self._there)
-        )
+        parts = {
+            name: (slice(*bounds[at : at + 2]), shape)
+            for at, (name, shape) in enumerate(shapes.items())
+        }
+        self._named = {name: self._there[at].view(shape) for name, (at, shape) in parts.items()}
+        self._told = {name: self._host[at].view(s).numpy() for name, (at, s) in parts.items()}
         self._owed_LTJ = torch.zeros_like(self._named["debts"])
         self._gone = _event() if memory is not None else None
 
@@ -270,8 +269,7 @@ class _Step:
         """Send what the step is about."""
         if self._gone is not None:
             self._gone.synchronize()  # what was sent before has left
-        told = {name: each.numpy() for name, each in self._told.items()}
-        chunks, takers_J = len(packed.chunks), packed.picking.rows_R
+        told, chunks, takers_J = self._told, len(packed.chunks), packed.picking.rows_R
         told["first"][:, :chunks], told["room"][:, :chunks] = placing.first_LC, placing.room_LC
         position_N = np.array(packed.positions)
         for at, (rows_R, programs_W3) in enumerate(zip(rows_of, programs, strict=True)):
