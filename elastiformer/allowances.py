@@ -5,7 +5,7 @@ where calibration has found some. Others take what they are granted; so does pos
 every token attends and whose sizes are like no other's.
 
 Shape letters: L layers   T sites   G rungs   N packed tokens   R rows   S R + 1   I inputs
-    K kinds of rows   O requests
+    K kinds of rows   O requests   X request x layer
 """
 
 from __future__ import annotations
@@ -16,6 +16,22 @@ import numpy as np
 
 from elastiformer.sequence import Sequence as Owner
 from elastiformer.thresholds import SEARCHED, Grants, take
+
+
+def owed(owners: Sequence[Owner], layers: int, sites: int) -> np.ndarray:
+    """What the requests owe now: int64 [L, T, O], nobody else's to write to."""
+    nothing_LT = np.zeros((layers, sites), dtype=np.int64)
+    debts = [owner.channel_debts for owner in owners]
+    # One after another they are joined without a look at each.
+    debts_XT = np.concatenate([nothing_LT if each is None else each for each in debts])
+    return np.ascontiguousarray(debts_XT.reshape(-1, layers, sites).transpose(1, 2, 0))
+
+
+def leave(owners: Sequence[Owner], debts_LTO: np.ndarray) -> None:
+    """Leave each request with what it owes now."""
+    debts_OLT = np.ascontiguousarray(debts_LTO.transpose(2, 0, 1))
+    for owner, debts_LT in zip(owners, debts_OLT, strict=True):
+        owner.channel_debts = debts_LT
 
 
 class Allowances:
@@ -38,9 +54,7 @@ class Allowances:
         outputs_LT: np.ndarray,
     ) -> None:
         self._owners, self._outputs_LT = owners, outputs_LT
-        nothing_LT = np.zeros(ladder_LTG.shape[:2], dtype=np.int64)
-        debts = [owner.channel_debts for owner in owners]
-        debts_LTO = np.stack([nothing_LT if each is None else each for each in debts], axis=2)
+        debts_LTO = owed(owners, *ladder_LTG.shape[:2])
         beyond_N = [np.zeros(len(owner_N), dtype=np.int64) for _ in range(2)]
         self.grants = Grants(ladder_LTG, channels_LTK, kind_N, owner_N, debts_LTO, *beyond_N)
         self._apart = len(owners) == len(owner_N)
@@ -76,6 +90,4 @@ class Allowances:
 
     def settle(self) -> None:
         """Leave each request with what it owes now."""
-        debts_OLT = np.ascontiguousarray(self.grants.debts_LTO.transpose(2, 0, 1))
-        for owner, debts_LT in zip(self._owners, debts_OLT, strict=True):
-            owner.channel_debts = debts_LT
+        leave(self._owners, self.grants.debts_LTO)

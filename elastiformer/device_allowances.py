@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elastiformer.allowances import leave, owed
 from elastiformer.sequence import Sequence as Owner
 from elastiformer.thresholds import HASTE, PATIENCE
 
@@ -43,11 +44,7 @@ class DeviceAllowances:
         self._device = ladder_LTG.device
         self._owners, self._takes_N, self._outputs_LT = owners, takes_N, outputs_LT
         self._granted_LTN, self._ladder_LTG = channels_LTK[:, :, kind_N], ladder_LTG
-        nothing_LT = np.zeros(ladder_LTG.shape[:2], dtype=np.int64)
-        debts = [owner.channel_debts for owner in owners]
-        self._before_LTN = np.stack(
-            [nothing_LT if each is None else each for each in debts], axis=2
-        )
+        self._before_LTN = owed(owners, *ladder_LTG.shape[:2])
         self._at, self._rows_R = (-1, -1), np.empty(0, dtype=np.int64)
         self._kept_RI = torch.empty(0, 0, dtype=torch.bool, device=self._device)
 
@@ -147,9 +144,7 @@ class DeviceAllowances:
 
     def settle(self) -> None:
         """Leave each request with what it owes now."""
-        debts_OLT = np.ascontiguousarray(self._after_LTN.transpose(2, 0, 1))
-        for owner, debts_LT in zip(self._owners, debts_OLT, strict=True):
-            owner.channel_debts = debts_LT
+        leave(self._owners, self._after_LTN)
 
 
 class AmongOthers(DeviceAllowances):

@@ -52,6 +52,11 @@ class Price:
     experts_left_out: int = 0
     channels_left_out: int = 0
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """All of it, in order."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
     def __add__(self, other: Price) -> Price:
         return Price(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 

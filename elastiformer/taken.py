@@ -3,14 +3,15 @@
 A row's price is its plan's, less what its token routers left out, which is noted here, and with
 what it took beyond the channels it was granted, which is noted where it took them.
 
-Shape letters: L layers   N rows   R some of them   C chunks   K kinds   S times that rows were left
-    out   P fields of a price
+Shape letters: L layers   N rows   R some of them   C chunks   K kinds   B chunk x kind   J those of
+    which there are rows   S times that rows were left out   P fields of a price   F counts of a
+    usage   U units   E routed and skipped
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, fields
+from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
@@ -19,16 +20,21 @@ from elastiformer.accounting import ModelShape
 from elastiformer.capacity import Phase, Unit
 from elastiformer.packed import Packed
 from elastiformer.priced import Price
-from elastiformer.usage import Usage
 
 
-class Spent(NamedTuple):
-    """What one chunk's rows of one kind ran under."""
+class _Parts(NamedTuple):
+    """What the rows of one kind in one chunk ran, for each pair of which there are some."""
 
-    kind: int  # its number
-    rows: int
-    changes: Price  # by its routers
-    unattended: int  # FLOPs of attention that its routers left out
+    first_C: np.ndarray  # the parts of a chunk stand side by side
+    kind_J: np.ndarray
+    rows_J: np.ndarray
+    price_JP: np.ndarray
+    attended_J: np.ndarray  # FLOPs of attention
+
+    def summed(self, each_J: np.ndarray) -> np.ndarray:
+        """The sum over each chunk's parts: [C, …]."""
+        sums_C: np.ndarray = np.add.reduceat(each_J, self.first_C)
+        return sums_C
 
 
 class Taken:
@@ -50,111 +56,123 @@ class Taken:
     def settle(self, units: Sequence[Unit]) -> None:
         """Add to each sequence what its rows spent."""
         packed, shape = self._packed, self._shape
+        products_C, channels_C = self._beyond()
+        parts = self._parts()
+        linear_C = parts.summed(parts.price_JP)[:, 0] + 2 * products_C
+        block_C = linear_C + parts.summed(parts.attended_J)
+        heads_C = np.array(packed.output_counts) * shape.head_flops
         dense_linear = shape.dense_token_flops(context=0)
         dense_per_key = shape.dense_token_flops(context=1) - dense_linear
-        keys_LC = np.array(self._keys_LC)
-        kinds = len(packed.distinct_kinds)
-        pair_N = packed.chunk_N * kinds + packed.kind_N
-        rows_CK = np.bincount(pair_N, minlength=len(packed.chunks) * kinds).reshape(-1, kinds)
-        changes_CK, unattended_CK = self._changes(pair_N, keys_LC)
-        products_C, channels_C = self._beyond()
-        known: dict[tuple[object, ...], Usage] = {}  # what was run alike is counted once
-        for place, (chunk, outputs) in enumerate(
-            zip(packed.chunks, packed.output_counts, strict=True)
-        ):
-            tokens = len(chunk.ids)
-            spent = [
-                Spent(number, rows, changes_CK[place][number], unattended_CK[place][number])
-                for number, rows in enumerate(rows_CK[place].tolist())
-                if rows
-            ]
-            keys_L, extent = keys_LC[:, place], chunk.sequence.dense_extent(tokens)
-            alike = (*spent, keys_L.tobytes(), products_C[place], outputs, extent)
-            if alike not in known:
-                usage = self._sum(spent, keys_L, units)
-                usage.block_flops += 2 * products_C[place]
-                usage.parameters_used += 2 * products_C[place]
-                heads = outputs * shape.head_flops
-                usage.parameters_used = (usage.parameters_used + heads) // 2
-                usage.flops = usage.block_flops + heads
-                dense_tokens, keys = extent
-                usage.dense_block_flops = dense_tokens * (dense_linear + keys * dense_per_key)
-                usage.dense_flops = usage.dense_block_flops + heads
-                usage.dense_parameters = (dense_tokens * dense_linear + heads) // 2
-                known[alike] = usage
-            chunk.sequence.usage += known[alike]
-            if channels_C[place] and Unit.CHANNELS in units:
-                chunk.sequence.usage.decide(Unit.CHANNELS, Phase.OUTPUT, 0, -channels_C[place])
-
-    def _beyond(self) -> tuple[list[int], list[int]]:
-        """What each chunk's rows took beyond the channels granted: products, channels."""
-        packed = self._packed
-        if packed.allowances is None:
-            return [0] * len(packed.chunks), [0] * len(packed.chunks)
-        products_C, channels_C = (
-            np.add.reduceat(each_N, packed.starts[:-1]) for each_N in packed.allowances.beyond
-        )
-        return products_C.tolist(), channels_C.tolist()
-
-    def _changes(
-        self, pair_N: np.ndarray, keys_LC: np.ndarray
-    ) -> tuple[list[list[Price]], list[list[int]]]:
-        """What routers changed in price, and the FLOPs of attention they left out: [C, K].
-
-        Args:
-            pair_N: each row's chunk x number of kinds + kind.
-        """
-        chunks, kinds = len(self._packed.chunks), self._packed.distinct_kinds
-        if not self._skipped:
-            return [[Price()] * len(kinds)] * chunks, [[0] * len(kinds)] * chunks
-        counts_SCK = np.array(
+        tokens_C, keys_C = np.array(
+            [chunk.sequence.dense_extent(len(chunk.ids)) for chunk in packed.chunks]
+        ).T
+        dense_block_C = tokens_C * (dense_linear + keys_C * dense_per_key)
+        counts_CF = np.stack(
             [
-                np.bincount(pair_N[rows_R], minlength=chunks * len(kinds))
-                for _, _, rows_R in self._skipped
-            ]
-        ).reshape(-1, chunks, len(kinds))
-        changed_SKP = np.zeros((len(self._skipped), len(kinds), len(fields(Price))), dtype=np.int64)
-        per_key_SK = np.zeros((len(self._skipped), len(kinds)), dtype=np.int64)
-        for place, (layer, unit, _) in enumerate(self._skipped):
-            of_mlp = unit is Unit.MLP_TOKENS
-            for number, kind in enumerate(kinds):
-                plan = kind.plan
-                changed = (plan.skipped_mlp if of_mlp else plan.skipped_attention).get(layer)
-                if changed is not None:
-                    changed_SKP[place, number] = astuple(changed)
-                    per_key_SK[place, number] = 0 if of_mlp else plan.per_key_L[layer]
-        changes_CKP = np.einsum("sck,skp->ckp", counts_SCK, changed_SKP)
-        keys_SC = keys_LC[[layer for layer, _, _ in self._skipped]]
-        unattended_CK = np.einsum("sck,sk,sc->ck", counts_SCK, per_key_SK, keys_SC)
-        changes = [[Price(*each) for each in of_chunk] for of_chunk in changes_CKP.tolist()]
-        return changes, unattended_CK.tolist()
-
-    def _sum(self, spent: Sequence[Spent], keys_L: np.ndarray, units: Sequence[Unit]) -> Usage:
-        """What the rows of one chunk ran in the blocks."""
-        usage = Usage()
-        for number, rows, changes, unattended in spent:
-            kind = self._packed.distinct_kinds[number]
-            price = kind.plan.total * rows + changes
-            attended = rows * int(kind.plan.per_key_L @ keys_L) - unattended
-            usage.block_flops += price.linear + attended
-            usage.parameters_used += price.linear
-            if not kind.is_dense:
-                self._decide(usage, kind.phase, rows, price, units)
-        return usage
+                block_C + heads_C,
+                dense_block_C + heads_C,
+                block_C,
+                dense_block_C,
+                (linear_C + heads_C) // 2,
+                (tokens_C * dense_linear + heads_C) // 2,
+            ],
+            axis=1,
+        )
+        for chunk, counts in zip(packed.chunks, counts_CF.tolist(), strict=True):
+            chunk.sequence.usage.spend(*counts)
+        for phase in Phase:
+            self._decide(phase, parts, channels_C, units)
 
     def _decide(
-        self, usage: Usage, phase: Phase, rows: int, price: Price, units: Sequence[Unit]
+        self, phase: Phase, parts: _Parts, channels_C: np.ndarray, units: Sequence[Unit]
     ) -> None:
-        """What was decided for some rows of one plan; dense rows decide nothing."""
-        layers, shape = len(self._shape.layers), self._shape.layers[0]
-        attentions, mlps = price.kept_attentions, price.kept_mlps
-        usage.decide(Unit.ATTENTION_TOKENS, phase, rows * layers, rows * layers - attentions)
-        usage.decide(Unit.MLP_TOKENS, phase, rows * layers, rows * layers - mlps)
-        if Unit.HEADS in units:
-            usage.decide(Unit.HEADS, phase, attentions * shape.heads, price.heads_left_out)
-        if Unit.EXPERTS in units:
-            usage.decide(Unit.EXPERTS, phase, mlps * shape.experts, price.experts_left_out)
-        if Unit.CHANNELS in units:
-            channels = attentions * (shape.width + shape.attention_width)
-            channels += mlps * (shape.width + shape.mlp_width)
-            usage.decide(Unit.CHANNELS, phase, channels, price.channels_left_out)
+        """Add what was decided for the rows of a phase; dense rows decide nothing."""
+        routed_K = np.array(
+            [each.phase is phase and not each.is_dense for each in self._packed.distinct_kinds]
+        )
+        if not routed_K.any():
+            return
+        routed_J = routed_K[parts.kind_J]
+        rows_C = parts.summed(parts.rows_J * routed_J)
+        price_CP = parts.summed(parts.price_JP * routed_J[:, None])
+        _, attentions_C, mlps_C, heads_C, experts_C, left_out_C = price_CP.T
+        if phase is Phase.OUTPUT:  # the rows that take channels by thresholds
+            left_out_C = left_out_C - channels_C
+        shape, all_C = self._shape.layers[0], rows_C * len(self._shape.layers)
+        channels = shape.width + shape.attention_width, shape.width + shape.mlp_width
+        decided = {
+            Unit.ATTENTION_TOKENS: (all_C, all_C - attentions_C),
+            Unit.MLP_TOKENS: (all_C, all_C - mlps_C),
+            Unit.HEADS: (attentions_C * shape.heads, heads_C),
+            Unit.EXPERTS: (mlps_C * shape.experts, experts_C),
+            Unit.CHANNELS: (attentions_C * channels[0] + mlps_C * channels[1], left_out_C),
+        }
+        always = (Unit.ATTENTION_TOKENS, Unit.MLP_TOKENS)
+        asked = [unit for unit in decided if unit in always or unit in units]
+        counts_CUE = np.array([decided[unit] for unit in asked]).transpose(2, 0, 1)
+        keys = [(unit, phase) for unit in asked]
+        deciding = np.flatnonzero(rows_C)
+        for chunk, counts in zip(deciding.tolist(), counts_CUE[deciding].tolist(), strict=True):
+            self._packed.chunks[chunk].sequence.usage.decide_each(keys, counts)
+
+    def _beyond(self) -> tuple[np.ndarray, np.ndarray]:
+        """What each chunk's rows took beyond the channels granted, [C]: products, channels."""
+        packed = self._packed
+        if packed.allowances is None:
+            nothing_C = np.zeros(len(packed.chunks), dtype=np.int64)
+            return nothing_C, nothing_C
+        products_N, channels_N = packed.allowances.beyond
+        firsts = packed.starts[:-1]
+        return np.add.reduceat(products_N, firsts), np.add.reduceat(channels_N, firsts)
+
+    def _parts(self) -> _Parts:
+        """What the rows of each kind ran in each chunk: their plan's price, and what changed it."""
+        packed, keys_LC = self._packed, np.array(self._keys_LC)
+        plans = [kind.plan for kind in packed.distinct_kinds]
+        pair_N = packed.chunk_N * len(plans) + packed.kind_N
+        rows_B = np.bincount(pair_N, minlength=len(packed.chunks) * len(plans))
+        pair_J = np.flatnonzero(rows_B)
+        rows_J, (chunk_J, kind_J) = rows_B[pair_J], np.divmod(pair_J, len(plans))
+        total_KP = np.array([plan.total.counts for plan in plans])
+        per_key_KL = np.stack([plan.per_key_L for plan in plans])
+        price_JP = rows_J[:, None] * total_KP[kind_J]
+        keys_LJ = keys_LC[:, chunk_J]
+        attended_J = rows_J * (per_key_KL[kind_J] * keys_LJ.T).sum(1)
+        if self._skipped:
+            among_J = np.zeros(len(rows_B), dtype=np.int64)
+            among_J[pair_J] = np.arange(len(pair_J))
+            changes_JP, unattended_J = self._changes(among_J[pair_N], kind_J, keys_LJ)
+            price_JP += changes_JP
+            attended_J -= unattended_J
+        return _Parts(
+            np.searchsorted(chunk_J, np.arange(len(packed.chunks))),
+            kind_J,
+            rows_J,
+            price_JP,
+            attended_J,
+        )
+
+    def _changes(
+        self, part_N: np.ndarray, kind_J: np.ndarray, keys_LJ: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What routers changed in price, and the FLOPs of attention they left out: [J, P], [J].
+
+        Args:
+            part_N: each row's.
+        """
+        plans = [kind.plan for kind in self._packed.distinct_kinds]
+        counts_SJ = np.array(
+            [np.bincount(part_N[rows_R], minlength=len(kind_J)) for _, _, rows_R in self._skipped]
+        )
+        changed_SKP = np.zeros((len(self._skipped), len(plans), len(fields(Price))), dtype=np.int64)
+        per_key_SK = np.zeros((len(self._skipped), len(plans)), dtype=np.int64)
+        for place, (layer, unit, _) in enumerate(self._skipped):
+            of_mlp = unit is Unit.MLP_TOKENS
+            for number, plan in enumerate(plans):
+                changed = (plan.skipped_mlp if of_mlp else plan.skipped_attention).get(layer)
+                if changed is not None:
+                    changed_SKP[place, number] = changed.counts
+                    per_key_SK[place, number] = 0 if of_mlp else plan.per_key_L[layer]
+        changes_JP = np.einsum("sj,sjp->jp", counts_SJ, changed_SKP[:, kind_J])
+        keys_SJ = keys_LJ[[layer for layer, _, _ in self._skipped]]
+        return changes_JP, np.einsum("sj,sj,sj->j", counts_SJ, per_key_SK[:, kind_J], keys_SJ)

@@ -5,6 +5,7 @@ Usages add: a request's usage is the sum over its steps, a server's the sum over
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from elastiformer.capacity import Phase, Unit
@@ -38,10 +39,32 @@ class Usage:
         """Share of the dense block FLOPs that ran; 1.0 before anything ran."""
         return self.block_flops / self.dense_block_flops if self.dense_block_flops else 1.0
 
+    def spend(
+        self,
+        flops: int,
+        dense_flops: int,
+        block_flops: int,
+        dense_block_flops: int,
+        parameters_used: int,
+        dense_parameters: int,
+    ) -> None:
+        """Add what was run, and what the pretrained model would have run."""
+        self.flops += flops
+        self.dense_flops += dense_flops
+        self.block_flops += block_flops
+        self.dense_block_flops += dense_block_flops
+        self.parameters_used += parameters_used
+        self.dense_parameters += dense_parameters
+
+    def decide_each(self, keys: Iterable[Key], counts: Iterable[tuple[int, int]]) -> None:
+        """Add decisions: how many were made, and how many left something out."""
+        mine, left_out = self.routed, self.skipped
+        for key, (routed, skipped) in zip(keys, counts, strict=True):
+            mine[key] = mine.get(key, 0) + routed
+            left_out[key] = left_out.get(key, 0) + skipped
+
     def decide(self, unit: Unit, phase: Phase, routed: int, skipped: int) -> None:
-        key = (unit, phase)
-        self.routed[key] = self.routed.get(key, 0) + routed
-        self.skipped[key] = self.skipped.get(key, 0) + skipped
+        self.decide_each([(unit, phase)], [(routed, skipped)])
 
     def unit_routed(self, unit: Unit) -> int:
         return sum(count for (of, _), count in self.routed.items() if of is unit)
