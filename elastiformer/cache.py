@@ -158,8 +158,11 @@ class SequenceCache:
         return part_G + (length + np.arange(tokens))[:, None]
 
     def grow(self, tokens: int) -> None:
-        """Let every layer hold so many tokens more."""
-        assert (self.length_L + tokens <= self.room_L).all(), "more tokens than there is room for"
+        """Let every layer hold so many tokens more, of a cache that is complete."""
+        assert self.complete, "layers that hold different tokens"
+        # So all of them have the same length and room.
+        fits = self.length_L.item(0) + tokens <= self.room_L.item(0)
+        assert fits, "more tokens than there is room for"
         self.length_L += tokens
 
     def note_positions(self, layer: int, positions_N: Tensor) -> None:
@@ -168,15 +171,15 @@ class SequenceCache:
             first = int(self._first_position_L[layer] + self.length_L[layer])
             self._positions_P[first : first + len(positions_N)] = positions_N
 
-    def next_rows(self, position: int) -> np.ndarray:
-        """Where one more token of all layers goes among the pool's rows, [L, 2G]; they grow."""
-        assert (self.length_L < self.room_L).all(), "a token more than there is room for"
+    def hold(self, position: int) -> None:
+        """Let every layer hold one token more, that stands at this position."""
         if self._positions_P is not None:
-            self._positions_P[torch.from_numpy(self._first_position_L + self.length_L)] = position
-        part_G = np.arange(self.shape.rows_per_token)
-        rows_LG: np.ndarray = (self.first_rows_L + self.length_L)[:, None]
+            at_L = self._first_position_L + self.length_L
+            if self._positions_P.is_cpu:  # NumPy's assignment starts sooner than PyTorch's
+                self._positions_P.numpy()[at_L] = position
+            else:
+                self._positions_P[torch.from_numpy(at_L)] = position
         self.length_L += 1
-        return rows_LG + self.room_L[:, None] * part_G
 
     def held_rows(self, layer: int, first: int, stop: int) -> np.ndarray:
         """Where a layer's tokens from `first` to `stop` lie among the pool's rows: [N x 2G]."""

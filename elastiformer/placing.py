@@ -112,8 +112,12 @@ class Placing:
         """Make room for chunks of one row each that every layer takes: its places [L, N, 2G]."""
         if self._complete:
             return self._whole_LNG
-        with_positions = zip(self._caches, self._packed.positions, strict=True)
-        return np.stack([cache.next_rows(at) for cache, at in with_positions], axis=1)
+        lies, part_G = self.lies, np.arange(self._caches[0].shape.rows_per_token)
+        assert (lies.length_LC < lies.room_LC).all(), "a token more than there is room for"
+        for cache, position in zip(self._caches, self._packed.positions, strict=True):
+            cache.hold(position)
+        index_LNG: np.ndarray = (lies.first_LC + lies.length_LC)[:, :, None]
+        return index_LNG + lies.room_LC[:, :, None] * part_G
 
     @property
     def first_LC(self) -> np.ndarray:
@@ -133,7 +137,10 @@ class Placing:
     @property
     def lies(self) -> Lies:
         """Where the chunks' keys lie now."""
-        length_LC = np.stack([cache.length_L for cache in self._caches], axis=1)
+        if self._complete:
+            length_LC = np.tile(self._length_C, (len(self._first_LC), 1))
+        else:
+            length_LC = _side_by_side([cache.length_L for cache in self._caches])
         return Lies(self._first_LC, self._room_LC, length_LC)
 
     def keys(self, layer: int) -> np.ndarray:
@@ -160,16 +167,16 @@ class Placing:
 
     @cached_property
     def _first_LC(self) -> np.ndarray:
-        return np.stack([cache.first_rows_L for cache in self._caches], axis=1)
+        return _side_by_side([cache.first_rows_L for cache in self._caches])
 
     @cached_property
     def _room_LC(self) -> np.ndarray:
-        return np.stack([cache.room_L for cache in self._caches], axis=1)
+        return _side_by_side([cache.room_L for cache in self._caches])
 
     @cached_property
     def _length_C(self) -> np.ndarray:
         """Of complete caches, which have grown by the whole step from its first layer on."""
-        return np.array([cache.length_L[0] for cache in self._caches])
+        return np.array([cache.length_L.item(0) for cache in self._caches])
 
     def _each(self, layer: int, rows: Rows) -> list[Read]:
         return [
@@ -231,6 +238,12 @@ class Placing:
             cache.note_positions(layer, position_R[begin:end])
             cache.length_L[layer] += end - begin
         return torch.from_numpy(np.concatenate(parts_RG)).to(packed.device)
+
+
+def _side_by_side(each_CL: Sequence[np.ndarray]) -> np.ndarray:
+    """What the caches say of their layers, in one array: [L, C]."""
+    # Joined one after another: without a look at each.
+    return np.ascontiguousarray(np.concatenate(each_CL).reshape(len(each_CL), -1).T)
 
 
 class WholePlacing(Placing):
