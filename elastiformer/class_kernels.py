@@ -7,19 +7,33 @@ Shape letters: N rows of items   Q queries   A query heads   D width   S sides (
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import prange
+from llvmlite import ir
+from numba import prange, types
+from numba.extending import intrinsic
 from torch import Tensor, nn
 
 from elastiformer.kernels import TURN, compiled
-from elastiformer.row_kernels import _as_stored, _wide, on_host
+from elastiformer.row_kernels import _as_stored, _exponential, _wide, on_host
+from elastiformer.vectors import (
+    FLOATS,
+    I32,
+    I64,
+    LANES,
+    aligned,
+    everywhere,
+    loop,
+    multiply_add,
+    vector_at,
+)
 
-_BLOCK = 8  # rows that are brought at once
+BESIDE = 8  # rows that are read at once
 _ROWS = 16  # that a thread norms at a time
-_FAST = {"contract", "reassoc", "nsz"}
+# A check for divisions by zero would keep loops from vector code.
+_FREE: Any = {"fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
 _NOTHING = np.empty(0, dtype=np.float32)
 NORMED = -1.0  # in place of an epsilon: nothing is left to be normed, but perhaps to be scaled
 
@@ -84,15 +98,18 @@ def _sum_up(  # type: ignore[no-untyped-def]
     own_SAQD, x_ND, side_N, ask_C, read_C, scale_D, shift_D, epsilon, scale, sums_SAQD
 ):
     sides, heads, _, width = own_SAQD.shape
-    scale_2 = scale * np.float32(1.4426950408889634)
+    padded = _padded(width)
     for item in prange(len(ask_C) - 1):
         begin, end = read_C[item], read_C[item + 1]
-        block_KD = np.empty((_BLOCK, width), dtype=np.float32)
-        weight_AN = np.empty((heads, end - begin), dtype=np.float32)
-        own_SAD = np.empty((sides, heads, width), dtype=np.float32)
-        sum_SAD = np.empty((sides, heads, width), dtype=np.float32)
+        parts = sides * heads * padded
+        block_, own_, sum_ = aligned(BESIDE * padded), aligned(parts), aligned(parts)
+        block_[:], own_[:] = 0, 0
+        block_KD = block_.reshape((BESIDE, padded))
+        weight_AN = np.empty((heads, end - begin + BESIDE), dtype=np.float32)
+        own_SAD = own_.reshape((sides, heads, padded))
+        sum_SAD, weight_ = sum_.reshape((sides, heads, padded)), weight_AN.reshape(-1)
         for query in range(ask_C[item], ask_C[item + 1]):
-            sum_SAD[:], weight_AN[:] = 0, 0
+            sum_[:] = 0
             for side in range(sides):
                 for head in range(heads):
                     for d in range(width):
@@ -102,18 +119,20 @@ def _sum_up(  # type: ignore[no-untyped-def]
                 side = side_N[row]
                 count = _bring(x_ND, side_N, row, end, scale_D, shift_D, epsilon, block_KD)
                 for head in range(heads):
-                    weight_K = weight_AN[head, row - begin : row - begin + count]
-                    _add_dots(own_SAD[side, head], block_KD[:count], weight_K)
+                    at = head * weight_AN.shape[1] + row - begin
+                    own_at = (side * heads + head) * padded
+                    _dot_rows(own_, own_at, block_, 0, padded, count, weight_, at)
                 row += count
             for head in range(heads):
-                _weigh(weight_AN[head], scale_2)
+                _weigh(weight_AN[head, : end - begin], scale)
             row = begin
             while row < end:
                 side = side_N[row]
                 count = _bring(x_ND, side_N, row, end, scale_D, shift_D, epsilon, block_KD)
                 for head in range(heads):
-                    weight_K = weight_AN[head, row - begin : row - begin + count]
-                    _add_rows(weight_K, block_KD[:count], sum_SAD[side, head])
+                    at = head * weight_AN.shape[1] + row - begin
+                    sum_at = (side * heads + head) * padded
+                    _add_rows(weight_, at, block_, 0, padded, count, sum_, sum_at)
                 row += count
             for side in range(sides):
                 for head in range(heads):
@@ -123,12 +142,12 @@ def _sum_up(  # type: ignore[no-untyped-def]
                         )
 
 
-@compiled(fastmath=_FAST)
+@compiled(**_FREE)
 def _bring(x_ND, side_N, first, end, scale_D, shift_D, epsilon, block_KD):  # type: ignore[no-untyped-def]
     """What the next rows of one side bring to the layer, themselves or their norms; how many."""
-    width, count = block_KD.shape[1], 0
-    while count < _BLOCK and first + count < end and side_N[first + count] == side_N[first]:
-        x_D, row_D = x_ND[first + count], block_KD[count]
+    width, count = x_ND.shape[1], 0
+    while count < BESIDE and first + count < end and side_N[first + count] == side_N[first]:
+        x_D, row_D = x_ND[first + count], block_KD[count, :width]
         count += 1
         for d in range(width):
             row_D[d] = _wide(x_D[d])
@@ -136,7 +155,7 @@ def _bring(x_ND, side_N, first, end, scale_D, shift_D, epsilon, block_KD):  # ty
     return count
 
 
-@compiled(fastmath=_FAST)
+@compiled(**_FREE)
 def _norm(x_D, epsilon, scale_D, shift_D):  # type: ignore[no-untyped-def]
     """Norm a row in place, then scale and shift it; less where there is nothing to do it with."""
     width = len(x_D)
@@ -169,54 +188,132 @@ def _close(x_ND, epsilon, scale_D, shift_D, epsilon_2, scale_2_D, shift_2_D):  #
                 x_ND[row, d] = _as_stored(row_D[d], x_ND)
 
 
-@compiled(fastmath=_FAST)
-def _weigh(weight_N, scale_2):  # type: ignore[no-untyped-def]
+@compiled(**_FREE)
+def _weigh(weight_N, scale):  # type: ignore[no-untyped-def]
     """Scores become weights, which add up to one."""
     most, total = np.float32(-np.inf), np.float32(0)
     for row in range(len(weight_N)):
         most = max(most, weight_N[row])
     for row in range(len(weight_N)):
-        weight_N[row] = np.exp2((weight_N[row] - most) * scale_2)
-        total += weight_N[row]
+        weight_N[row] = _exponential((weight_N[row] - most) * scale)
     for row in range(len(weight_N)):
-        weight_N[row] /= total
+        total += weight_N[row]
+    share = np.float32(1) / total
+    for row in range(len(weight_N)):
+        weight_N[row] *= share
 
 
-@compiled(fastmath=_FAST)
-def _add_rows(times_R, x_RD, sum_D):  # type: ignore[no-untyped-def]
-    """Add some rows, each so many times; four at a time, so that sums stay at hand."""
-    rows, width = x_RD.shape
-    for row in range(0, rows - rows % 4, 4):
-        a_D, b_D, c_D, e_D = x_RD[row], x_RD[row + 1], x_RD[row + 2], x_RD[row + 3]
-        a, b = times_R[row], times_R[row + 1]
-        c, e = times_R[row + 2], times_R[row + 3]
-        for d in range(width):
-            both = a * a_D[d] + b * b_D[d]
-            sum_D[d] += both + c * c_D[d] + e * e_D[d]
-    for row in range(rows - rows % 4, rows):
-        a, a_D = times_R[row], x_RD[row]
-        for d in range(width):
-            sum_D[d] += a * a_D[d]
+@compiled()
+def _padded(width):  # type: ignore[no-untyped-def]
+    """Numbers of a row that is read in whole vectors."""
+    return (width + LANES - 1) // LANES * LANES
 
 
-@compiled(fastmath=_FAST)
-def _add_dots(by_D, x_RD, sum_R):  # type: ignore[no-untyped-def]
-    """Add the inner product of each row with a vector; four rows at a time."""
-    rows, width = x_RD.shape
-    for row in range(0, rows - rows % 4, 4):
-        a, b, c, e = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        a_D, b_D, c_D, e_D = x_RD[row], x_RD[row + 1], x_RD[row + 2], x_RD[row + 3]
-        for d in range(width):
-            a += by_D[d] * a_D[d]
-            b += by_D[d] * b_D[d]
-            c += by_D[d] * c_D[d]
-            e += by_D[d] * e_D[d]
-        sum_R[row] += a
-        sum_R[row + 1] += b
-        sum_R[row + 2] += c
-        sum_R[row + 3] += e
-    for row in range(rows - rows % 4, rows):
-        a, a_D = np.float32(0), x_RD[row]
-        for d in range(width):
-            a += by_D[d] * a_D[d]
-        sum_R[row] += a
+def _places(builder: Any, first: Any, apart: Any, count: Any) -> list[Any]:
+    """Where rows begin; behind the last of `count` there is none: it stands for them."""
+    last, places = builder.sub(count, ir.Constant(I64, 1)), []
+    for row in range(BESIDE):
+        own = ir.Constant(I64, row)
+        own = builder.select(builder.icmp_signed(">", own, last), last, own)
+        places.append(builder.add(first, builder.mul(own, apart)))
+    return places
+
+
+def _across(builder: Any, lines: list[Any]) -> Any:
+    """Of each of BESIDE vectors what its numbers add up to, side by side."""
+    size = LANES  # numbers that are yet to be added to each other
+    while size > 1:
+        size //= 2
+        # Each line's numbers are halved, and two vectors joined to one as long as there are two.
+        both, step = (lines, 2) if len(lines) > 1 else (lines * 2, 1)
+        parts = LANES * min(len(lines), 2) // (2 * size) if len(lines) > 1 else BESIDE
+        masks = [[2 * size * part + place for part in range(parts)] for place in (0, size)]
+        lanes = [[at + lane for at in mask for lane in range(size)] for mask in masks]
+        first, second = (ir.Constant(ir.VectorType(I32, len(mask)), mask) for mask in lanes)
+        lines = [
+            builder.fadd(
+                builder.shuffle_vector(both[at], both[at + 1], first),
+                builder.shuffle_vector(both[at], both[at + 1], second),
+            )
+            for at in range(0, len(lines), step)
+        ]
+    return lines[0]
+
+
+@intrinsic
+def _dot_rows(
+    typing: Any, own: Any, own_at: Any, x: Any, at: Any, apart: Any, count: Any, sums: Any,
+    sums_at: Any,
+) -> Any:  # fmt: skip
+    """sums[row] = x[row] . own, of BESIDE rows, of which `count` are; what comes behind is anyhow.
+
+    Args:
+        apart: the width of the rows, whole vectors; what is behind them is zero.
+    """
+    number = types.intp
+    signature = types.void(own, number, x, number, number, number, sums, number)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        own, x, sums = (
+            context.make_array(signature.args[place])(context, builder, args[place]).data
+            for place in (0, 2, 6)
+        )
+        places = _places(builder, args[3], args[4], args[5])
+
+        def add(step: Any, running: list[Any]) -> list[Any]:
+            along = builder.mul(step, ir.Constant(I64, LANES))
+            by = builder.load(vector_at(builder, own, builder.add(args[1], along)), align=4)
+            rows = (vector_at(builder, x, builder.add(place, along)) for place in places)
+            return [
+                multiply_add(builder, by, builder.load(row, align=4), total)
+                for row, total in zip(rows, running, strict=True)
+            ]
+
+        nothing = ir.Constant(FLOATS, [0.0] * LANES)
+        steps = builder.udiv(args[4], ir.Constant(I64, LANES))
+        lines = loop(builder, ir.Constant(I64, 0), steps, [nothing] * BESIDE, add)
+        total = _across(builder, lines)
+        into = builder.bitcast(builder.gep(sums, [args[7]]), total.type.as_pointer())
+        builder.store(total, into, align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def _add_rows(
+    typing: Any, weights: Any, weights_at: Any, x: Any, at: Any, apart: Any, count: Any, sums: Any,
+    sums_at: Any,
+) -> Any:  # fmt: skip
+    """sums += weights[row] * x[row], of BESIDE rows, of which `count` are; `apart` as above."""
+    number = types.intp
+    signature = types.void(weights, number, x, number, number, number, sums, number)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        weights, x, sums = (
+            context.make_array(signature.args[place])(context, builder, args[place]).data
+            for place in (0, 2, 6)
+        )
+        places = _places(builder, args[3], args[4], args[5])
+        factors = []
+        for row, at in enumerate(_places(builder, args[1], ir.Constant(I64, 1), args[5])):
+            here = builder.icmp_signed("<", ir.Constant(I64, row), args[5])
+            weight = builder.load(builder.gep(weights, [at]))
+            weight = builder.select(here, weight, ir.Constant(ir.FloatType(), 0.0))
+            factors.append(everywhere(builder, weight))
+
+        def add(step: Any, _: list[Any]) -> list[Any]:
+            along = builder.mul(step, ir.Constant(I64, LANES))
+            into = vector_at(builder, sums, builder.add(args[7], along))
+            total = builder.load(into, align=4)
+            for factor, place in zip(factors, places, strict=True):
+                row = builder.load(vector_at(builder, x, builder.add(place, along)), align=4)
+                total = multiply_add(builder, factor, row, total)
+            builder.store(total, into, align=4)
+            return []
+
+        steps = builder.udiv(args[4], ir.Constant(I64, LANES))
+        loop(builder, ir.Constant(I64, 0), steps, [], add)
+        return context.get_dummy_value()
+
+    return signature, generate

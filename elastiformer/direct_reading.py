@@ -58,7 +58,7 @@ def absorbing(layout: Layout, shape: ModelShape, outputs: int) -> frozenset[int]
     )
 
 
-class _Weights(NamedTuple):
+class Absorbed(NamedTuple):
     """What queries absorb of each side, by query heads."""
 
     keys_SAHD: Tensor
@@ -78,7 +78,7 @@ class DirectReading:
 
     def __init__(self, workshop: Workshop) -> None:
         self._workshop = workshop
-        self._weights: dict[tuple[int, tuple[str | None, ...]], tuple[int, _Weights]] = {}
+        self._weights: dict[tuple[int, tuple[str | None, ...]], tuple[int, Absorbed]] = {}
 
     @cached_property
     def norms(self) -> list[AffineNorm | None]:
@@ -151,9 +151,19 @@ class DirectReading:
                 rest = rest.without(some)
         return [(None, rest), *found] if rest.count else found
 
-    def _absorbed(self, layer: Layer, names: tuple[str | None, ...]) -> _Weights:
+    def _absorbed(self, layer: Layer, names: tuple[str | None, ...]) -> Absorbed:
+        key, version = (layer.index, names), self.version(layer, names)
+        if key not in self._weights or self._weights[key][0] != version:
+            self._weights[key] = version, self.absorb(layer, names)
+        return self._weights[key][1]
+
+    def version(self, layer: Layer, names: tuple[str | None, ...]) -> int:
+        """Which state the repairs of some sides are in."""
+        return sum(self._workshop.mending.version(layer, name) for name in names)
+
+    def absorb(self, layer: Layer, names: tuple[str | None, ...]) -> Absorbed:
+        """What queries absorb of sides with these repairs (None: without one)."""
         mending, shape = self._workshop.mending, layer.shape
-        key, version = (layer.index, names), sum(mending.version(layer, name) for name in names)
 
         def of_sides(part: Projection) -> Tensor:
             each = [mending.folded(layer, part, name) for name in names]
@@ -162,15 +172,12 @@ class DirectReading:
             group = shape.heads // shape.kv_heads
             return weight_SGHD if group == 1 else weight_SGHD.repeat_interleave(group, 1)
 
-        if key not in self._weights or self._weights[key][0] != version:
-            with _disable_current_modes():  # whoever counts operators did not ask for these
-                bias_O = layer.value.bias_O
-                if bias_O is not None:
-                    bias_GH = bias_O.detach().view(shape.kv_heads, shape.head_dim)
-                    bias_O = bias_GH.repeat_interleave(shape.heads // shape.kv_heads, 0).flatten()
-                of_both = of_sides(layer.key), of_sides(layer.value)
-                self._weights[key] = version, _Weights(*of_both, bias_O)
-        return self._weights[key][1]
+        with _disable_current_modes():  # whoever counts operators did not ask for these
+            bias_O = layer.value.bias_O
+            if bias_O is not None:
+                bias_GH = bias_O.detach().view(shape.kv_heads, shape.head_dim)
+                bias_O = bias_GH.repeat_interleave(shape.heads // shape.kv_heads, 0).flatten()
+            return Absorbed(of_sides(layer.key), of_sides(layer.value), bias_O)
 
 
 def reads_plainly(x_ND: Tensor) -> bool:

@@ -21,6 +21,7 @@ from numba.core.compiler_lock import global_compiler_lock
 
 _FILES = (  # all that hold compiled loops
     "amx.py",
+    "blocks.py",
     "class_kernels.py",
     "kernels.py",
     "lanes.py",
@@ -31,6 +32,7 @@ _FILES = (  # all that hold compiled loops
     "single_queries.py",
     "stored_tile.py",
     "sub_layers.py",
+    "tail_kernels.py",
     "thresholds.py",
     "tile_blocks.py",
     "vectors.py",

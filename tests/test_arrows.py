@@ -22,11 +22,12 @@ LOW_TO_HIGH = """
         adapter_files adapter saved_adapter kernels thresholds plan_grid masked pool cache
         stretches sequence imaged prefixes memory spare_rows row_kernels pointwise allowances
         device_allowances packed rotary taken costs vectors stored_tile lanes largest pairs amx
-        tile_blocks many_queries whole_requests class_kernels single_queries sub_layers tiles
+        tile_blocks many_queries whole_requests class_kernels blocks tail_kernels single_queries
+        sub_layers tiles
         readings products flop_formulas expert_table repair mending sides attention both_ways
         placing workshop keeping direct_reading sparse_heads sparse_attention sparse_experts
-        sparse_mlp class_tail decoding device_kernels device_attention device_prompt_attention
-        device_prompt_layers device_prompts device_decoding
+        sparse_mlp tail_weights class_tail decoding device_kernels device_attention
+        device_prompt_attention device_prompt_layers device_prompts device_decoding
         late_layers sparse encoding imaging sight planning drawing sampling inputs images
         encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
 
@@ -51,6 +52,7 @@ _COMPILED = {
     f"elastiformer.{name}"
     for name in (
         "amx",
+        "blocks",
         "class_kernels",
         "kernels",
         "lanes",
@@ -61,6 +63,7 @@ _COMPILED = {
         "single_queries",
         "stored_tile",
         "sub_layers",
+        "tail_kernels",
         "thresholds",
         "tile_blocks",
         "vectors",
@@ -104,7 +107,7 @@ DOORS = {
     "datasets": {"training.data", "training.examples"},
     "PIL": {"elastiformer.images"},
     "numba": _COMPILED,
-    "llvmlite": _COMPILED - {"elastiformer.kernels", "elastiformer.class_kernels"},
+    "llvmlite": _COMPILED - {"elastiformer.kernels", "elastiformer.tail_kernels"},
     "triton": {
         "elastiformer.device_attention",
         "elastiformer.device_kernels",
