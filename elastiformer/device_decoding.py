@@ -97,7 +97,7 @@ class DeviceDecoding(Decoding):
         return self._is_able and not counted
 
     def takes_prompts(self, packed: Packed) -> bool:
-        return max(packed.positions) < self._window and self._prompts.takes(packed)
+        return packed.position_on_host_N.max() < self._window and self._prompts.takes(packed)
 
     def allowances(self, packed: Packed) -> AmongOthers | None:
         return self._prompts.allowances(packed)

@@ -74,7 +74,7 @@ class DevicePrompts:
         self._layers = PromptLayers(workshop, forms)
         self._structure = lru_cache(maxsize=_STRUCTURES)(self._make_structure)
         self._steps: OrderedDict[tuple[_Structure, _Sizes], _Step] = OrderedDict()
-        self._residuals: dict[int, Tensor] = {}  # by rows
+        self._residuals: dict[int, Tensor] = {}  # by their rows
         self._memory = torch.cuda.graph_pool_handle() if captures else None
 
     def takes(self, packed: Packed) -> bool:
@@ -130,13 +130,14 @@ class DevicePrompts:
     def _step(self, structure: _Structure, sizes: _Sizes, width: int) -> _Step:
         key = (structure, sizes)
         if key not in self._steps:
-            if sizes.rows not in self._residuals:
-                # One row more, in which what fills up comes and goes.
-                residual_ND = torch.zeros(sizes.rows + 1, width, device=self._workshop.device)
-                self._residuals[sizes.rows] = residual_ND
+            # One row more, in which what fills up comes and goes. Steps follow each other, so they
+            # share memory.
+            most = _power(sizes.rows + 1)
+            if most not in self._residuals:
+                self._residuals[most] = torch.zeros(most, width, device=self._workshop.device)
             self._steps[key] = _Step(
-                self._workshop, self._layers, structure, sizes, self._residuals[sizes.rows],
-                self._memory,
+                self._workshop, self._layers, structure, sizes,
+                self._residuals[most][: sizes.rows + 1], self._memory,
             )  # fmt: skip
             while len(self._steps) > _FORMS:
                 self._steps.popitem(last=False)
@@ -271,7 +272,7 @@ class _Step:
             self._gone.synchronize()  # what was sent before has left
         told, chunks, takers_J = self._told, len(packed.chunks), packed.picking.rows_R
         told["first"][:, :chunks], told["room"][:, :chunks] = placing.first_LC, placing.room_LC
-        position_N = np.array(packed.positions)
+        position_N = packed.position_on_host_N
         for at, (rows_R, programs_W3) in enumerate(zip(rows_of, programs, strict=True)):
             count = len(rows_R)
             told[f"rows {at}"][:count], told[f"rows {at}"][count:] = rows_R, self._sizes.rows

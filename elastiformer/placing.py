@@ -219,7 +219,7 @@ class Placing:
         """Of complete caches, the places of all rows in all layers: [L, N, 2G]."""
         assert self._complete, "caches that are not complete"
         packed = self._packed
-        first_LN = self._first_LC[:, packed.chunk_N] + np.array(packed.positions)
+        first_LN = self._first_LC[:, packed.chunk_N] + packed.position_on_host_N
         part_G = np.arange(self._caches[0].shape.rows_per_token)
         places_LNG: np.ndarray = (
             first_LN[..., None] + self._room_LC[:, packed.chunk_N, None] * part_G

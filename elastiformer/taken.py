@@ -56,10 +56,8 @@ class Taken:
     def settle(self, units: Sequence[Unit]) -> None:
         """Add to each sequence what its rows spent."""
         packed, shape = self._packed, self._shape
-        products_C, channels_C = self._beyond()
         parts = self._parts()
-        linear_C = parts.summed(parts.price_JP)[:, 0] + 2 * products_C
-        block_C = linear_C + parts.summed(parts.attended_J)
+        linear_C, attended_C = parts.summed(parts.price_JP)[:, 0], parts.summed(parts.attended_J)
         heads_C = np.array(packed.output_counts) * shape.head_flops
         dense_linear = shape.dense_token_flops(context=0)
         dense_per_key = shape.dense_token_flops(context=1) - dense_linear
@@ -67,6 +65,9 @@ class Taken:
             [chunk.sequence.dense_extent(len(chunk.ids)) for chunk in packed.chunks]
         ).T
         dense_block_C = tokens_C * (dense_linear + keys_C * dense_per_key)
+        products_C, channels_C = self._beyond()  # last: a device may still be at work
+        linear_C = linear_C + 2 * products_C
+        block_C = linear_C + attended_C
         counts_CF = np.stack(
             [
                 block_C + heads_C,

@@ -45,6 +45,7 @@ def split(monkeypatch):
     return seen
 
 
+@cpu_only  # a GPU runs such a step otherwise
 def test_they_get_the_same_bits(model, split, monkeypatch):
     by_itself_RV, spent = answer(model)
     assert set(split) == {1}
