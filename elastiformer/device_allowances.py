@@ -148,31 +148,31 @@ class DeviceAllowances:
 
 
 class AmongOthers(DeviceAllowances):
-    """Of a step that holds other rows, too, which take all of their channels.
+    """Of a step of any rows, some of which take by thresholds: what their requests owe.
 
     Args:
-        rows_J: those that take by thresholds, no two of one request.
+        rows_Q: the first row of each request that takes.
         count: of all rows.
-        owners, kind_J: of those that take, in the same order.
+        owners, kind_Q: of those, in the same order.
     """
 
     def __init__(
         self,
-        rows_J: np.ndarray,
+        rows_Q: np.ndarray,
         count: int,
         owners: Sequence[Owner],
         channels_LTK: np.ndarray,
-        kind_J: np.ndarray,
+        kind_Q: np.ndarray,
         ladder_LTG: Tensor,
         outputs_LT: np.ndarray,
     ) -> None:
-        all_J = np.ones(len(rows_J), dtype=bool)
-        super().__init__(owners, all_J, channels_LTK, kind_J, ladder_LTG, outputs_LT)
-        self._rows_J, self._count = rows_J, count
+        all_Q = np.ones(len(rows_Q), dtype=bool)
+        super().__init__(owners, all_Q, channels_LTK, kind_Q, ladder_LTG, outputs_LT)
+        self._rows_Q, self._count, self.owners = rows_Q, count, len(owners)
 
     @cached_property
     def beyond(self) -> tuple[np.ndarray, np.ndarray]:
-        """The same as above of every row: int64 [N]."""
+        """What each request took beyond its grants, noted at one of its rows: int64 [N]."""
         products_N, channels_N = np.zeros((2, self._count), dtype=np.int64)
-        products_N[self._rows_J], channels_N[self._rows_J] = super().beyond
+        products_N[self._rows_Q], channels_N[self._rows_Q] = super().beyond
         return products_N, channels_N

@@ -160,6 +160,31 @@ def take(x_NI: Tensor, rows_J: Tensor, at: At) -> None:
     )  # fmt: skip
 
 
+def take_in_order(x_NI: Tensor, rows_J: Tensor, bounds_Q: Tensor, at: At, place: int) -> None:
+    """The same of rows several of which may be one request's: each owes what those before it took.
+
+    Args:
+        bounds_Q: int64, where each request's begin among the rows, and the last one's end.
+        place: where what requests owe at this site begins; what they are granted goes by rows.
+    """
+    told = at.arguments(x_NI)
+    inputs, rows, rungs = x_NI.shape[1], len(rows_J), told["rungs"] + 1
+    counts_JG = torch.zeros(rows, rungs, dtype=torch.int64, device=x_NI.device)
+    least_J = torch.empty(rows, dtype=torch.float32, device=x_NI.device)
+    block = span(inputs)
+    grid = (rows, triton.cdiv(inputs, block))
+    _count[grid](
+        x_NI, rows_J, told["norms"], told["ladder"], told["ladder_place"], counts_JG, inputs, rungs,
+        BLOCK=block, num_warps=warps(block),
+    )  # fmt: skip
+    _go_on[(len(bounds_Q) - 1,)](
+        bounds_Q, told["granted"], told["place"], told["debts"], told["owed"], place,
+        told["ladder"], told["ladder_place"], counts_JG, least_J, inputs, rungs - 1,
+        PATIENCE=PATIENCE, HASTE=HASTE, num_warps=1,
+    )  # fmt: skip
+    _keep[grid](x_NI, rows_J, told["norms"], least_J, inputs, BLOCK=block, num_warps=warps(block))
+
+
 def multiply_one(x_1I: Tensor, weight_IO: Tensor, bias_O: Tensor | None, tile: Tile) -> Tensor:
     """The product of a lone row, which reads no more of the weight than the row kept.
 
@@ -299,6 +324,64 @@ def _take(  # type: ignore[no-untyped-def]
         rungs, one, inputs, PATIENCE, HASTE,
     )  # fmt: skip
     tl.store(into_B, x_B.to(x.dtype.element_ty), mask=inside_B)
+
+
+@triton.jit(do_not_specialize=["ladder_place"])
+def _count(  # type: ignore[no-untyped-def]
+    x, rows, norms, ladder, ladder_place, counts, inputs, rungs, BLOCK: tl.constexpr
+):
+    """How many channels of a row reach each rung."""
+    one = tl.program_id(0)
+    row = tl.load(rows + one)
+    if row < 0:
+        return
+    at_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside_B = at_B < inputs
+    x_B = tl.load(x + row * inputs + at_B, mask=inside_B, other=0.0).to(tl.float32)
+    size_B = tl.abs(x_B) * tl.load(norms + at_B, mask=inside_B, other=0.0)
+    for rung in range(rungs):
+        least = tl.load(ladder + ladder_place + rung)
+        reaches_B = inside_B & ((size_B >= least) | (size_B != size_B))
+        reaching = tl.sum(reaches_B.to(tl.int32), 0).to(tl.int64)
+        tl.atomic_add(counts + one * rungs + rung, reaching)
+
+
+@triton.jit(do_not_specialize=["place", "own_place", "ladder_place"])
+def _go_on(  # type: ignore[no-untyped-def]
+    bounds, granted, place, debts, owed, own_place, ladder, ladder_place, counts, least, inputs,
+    rungs, PATIENCE: tl.constexpr, HASTE: tl.constexpr,
+):  # fmt: skip
+    """What each row of a request has to reach, row after row (thresholds.py)."""
+    owner = tl.program_id(0)
+    debt = tl.load(debts + own_place + owner)
+    for one in range(tl.load(bounds + owner), tl.load(bounds + owner + 1)):
+        grant = tl.minimum(tl.load(granted + place + one), inputs)
+        beyond = debt - tl.minimum(tl.maximum(debt, -grant), grant)
+        wanted = PATIENCE * grant - debt - (HASTE - 1) * beyond
+        rung = (2 * rungs * wanted + PATIENCE * inputs) // (2 * PATIENCE * inputs)
+        rung = tl.minimum(tl.maximum(rung, 1), rungs)
+        is_taking = grant < inputs
+        reached = tl.load(ladder + ladder_place + rung)
+        tl.store(least + one, tl.where(is_taking, reached, float("-inf")))
+        taken = tl.load(counts + one * (rungs + 1) + rung)
+        debt += tl.where(is_taking, taken - grant, 0)
+    tl.store(owed + own_place + owner, debt)
+
+
+@triton.jit
+def _keep(x, rows, norms, least, inputs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Leave of a row what reaches its threshold."""
+    one = tl.program_id(0)
+    row = tl.load(rows + one)
+    if row < 0:
+        return
+    at_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside_B = at_B < inputs
+    into_B = x + row * inputs + at_B
+    x_B = tl.load(into_B, mask=inside_B, other=0.0).to(tl.float32)
+    size_B = tl.abs(x_B) * tl.load(norms + at_B, mask=inside_B, other=0.0)
+    kept_B = (size_B >= tl.load(least + one)) | (size_B != size_B)
+    tl.store(into_B, tl.where(kept_B, x_B, 0.0).to(x.dtype.element_ty), mask=inside_B)
 
 
 @triton.jit

@@ -7,8 +7,8 @@ of a prompt keep, are as many launches over few rows, and the keys and values of
 Nothing here asks the device for a number, and nothing depends on more of a step than its sizes:
 so it can be captured, and replayed for other steps.
 
-Shape letters: N rows, filled up, and one more   R rows of a set   J rows that take channels
-    D width   I inputs   O outputs   K rank, of all pairs of a product
+Shape letters: N rows, filled up, and one more   R rows of a set   D width
+      I inputs   O outputs   K rank, of all pairs of a product
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch import Tensor
 from elastiformer import device_kernels as kernels
 from elastiformer import device_prompt_attention as attention
 from elastiformer.capacity import Site
-from elastiformer.device_kernels import At, Takes
+from elastiformer.device_kernels import At
 from elastiformer.device_prompt_attention import Asking, Lying
+from elastiformer.device_taking import Takers, Taking
 from elastiformer.families import Layer, Projection
 from elastiformer.pointwise import RootMeanSquare
 from elastiformer.workshop import SITES, Workshop
@@ -52,13 +53,12 @@ class Group(NamedTuple):
     Args:
         rows_R: int64, which of all rows they are; what fills up is the row after the last.
         turn_RR: cosines and sines; None where nothing is rotated.
-        takers_J: int64, where those that take channels stand among them; below 0: not there.
     """
 
     rows_R: Tensor
     asking: Asking
     turn_RR: tuple[Tensor, Tensor] | None
-    takers_J: Tensor
+    takers: Takers
 
 
 class PromptLayers:
@@ -78,7 +78,7 @@ class PromptLayers:
         groups: Sequence[Group],
         rows_PH: Tensor,
         lying: Lying,
-        takes: Takes | None,
+        taking: Taking | None,
     ) -> None:
         """Run all layers over the residual, float32, in place.
 
@@ -86,9 +86,9 @@ class PromptLayers:
             layers: which rows keep what of each.
             groups: the sets that they name; the first is of all rows.
             rows_PH: of the pool.
-            takes: what rows take of their channels; None: all take all.
+            taking: what rows take of their channels; None: all take all.
         """
-        on_way = _OnWay(self._workshop, h_ND, groups, rows_PH, lying, takes)
+        on_way = _OnWay(self._workshop, h_ND, groups, rows_PH, lying, taking)
         of_layers = zip(self._workshop.layout.layers, layers, self._forms, strict=True)
         for layer, rows, form in of_layers:
             on_way.attention(layer, rows)
@@ -107,9 +107,9 @@ class _OnWay:
         groups: Sequence[Group],
         rows_PH: Tensor,
         lying: Lying,
-        takes: Takes | None,
+        taking: Taking | None,
     ) -> None:
-        self._tools, self._groups, self._takes = workshop, groups, takes
+        self._tools, self._groups, self._taking = workshop, groups, taking
         self._pool_PH, self._lying = rows_PH, lying
         # The residual of all rows, and of those at hand, to which a branch has yet to be added.
         self._h_ND = h_ND
@@ -200,10 +200,10 @@ class _OnWay:
 
     def _take(self, x_RI: Tensor, layer: Layer, site: Site) -> None:
         """Leave of the rows that pick what they take."""
-        if self._takes is not None:
+        if self._taking is not None:
             norms_I = self._tools.layout.column_norms(layer, site)
-            at = At(norms_I, self._takes.at(layer.index, SITES.index(site)))
-            kernels.take(x_RI, self._groups[self._at].takers_J, at)
+            takers, place = self._groups[self._at].takers, SITES.index(site)
+            self._taking.take(x_RI, takers, norms_I, layer.index, place)
 
     def _product(
         self, layer: Layer, x_RI: Tensor, at: int, rows: LayerRows, *parts: Projection

@@ -6,11 +6,10 @@ launches, not for products. Here what lies between two products is one kernel
 alike are steps of which the same sets of rows, filled up to the same sizes, keep the same
 sub-layers. What else they are about goes over in one piece.
 
-It takes steps in which plans alone decide what is kept, and in which a request has at most one row
-that picks channels: its latest. Whatever else a step holds is the operators'.
+It takes steps in which plans alone decide what is kept, and channels are taken by thresholds.
+Whatever else a step holds is the operators'.
 
-Shape letters: N rows, filled up   R some of them   J rows that take channels by thresholds
-    D width   L layers   T sites   C chunks   W programs of attention
+Shape letters: N rows, filled up   R some of them   D width   C chunks   W programs of attention
 """
 
 from __future__ import annotations
@@ -26,17 +25,18 @@ import torch
 from torch import Tensor
 
 from elastiformer import device_prompt_attention as attention
+from elastiformer import device_taking
 from elastiformer.capacity import Phase
 from elastiformer.device_allowances import AmongOthers
-from elastiformer.device_kernels import Takes
 from elastiformer.device_prompt_attention import Asking, Lying
 from elastiformer.device_prompt_layers import ALL, NONE, Group, LayerRows, PromptLayers, Repaired
+from elastiformer.device_taking import Takers, Taking, TakingSizes
 from elastiformer.packed import Packed
 from elastiformer.placing import Placing
 from elastiformer.pointwise import Rotation
 from elastiformer.sequence import Kind
 from elastiformer.taken import Taken
-from elastiformer.workshop import SITES, Workshop
+from elastiformer.workshop import Workshop
 
 _GRAPHS = 48  # that are kept at most
 _FORMS = 128  # of steps, that were met before
@@ -57,7 +57,7 @@ class _Sizes(NamedTuple):
 
     rows: int
     chunks: int
-    takers: int
+    taking: TakingSizes
     of_sets: tuple[tuple[int, int], ...]  # rows and programs
     pool: int  # where its memory is
 
@@ -86,14 +86,20 @@ class DevicePrompts:
             return False
         if not packed.picks:
             return True
-        takes_N, rows_J = packed.takes_N, packed.picking.rows_R
-        if self._workshop.ladder_LTG is None or not takes_N[rows_J].all():
+        # Rows that take what they are granted are few: those with which texts begin.
+        roots_Z = device_taking.roots_of(packed)
+        if self._workshop.ladder_LTG is None or packed.position_on_host_N[roots_Z].any():
             return False
-        return len(np.unique(packed.chunk_N[rows_J])) == len(rows_J)
+        return all(
+            kind.phase is Phase.OUTPUT and kind.plan.only_picks
+            for kind in packed.distinct_kinds
+            if kind.plan.picks
+        )
 
     def allowances(self, packed: Packed) -> AmongOthers | None:
-        """What the rows that pick take; None: none does."""
-        return self._workshop.allowances_among(packed) if packed.picks else None
+        """What the rows take that take by thresholds; None: none does."""
+        rows_J = device_taking.takers_of(packed)
+        return self._workshop.allowances_among(packed, rows_J) if len(rows_J) else None
 
     def run(
         self,
@@ -112,13 +118,16 @@ class DevicePrompts:
         programs = [
             attention.programs(np.searchsorted(rows_R, packed.starts)) for rows_R in rows_of
         ]
-        allowances = packed.allowances
-        assert allowances is None or isinstance(allowances, AmongOthers), "another kind of step"
+        rows_J, roots = device_taking.takers_of(packed), len(device_taking.roots_of(packed))
+        owners = len(np.unique(packed.chunk_N[rows_J]))
+        taking = TakingSizes(
+            _power(len(rows_J)), _power(owners) if owners < len(rows_J) else 0, _power(roots)
+        )
         sizes = _Sizes(
             filled(packed.count),
             _power(len(packed.chunks)),
-            0 if allowances is None else _power(len(packed.picking.rows_R)),
-            tuple((filled(len(r)), _power(len(p))) for r, p in zip(rows_of, programs, strict=True)),
+            taking,
+            tuple((filled(len(r)), max(_power(len(p)), 1)) for r, p in zip(rows_of, programs, strict=True)),
             placing.rows_PH.data_ptr(),
         )
         step = self._step(structure, sizes, h_ND.shape[1])
@@ -195,21 +204,19 @@ class _Step:
         self._layers, self._structure, self._sizes = layers, structure, sizes
         self._h_ND, self._memory = residual_ND, memory
         self._device = workshop.device
-        self._ladder_LTG = workshop.ladder_on_device_LTG if sizes.takers else None
         self._turn_NR: tuple[Tensor, Tensor] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._runs = 0
-        count, taking = len(workshop.layout.layers), (len(SITES), sizes.takers)
+        count, taking = len(workshop.layout.layers), sizes.taking
         shapes: dict[str, tuple[int, ...]] = {
             "first": (count, sizes.chunks),
             "room": (count, sizes.chunks),
-            "takes": (sizes.takers,),
-            "granted": (count, *taking),
-            "debts": (count, *taking),
+            **device_taking.shapes(taking, count),
         }
         for at, (rows, programs) in enumerate(sizes.of_sets):
             shapes |= {f"{name} {at}": (rows,) for name in ("rows", "chunk", "position")}
-            shapes |= {f"programs {at}": (programs, 3), f"takers {at}": (sizes.takers,)}
+            shapes |= {f"programs {at}": (programs, 3)}
+            shapes |= {f"takers {at}": (taking.takers,), f"roots {at}": (taking.roots,)}
         bounds = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes.values())]).tolist()
         self._host = torch.zeros(bounds[-1], dtype=torch.int64, pin_memory=memory is not None)
         self._there = torch.zeros(bounds[-1], dtype=torch.int64, device=self._device)
@@ -219,7 +226,9 @@ class _Step:
         }
         self._named = {name: self._there[at].view(shape) for name, (at, shape) in parts.items()}
         self._told = {name: self._host[at].view(s).numpy() for name, (at, s) in parts.items()}
-        self._owed_LTJ = torch.zeros_like(self._named["debts"])
+        self._taking: Taking | None = None
+        if taking.takers or taking.roots:
+            self._taking = Taking(taking, self._named, workshop.ladder_on_device_LTG)
         self._gone = _event() if memory is not None else None
 
     @property
@@ -256,8 +265,8 @@ class _Step:
         else:
             self._run_layers(placing.rows_PH)
         self._runs += 1
-        if isinstance(allowances, AmongOthers):
-            allowances.owe(self._owed_LTJ[:, :, : len(packed.picking.rows_R)].clone())
+        if isinstance(allowances, AmongOthers) and self._taking is not None:
+            allowances.owe(self._taking.owed[:, :, : allowances.owners].clone())
         return self._h_ND[:count]
 
     def _tell(
@@ -270,7 +279,7 @@ class _Step:
         """Send what the step is about."""
         if self._gone is not None:
             self._gone.synchronize()  # what was sent before has left
-        told, chunks, takers_J = self._told, len(packed.chunks), packed.picking.rows_R
+        told, chunks = self._told, len(packed.chunks)
         told["first"][:, :chunks], told["room"][:, :chunks] = placing.first_LC, placing.room_LC
         position_N = packed.position_on_host_N
         for at, (rows_R, programs_W3) in enumerate(zip(rows_of, programs, strict=True)):
@@ -280,16 +289,9 @@ class _Step:
             told[f"position {at}"][:count] = position_N[rows_R]
             told[f"programs {at}"][:] = 0
             told[f"programs {at}"][: len(programs_W3)] = programs_W3
-            if self._sizes.takers:
-                told[f"takers {at}"][:] = -1
-                place_J = np.searchsorted(rows_R, takers_J)
-                is_here_J = rows_R[np.minimum(place_J, count - 1)] == takers_J if count else False
-                told[f"takers {at}"][: len(takers_J)] = np.where(is_here_J, place_J, -1)
-        if isinstance(packed.allowances, AmongOthers):
-            takes_J, granted_LTJ, debts_LTJ, _ = packed.allowances.asked
-            told["takes"][:], told["takes"][: len(takes_J)] = 0, takes_J
-            told["granted"][:, :, : len(takes_J)] = granted_LTJ
-            told["debts"][:, :, : len(takes_J)] = debts_LTJ
+            if self._taking is not None:
+                device_taking.tell_places(told, str(at), rows_R, packed)
+        device_taking.tell(told, packed, self._sizes.taking)
         self._there.copy_(self._host, non_blocking=True)
         if self._gone is not None:
             self._gone.record()
@@ -310,15 +312,12 @@ class _Step:
                 within_R = rows_R.clamp(max=self._sizes.rows - 1)
                 cos_NR, sin_NR = turn_RR
                 turn_RR = cos_NR.index_select(0, within_R), sin_NR.index_select(0, within_R)
-            groups.append(Group(rows_R, asking, turn_RR, named[f"takers {at}"]))
-        takes = None
-        if self._ladder_LTG is not None:
-            self._owed_LTJ.copy_(named["debts"])
-            takes = Takes(
-                named["takes"], named["granted"], named["debts"], self._owed_LTJ, self._ladder_LTG
-            )
+            takers = Takers(named[f"takers {at}"], named[f"roots {at}"])
+            groups.append(Group(rows_R, asking, turn_RR, takers))
+        if self._taking is not None:
+            self._taking.begin()
         lying = Lying(named["first"], named["room"])
-        self._layers.run(self._h_ND, self._structure.layers, groups, rows_PH, lying, takes)
+        self._layers.run(self._h_ND, self._structure.layers, groups, rows_PH, lying, self._taking)
 
 
 def filled(rows: int) -> int:
@@ -328,7 +327,7 @@ def filled(rows: int) -> int:
 
 
 def _power(count: int) -> int:
-    return 1 << (count - 1).bit_length() if count else 1
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 def _event() -> torch.cuda.Event:

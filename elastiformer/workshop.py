@@ -185,15 +185,15 @@ class Workshop:
             self._outputs_LT,
         )
 
-    def allowances_among(self, packed: Packed) -> AmongOthers:
-        """The same of the rows that pick, on a device, where no request has two of them."""
-        rows_J = packed.picking.rows_R
+    def allowances_among(self, packed: Packed, rows_J: np.ndarray) -> AmongOthers:
+        """The same of a step on a device in which these rows take by thresholds."""
+        chunks_Q, first_Q = np.unique(packed.chunk_N[rows_J], return_index=True)
         return AmongOthers(
-            rows_J,
+            rows_J[first_Q],
             packed.count,
-            [packed.chunks[chunk].sequence for chunk in packed.chunk_N[rows_J].tolist()],
+            [packed.chunks[chunk].sequence for chunk in chunks_Q.tolist()],
             packed.channels_LTK,
-            packed.kind_N[rows_J],
+            packed.kind_N[rows_J[first_Q]],
             self.ladder_on_device_LTG,
             self._outputs_LT,
         )

@@ -163,6 +163,33 @@ def test_long_texts_go_over_several_programs(counted, monkeypatch):
     assert counted == [46, 54]
 
 
+def test_rows_of_scored_texts_take_one_after_the_other(counted):
+    """Several of a request in one step, in pieces, beside a request that takes one by one."""
+    model = by_thresholds(elastic("llama", (Unit.CHANNELS,), lora_rank=0))
+    plans = [(DENSE, any_plan(seed, LAYERS, (Unit.CHANNELS,))) for seed in (1, 4)]
+    steps = (((0, 6), (0, 4)), ((6, 9), (4, 5)), ((9, 16), (5, 12)))
+    found = []
+    for form in (layer_by_layer, lambda each: on_device(each, 0.0)):
+        form(model)
+        scored, other = (planned_sequence(model, plan, 4, TOKENS) for plan in plans)
+        scored.scored = True
+        logits = []
+        for (begin, end), of_other in steps:
+            chunks = [
+                Chunk(scored, text(seed=1)[0, begin:end].tolist()),
+                Chunk(other, text(seed=2)[0, slice(*of_other)].tolist()),
+            ]
+            logits += model.step(chunks)
+        debts = [each.channel_debts.tolist() for each in (scored, other)]
+        found.append((torch.cat(logits), debts, [scored.usage, other.usage]))
+        scored.release()
+        other.release()
+    torch.testing.assert_close(found[0][0], found[1][0], **CLOSE)
+    assert found[0][1:] == found[1][1:]
+    assert np.any(found[0][1][0])
+    assert counted == [10, 4, 14]
+
+
 @pytest.mark.parametrize("rows", [1, 16, 17, 128, 129, 2048, 2049])
 def test_steps_are_filled_up_by_little(rows):
     filled = device_prompts.filled(rows)
