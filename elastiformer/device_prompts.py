@@ -14,6 +14,7 @@ Shape letters: N rows, filled up   R some of them   D width   C chunks   W progr
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from elastiformer.sequence import Kind
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
 
+_LOG = logging.getLogger(__name__)
 _GRAPHS = 48  # that are kept at most
 _FORMS = 128  # of steps, that were met before
 _STRUCTURES = 512
@@ -123,11 +125,15 @@ class DevicePrompts:
         taking = TakingSizes(
             _power(len(rows_J)), _power(owners) if owners < len(rows_J) else 0, _power(roots)
         )
+        of_sets = [
+            (filled(len(rows_R)), max(_power(len(each)), 1))
+            for rows_R, each in zip(rows_of, programs, strict=True)
+        ]
         sizes = _Sizes(
             filled(packed.count),
             _power(len(packed.chunks)),
             taking,
-            tuple((filled(len(r)), max(_power(len(p)), 1)) for r, p in zip(rows_of, programs, strict=True)),
+            tuple(of_sets),
             placing.rows_PH.data_ptr(),
         )
         step = self._step(structure, sizes, h_ND.shape[1])
@@ -206,7 +212,7 @@ class _Step:
         self._device = workshop.device
         self._turn_NR: tuple[Tensor, Tensor] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._runs = 0
+        self._captures, self._runs = memory is not None, 0
         count, taking = len(workshop.layout.layers), sizes.taking
         shapes: dict[str, tuple[int, ...]] = {
             "first": (count, sizes.chunks),
@@ -257,10 +263,9 @@ class _Step:
                 cos_NR, sin_NR = torch.zeros(shape, device=self._device)
                 self._turn_NR = cos_NR, sin_NR
             self._turn_NR[0][:count], self._turn_NR[1][:count] = rotation.cos_NR, rotation.sin_NR
-        if self._graph is not None:
-            self._graph.replay()
-        elif self._memory is not None and self._runs:
+        if self._graph is None and self._captures and self._runs:
             self._graph = self._captured(placing.rows_PH)
+        if self._graph is not None:
             self._graph.replay()
         else:
             self._run_layers(placing.rows_PH)
@@ -296,10 +301,16 @@ class _Step:
         if self._gone is not None:
             self._gone.record()
 
-    def _captured(self, rows_PH: Tensor) -> torch.cuda.CUDAGraph:
+    def _captured(self, rows_PH: Tensor) -> torch.cuda.CUDAGraph | None:
+        """What ran once already, as a graph; None, once and for all, where it cannot be one."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            self._run_layers(rows_PH)
+        try:
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                self._run_layers(rows_PH)
+        except RuntimeError as error:
+            _LOG.warning("steps like this one are launched kernel by kernel: %s", error)
+            self._captures = False
+            return None
         return graph
 
     def _run_layers(self, rows_PH: Tensor) -> None:

@@ -27,7 +27,8 @@ LOW_TO_HIGH = """
         readings products flop_formulas expert_table repair mending sides attention both_ways
         placing workshop keeping direct_reading sparse_heads sparse_attention sparse_experts
         sparse_mlp tail_weights class_tail decoding device_kernels device_attention
-        device_prompt_attention device_prompt_layers device_prompts device_decoding
+        device_prompt_attention device_taking device_prompt_layers device_prompts
+        device_decoding
         late_layers sparse encoding imaging sight planning drawing sampling inputs images
         encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
 
