@@ -72,10 +72,11 @@ class DevicePrompts:
         Args:
             forms: of each layer's gate.
         """
-        self._workshop, self._captures = workshop, captures
+        self._workshop = workshop
         self._layers = PromptLayers(workshop, forms)
         self._structure = lru_cache(maxsize=_STRUCTURES)(self._make_structure)
-        self._steps: OrderedDict[tuple[_Structure, _Sizes], _Step] = OrderedDict()
+        self._numbers: dict[_Structure, int] = {}  # as keys they are long
+        self._steps: OrderedDict[tuple[int, _Sizes], _Step] = OrderedDict()
         self._residuals: dict[int, Tensor] = {}  # by their rows
         self._memory = torch.cuda.graph_pool_handle() if captures else None
 
@@ -112,7 +113,7 @@ class DevicePrompts:
         rotation: Rotation | None,
     ) -> Tensor:
         """The residual that the layers leave, float32."""
-        structure = self._structure(packed.distinct_kinds)
+        number, structure = self._structure(packed.distinct_kinds)
         rows_of = [
             packed.rows_of(frozenset(packed.distinct_kinds[at] for at in of_set)).rows_R
             for of_set in structure.sets
@@ -136,33 +137,31 @@ class DevicePrompts:
             tuple(of_sets),
             placing.rows_PH.data_ptr(),
         )
-        step = self._step(structure, sizes, h_ND.shape[1])
+        if (number, sizes) not in self._steps:
+            self._steps[number, sizes] = self._new_step(structure, sizes, h_ND.shape[1])
+        self._steps.move_to_end((number, sizes))
+        step = self._steps[number, sizes]
         found_ND = step.run(h_ND, packed, placing, rotation, rows_of, programs)
         for layer in range(len(self._workshop.layout.layers)):
             taken.keys(placing.keys(layer))
         return found_ND
 
-    def _step(self, structure: _Structure, sizes: _Sizes, width: int) -> _Step:
-        key = (structure, sizes)
-        if key not in self._steps:
-            # One row more, in which what fills up comes and goes. Steps follow each other, so they
-            # share memory.
-            most = _power(sizes.rows + 1)
-            if most not in self._residuals:
-                self._residuals[most] = torch.zeros(most, width, device=self._workshop.device)
-            self._steps[key] = _Step(
-                self._workshop, self._layers, structure, sizes,
-                self._residuals[most][: sizes.rows + 1], self._memory,
-            )  # fmt: skip
-            while len(self._steps) > _FORMS:
-                self._steps.popitem(last=False)
-        self._steps.move_to_end(key)
+    def _new_step(self, structure: _Structure, sizes: _Sizes, width: int) -> _Step:
+        """One in place of the one that was not met for longest."""
+        if len(self._steps) >= _FORMS:
+            self._steps.popitem(last=False)
         captured = [step for step in self._steps.values() if step.is_captured]
-        for step in captured[: max(len(captured) - _GRAPHS, 0)]:
+        for step in captured[: max(len(captured) + 1 - _GRAPHS, 0)]:
             step.forget()
-        return self._steps[key]
+        # One row more, in which what fills up comes and goes. Steps follow each other, so they
+        # share memory.
+        most = _power(sizes.rows + 1)
+        if most not in self._residuals:
+            self._residuals[most] = torch.zeros(most, width, device=self._workshop.device)
+        residual_ND = self._residuals[most][: sizes.rows + 1]
+        return _Step(self._workshop, self._layers, structure, sizes, residual_ND, self._memory)
 
-    def _make_structure(self, kinds: tuple[Kind, ...]) -> _Structure:
+    def _make_structure(self, kinds: tuple[Kind, ...]) -> tuple[int, _Structure]:
         every = frozenset(range(len(kinds)))
         sets = [every]
 
@@ -192,7 +191,8 @@ class DevicePrompts:
                     tuple(Repaired(name, number(frozenset(of))) for name, of in names.items()),
                 )
             )
-        return _Structure(tuple(sets), tuple(layers))
+        structure = _Structure(tuple(sets), tuple(layers))
+        return self._numbers.setdefault(structure, len(self._numbers)), structure
 
 
 class _Step:
