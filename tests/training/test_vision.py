@@ -142,6 +142,9 @@ def test_a_build_that_is_told_to_stop_says_where_it_stands(small, tmp_path, monk
     class Told:
         asked = True
 
+        def __init__(self, *_):
+            pass
+
         def __enter__(self):
             return self
 
