@@ -224,20 +224,28 @@ def sum_of(parts, row, at, inside, rows, width, PARTS: tl.constexpr):  # type: i
 
 
 @triton.jit
+def _rung(  # type: ignore[no-untyped-def]
+    grant, debt, inputs, rungs, PATIENCE: tl.constexpr, HASTE: tl.constexpr
+):
+    """Whose threshold a row takes by, that is granted so much and owes so much (thresholds.py)."""
+    beyond = debt - tl.minimum(tl.maximum(debt, -grant), grant)
+    wanted = PATIENCE * grant - debt - (HASTE - 1) * beyond
+    rung = (2 * rungs * wanted + PATIENCE * inputs) // (2 * PATIENCE * inputs)
+    return tl.minimum(tl.maximum(rung, 1), rungs)  # rounded towards 0 below 0: 1 either way
+
+
+@triton.jit
 def _taken(  # type: ignore[no-untyped-def]
     x_B, at_B, inside_B, norms, takes, granted, debts, owed, ladder, place, ladder_place, rungs,
     row, inputs, PATIENCE: tl.constexpr, HASTE: tl.constexpr,
 ):  # fmt: skip
     """`x`, zero but for what the row takes; what it owes then is brought up to date.
 
-    As thresholds.py says. The first program of a row takes down the grant, each what it took.
+    The first program of a row takes down the grant, each what it took.
     """
     grant = tl.minimum(tl.load(granted + place + row), inputs)
     debt = tl.load(debts + place + row)
-    beyond = debt - tl.minimum(tl.maximum(debt, -grant), grant)
-    wanted = PATIENCE * grant - debt - (HASTE - 1) * beyond
-    rung = (2 * rungs * wanted + PATIENCE * inputs) // (2 * PATIENCE * inputs)
-    rung = tl.minimum(tl.maximum(rung, 1), rungs)  # rounded towards 0 below 0: 1 either way
+    rung = _rung(grant, debt, inputs, rungs, PATIENCE, HASTE)
     is_taking = (tl.load(takes + row) != 0) & (grant < inputs)
     least = tl.where(is_taking, tl.load(ladder + ladder_place + rung), float("-inf"))
     size_B = tl.abs(x_B) * tl.load(norms + at_B, mask=inside_B, other=0.0)
@@ -351,15 +359,12 @@ def _go_on(  # type: ignore[no-untyped-def]
     bounds, granted, place, debts, owed, own_place, ladder, ladder_place, counts, least, inputs,
     rungs, PATIENCE: tl.constexpr, HASTE: tl.constexpr,
 ):  # fmt: skip
-    """What each row of a request has to reach, row after row (thresholds.py)."""
+    """What each row of a request has to reach, row after row."""
     owner = tl.program_id(0)
     debt = tl.load(debts + own_place + owner)
     for one in range(tl.load(bounds + owner), tl.load(bounds + owner + 1)):
         grant = tl.minimum(tl.load(granted + place + one), inputs)
-        beyond = debt - tl.minimum(tl.maximum(debt, -grant), grant)
-        wanted = PATIENCE * grant - debt - (HASTE - 1) * beyond
-        rung = (2 * rungs * wanted + PATIENCE * inputs) // (2 * PATIENCE * inputs)
-        rung = tl.minimum(tl.maximum(rung, 1), rungs)
+        rung = _rung(grant, debt, inputs, rungs, PATIENCE, HASTE)
         is_taking = grant < inputs
         reached = tl.load(ladder + ladder_place + rung)
         tl.store(least + one, tl.where(is_taking, reached, float("-inf")))
