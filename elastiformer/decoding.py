@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from math import log2
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -47,6 +48,26 @@ class _Run:
     layers: Layers
 
 
+class Prompts(Protocol):
+    """Runs steps that hold prompts, where a device has kernels of its own for them."""
+
+    def takes(self, packed: Packed) -> bool:
+        """Whether it runs this step; what is below is asked for only then."""
+
+    def allowances(self, packed: Packed) -> DeviceAllowances | None:
+        """What the rows take of their channels; None: all of them."""
+
+    def run(
+        self,
+        h_ND: Tensor,
+        packed: Packed,
+        placing: Placing,
+        taken: Taken,
+        rotations: dict[str | None, Rotation],
+    ) -> Tensor:
+        """The residual that all layers leave."""
+
+
 class Decoding:
     """Runs the layers of one model for rows that each are their request's latest token."""
 
@@ -79,28 +100,9 @@ class Decoding:
         return not counted and self._is_able and self._may_run_many
 
     @property
-    def knows_prompts(self) -> bool:
-        """Whether steps that hold prompts may be run here, too: `takes_prompts` says which."""
-        return False
-
-    def takes_prompts(self, packed: Packed) -> bool:
-        """Whether this step is one of those: then `run_prompts` runs all of it."""
-        raise NotImplementedError
-
-    def allowances(self, packed: Packed) -> DeviceAllowances | None:
-        """What the rows of such a step take of their channels; None: all of them."""
-        raise NotImplementedError
-
-    def run_prompts(
-        self,
-        h_ND: Tensor,
-        packed: Packed,
-        placing: Placing,
-        taken: Taken,
-        rotations: dict[str | None, Rotation],
-    ) -> Tensor:
-        """Run all layers of such a step; the residual that they leave."""
-        raise NotImplementedError
+    def prompts(self) -> Prompts | None:
+        """What runs steps that hold prompts, too; None: nothing here does."""
+        return None
 
     @property
     def knows_layers(self) -> bool:

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from elastiformer import device_attention as attention
 from elastiformer import device_kernels as kernels
 from elastiformer.capacity import Site
-from elastiformer.decoding import MOST_ROWS, Decoding
-from elastiformer.device_allowances import AmongOthers, DeviceAllowances
+from elastiformer.decoding import MOST_ROWS, Decoding, Prompts
+from elastiformer.device_allowances import DeviceAllowances
 from elastiformer.device_kernels import GELU, SILU, TILES, At, Takes, Tile
 from elastiformer.device_prompts import DevicePrompts
 from elastiformer.families import Layer
@@ -92,31 +92,14 @@ class DeviceDecoding(Decoding):
             taken.keys(placing.keys(layer))
 
     @property
-    def knows_prompts(self) -> bool:
+    def prompts(self) -> Prompts | None:
         counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
-        return self._is_able and not counted
-
-    def takes_prompts(self, packed: Packed) -> bool:
-        return packed.position_on_host_N.max() < self._window and self._prompts.takes(packed)
-
-    def allowances(self, packed: Packed) -> AmongOthers | None:
-        return self._prompts.allowances(packed)
-
-    def run_prompts(
-        self,
-        h_ND: Tensor,
-        packed: Packed,
-        placing: Placing,
-        taken: Taken,
-        rotations: dict[str | None, Rotation],
-    ) -> Tensor:
-        rotation = next(iter(rotations.values()), None)
-        return self._prompts.run(h_ND, packed, placing, taken, rotation)
+        return self._prompts if self._is_able and not counted else None
 
     @cached_property
     def _prompts(self) -> DevicePrompts:
         forms = [form for form in self._forms if form is not None]
-        return DevicePrompts(self._workshop, forms, self._captures)
+        return DevicePrompts(self._workshop, forms, self._window, self._captures)
 
     def _takes(self, packed: Packed) -> bool:
         """Rows that take by thresholds, or all of their channels."""

@@ -67,12 +67,15 @@ class _Sizes(NamedTuple):
 class DevicePrompts:
     """Runs the layers of one model over steps that hold more than decode rows."""
 
-    def __init__(self, workshop: Workshop, forms: Sequence[int], captures: bool) -> None:
+    def __init__(
+        self, workshop: Workshop, forms: Sequence[int], window: float, captures: bool
+    ) -> None:
         """
         Args:
             forms: of each layer's gate.
+            window: the position from which on some layer does not see all before it.
         """
-        self._workshop = workshop
+        self._workshop, self._window = workshop, window
         self._layers = PromptLayers(workshop, forms)
         self._structure = lru_cache(maxsize=_STRUCTURES)(self._make_structure)
         self._numbers: dict[_Structure, int] = {}  # as keys they are long
@@ -84,6 +87,8 @@ class DevicePrompts:
         """Whether a step is one of those."""
         plans = [kind.plan for kind in packed.distinct_kinds]
         if packed.leaves_heads_out or packed.leaves_experts_out:
+            return False
+        if packed.position_on_host_N.max() >= self._window:
             return False
         if self._workshop.kv != "complete" or not all(plan.keeps_by_plan for plan in plans):
             return False
@@ -110,9 +115,10 @@ class DevicePrompts:
         packed: Packed,
         placing: Placing,
         taken: Taken,
-        rotation: Rotation | None,
+        rotations: dict[str | None, Rotation],
     ) -> Tensor:
         """The residual that the layers leave, float32."""
+        rotation = next(iter(rotations.values()), None)
         number, structure = self._structure(packed.distinct_kinds)
         rows_of = [
             packed.rows_of(frozenset(packed.distinct_kinds[at] for at in of_set)).rows_R
@@ -285,8 +291,10 @@ class _Step:
         if self._gone is not None:
             self._gone.synchronize()  # what was sent before has left
         told, chunks = self._told, len(packed.chunks)
-        told["first"][:, :chunks], told["room"][:, :chunks] = placing.first_LC, placing.room_LC
+        lies = placing.lies
+        told["first"][:, :chunks], told["room"][:, :chunks] = lies.first_LC, lies.room_LC
         position_N = packed.position_on_host_N
+        taking = device_taking.takers_of(packed), device_taking.roots_of(packed)
         for at, (rows_R, programs_W3) in enumerate(zip(rows_of, programs, strict=True)):
             count = len(rows_R)
             told[f"rows {at}"][:count], told[f"rows {at}"][count:] = rows_R, self._sizes.rows
@@ -295,8 +303,8 @@ class _Step:
             told[f"programs {at}"][:] = 0
             told[f"programs {at}"][: len(programs_W3)] = programs_W3
             if self._taking is not None:
-                device_taking.tell_places(told, str(at), rows_R, packed)
-        device_taking.tell(told, packed, self._sizes.taking)
+                device_taking.tell_places(told, str(at), rows_R, taking)
+        device_taking.tell(told, packed, self._sizes.taking, taking)
         self._there.copy_(self._host, non_blocking=True)
         if self._gone is not None:
             self._gone.record()

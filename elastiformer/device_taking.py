@@ -92,9 +92,14 @@ def shapes(sizes: TakingSizes, layers: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def tell(told: dict[str, np.ndarray], packed: Packed, sizes: TakingSizes) -> None:
-    """Fill that in."""
-    rows_J, rows_Z = takers_of(packed), roots_of(packed)
+def tell(
+    told: dict[str, np.ndarray],
+    packed: Packed,
+    sizes: TakingSizes,
+    taking: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Fill that in; `taking` as below."""
+    rows_J, rows_Z = taking
     if sizes.roots:
         told["granted of roots"][:] = _filled(packed, rows_Z, sizes.roots)
     if not sizes.takers:
@@ -110,9 +115,18 @@ def tell(told: dict[str, np.ndarray], packed: Packed, sizes: TakingSizes) -> Non
         told["bounds"][:], told["bounds"][: len(firsts)] = len(rows_J), firsts
 
 
-def tell_places(told: dict[str, np.ndarray], name: str, rows_R: np.ndarray, packed: Packed) -> None:
-    """Fill in where rows that take stand among those of a set."""
-    for kind, rows in ((f"takers {name}", takers_of(packed)), (f"roots {name}", roots_of(packed))):
+def tell_places(
+    told: dict[str, np.ndarray],
+    name: str,
+    rows_R: np.ndarray,
+    taking: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Fill in where rows that take stand among those of a set.
+
+    Args:
+        taking: `takers_of` the step, and `roots_of` it.
+    """
+    for kind, rows in zip((f"takers {name}", f"roots {name}"), taking, strict=True):
         told[kind][:] = -1
         if len(rows) and len(rows_R):
             place = np.minimum(np.searchsorted(rows_R, rows), len(rows_R) - 1)

@@ -120,16 +120,6 @@ class Placing:
         return index_LNG + lies.room_LC[:, :, None] * part_G
 
     @property
-    def first_LC(self) -> np.ndarray:
-        """Where each chunk's keys begin in each layer, among the rows of the pool."""
-        return self._first_LC
-
-    @property
-    def room_LC(self) -> np.ndarray:
-        """How far apart the heads of a chunk are in each layer."""
-        return self._room_LC
-
-    @property
     def rows_PH(self) -> Tensor:
         """The pool's."""
         return self._pool.rows

@@ -26,7 +26,7 @@ from elastiformer.accounting import ModelShape
 from elastiformer.adapter import Adapter
 from elastiformer.class_tail import ClassTail
 from elastiformer.costs import CostTable, Trial
-from elastiformer.decoding import Decoding
+from elastiformer.decoding import Decoding, Prompts
 from elastiformer.families import Layout
 from elastiformer.keeping import Keeping
 from elastiformer.late_layers import LateLayers
@@ -74,10 +74,10 @@ class SparseForm:
         """Run the chunks; float32 logits [output rows, vocabulary] of each."""
         kernels.use_threads()
         parts = lone, longer = _parts(chunks)
-        if longer and self._decoding.knows_prompts:
+        if longer and (prompts := self._decoding.prompts) is not None:
             packed = Packed(chunks, self.workshop.device)
-            if self._decoding.takes_prompts(packed):
-                return self._run_packed(packed, prompts=True)
+            if prompts.takes(packed):
+                return self._run_packed(packed, prompts)
         if not longer or not self._decoding.may_run_apart:
             return self._run(chunks)
         if ends := {chunk for chunk in longer if self._decoding.ends_apart(chunk)}:
@@ -108,18 +108,17 @@ class SparseForm:
     def _run(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         return self._run_packed(Packed(chunks, self.workshop.device))
 
-    def _run_packed(self, packed: Packed, prompts: bool = False) -> list[Tensor]:
+    def _run_packed(self, packed: Packed, prompts: Prompts | None = None) -> list[Tensor]:
         """Run one step.
 
         Args:
-            prompts: whether it is one of those that `Decoding.takes_prompts`.
+            prompts: what runs its layers, if it is a step that this takes.
         """
-        tools = self._decoding if prompts else self.workshop
-        packed.allowances = tools.allowances(packed)
+        packed.allowances = (prompts or self.workshop).allowances(packed)
         placing, taken = self._placing(packed), Taken(packed, self.shape)
         h_ND = self._embed(packed)
         rotations = self._rotary.of(packed, h_ND)
-        run = self._decoding.run_prompts if prompts else self._run_layers
+        run = self._run_layers if prompts is None else prompts.run
         h_ND = run(h_ND, packed, placing, taken, rotations)
         logits = self._logits(h_ND, packed)
         taken.settle(self.adapter.units if self.adapter is not None else ())
