@@ -1,5 +1,5 @@
 """What a CPU does for class tokens that ask alone, compiled: rows are summed up as queries weigh
-them, and the residual of tokens that are left out is normed.
+them, and the residual of tokens that are left out is normed. So are rows of encoders elsewhere.
 
 Shape letters: N rows of items   Q queries   A query heads   D width   S sides (direct_reading.py)
     C items, and one more   K rows of a block
@@ -82,6 +82,14 @@ def sums(
             np.float32(norm.epsilon), np.float32(scale), on_host(sums_SAQD),
         )  # fmt: skip
     return sums_SAQD
+
+
+def normed(x_ND: Tensor, norm: AffineNorm, out_ND: Tensor) -> None:
+    """Fill in the norm of each row, of float32 or bfloat16 and as either."""
+    with TURN:
+        _norm_each(
+            on_host(x_ND), np.float32(norm.epsilon), norm.scale_D, norm.shift_D, on_host(out_ND)
+        )
 
 
 def close(x_ND: Tensor, first: AffineNorm, second: AffineNorm) -> None:
@@ -172,6 +180,27 @@ def _norm(x_D, epsilon, scale_D, shift_D):  # type: ignore[no-untyped-def]
     if len(scale_D):
         for d in range(width):
             x_D[d] = x_D[d] * scale_D[d] + shift_D[d]
+
+
+@compiled(**_FREE)
+def _norm_row(x_D, epsilon, scale_D, shift_D, out_D):  # type: ignore[no-untyped-def]
+    """The same from one place to another, without a row between them in float32."""
+    mean, square, width = np.float32(0), np.float32(0), len(x_D)
+    for d in range(width):
+        mean += _wide(x_D[d])
+    mean /= np.float32(width)
+    for d in range(width):
+        apart = _wide(x_D[d]) - mean
+        square += apart * apart
+    narrow = np.float32(1) / np.sqrt(square / np.float32(width) + epsilon)
+    for d in range(width):
+        out_D[d] = _as_stored((_wide(x_D[d]) - mean) * narrow * scale_D[d] + shift_D[d], out_D)
+
+
+@compiled(parallel=True)
+def _norm_each(x_ND, epsilon, scale_D, shift_D, out_ND):  # type: ignore[no-untyped-def]
+    for row in prange(len(x_ND)):
+        _norm_row(x_ND[row], epsilon, scale_D, shift_D, out_ND[row])
 
 
 @compiled(parallel=True)

@@ -11,9 +11,10 @@ Shape letters: B items   T tokens, padded   D width
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,13 @@ from elastiformer.encoding import EncoderForm, padded, said
 from elastiformer.errors import BaseModelError, InputError
 from elastiformer.masked import MaskedPass
 from elastiformer.plan_grid import PlanGrid, Route, Selection
-from elastiformer.sequence import Chunk, Item, WholeSequence
+from elastiformer.sequence import Chunk, Item, ItemKinds, WholeSequence
 from elastiformer.sparse import SparseForm
 from elastiformer.tasks import Task
 from elastiformer.weights import BaseIdentity
 
 _FIRST_TOKENS = 8
+_REMEMBERED = 1024  # capacities and lengths
 _STRETCHED = 4  # how many times as long as wide an image may be, where its shape is kept
 
 
@@ -121,6 +123,10 @@ class ElasticEncoder(Elastic):
         )
         model.attach_saved(adapter)
         return model
+
+    def attach(self, adapter: Adapter | None) -> None:
+        super().attach(adapter)
+        self.__dict__.pop("_kinds", None)  # they were of the one before
 
     def _shape(self, adapter: Adapter | None) -> ModelShape:
         shape = super()._shape(adapter)
@@ -236,12 +242,19 @@ class ElasticEncoder(Elastic):
             CapacityError: below the calibrated range, or a unit that the adapter lacks.
             InputError: no token, or more than the model takes.
         """
-        tokens = len(item.ids)
+        return WholeSequence(self._kinds(capacity, len(item.ids)), item)
+
+    @cached_property
+    def _kinds(self) -> Callable[[Capacity, int], ItemKinds]:
+        """What an item of so many tokens runs under; worked out once, as many ask alike."""
+        return lru_cache(maxsize=_REMEMBERED)(self._find_kinds)
+
+    def _find_kinds(self, capacity: Capacity, tokens: int) -> ItemKinds:
         if not 1 <= tokens <= self.context:
             raise InputError(f"input: {tokens} tokens; this model takes 1 to {self.context}")
         capacity = self._spread(capacity, tokens)
         self._planner.check(capacity, tokens, tokens, self._outputs is None)
-        return WholeSequence(self._planner.of_whole(capacity, tokens, self._outputs), item)
+        return self._planner.of_whole(capacity, tokens, self._outputs)
 
     def blocks_for(
         self, capacity: Capacity, prompt_tokens: int, most_tokens: int, scored: bool = False

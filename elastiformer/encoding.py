@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,13 +23,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from elastiformer.accounting import ModelShape
 from elastiformer.adapter import Adapter
+from elastiformer.class_tail import ClassTail
 from elastiformer.encoder_families import Pooling, Reads
 from elastiformer.encoders import EncoderLayout
 from elastiformer.packed import Packed
 from elastiformer.placing import Placing, WholePlacing
+from elastiformer.rotary import Rotations
 from elastiformer.sequence import Chunk, Item, WholeSequence
 from elastiformer.spare_rows import empty
 from elastiformer.sparse import SparseForm
+from elastiformer.taken import Taken
 from elastiformer.tasks import Task
 
 
@@ -53,27 +57,78 @@ class EncoderForm(SparseForm):
         self._head_weights = sum(each.weight.numel() for each in encoder.head_modules)
         self._probes = encoder.probes
         self._outside_products = lru_cache(maxsize=256)(self._count_outside)
+        self._tail: ClassTail | None = None
+        if shape.absorbing:
+            self._tail = ClassTail(self.workshop, self._attention.direct)
+
+    def _run(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        # In front those whose class tokens go on alone last.
+        tail_C = np.array(self._tails(chunks))
+        order_C = np.argsort(-tail_C, kind="stable").tolist()
+        found = super()._run([chunks[at] for at in order_C])
+        outputs = dict(zip(order_C, found, strict=True))
+        return [outputs[at] for at in range(len(chunks))]
+
+    def _tails(self, chunks: Sequence[Chunk]) -> list[int]:
+        """The layer from which on each item's class tokens go on alone."""
+        if self._tail is None:
+            return [len(self.layout.layers)] * len(chunks)
+        return [_whole(chunk).kinds.tail for chunk in chunks]
+
+    def _layer_by_layer(
+        self, h_ND: Tensor, packed: Packed, placing: Placing, taken: Taken, rotations: Rotations
+    ) -> Tensor:
+        layers, tails = self.layout.layers, self._tails(packed.chunks)
+        tail, calls = self._tail, None
+        if tail is not None and tails[-1] < len(layers):
+            calls = tail.calls(h_ND, tails[-1], packed)
+        if calls is None:
+            for layer in layers[: tails[0]]:
+                h_ND = self._run_layer(layer, h_ND, packed, placing, taken, rotations)
+            if tail is not None and tails[0] < len(layers):
+                h_ND = tail.run(h_ND, tails[0], packed, taken)
+            return h_ND
+        whole, x_ND = packed, h_ND  # what runs whole
+        for layer in layers:
+            count = sum(tail_of_item > layer.index for tail_of_item in tails)
+            if count < len(whole.chunks):
+                calls.take(x_ND, count)
+                whole = Packed(packed.chunks[:count], packed.device)
+                x_ND, placing = x_ND[: whole.count], self._placing(whole)
+            if count:
+                x_ND = self._run_layer(layer, x_ND, whole, placing, taken, rotations)
+            else:
+                taken.keys(np.empty(0, dtype=np.int64))
+            if count < len(packed.chunks):
+                calls.run(layer, layer is layers[-1])
+        whole.outputs.put(h_ND, whole.outputs.of(x_ND))
+        calls.put(h_ND)
+        return h_ND
 
     def _placing(self, packed: Packed) -> Placing:
         return WholePlacing(packed)
 
     def _embed(self, packed: Packed) -> Tensor:
-        alike: dict[tuple[object, ...], list[tuple[int, Item]]] = {}
-        for place, chunk in enumerate(packed.chunks):
-            item = _item(chunk)
-            alike.setdefault(_form(item), []).append((place, item))
-        part_of: dict[int, Tensor] = {}
-        for group in alike.values():
-            places, items = zip(*group, strict=True)
-            embedded_BTD = self._together(items)
-            part_of |= zip(places, map(_seen, embedded_BTD, items), strict=True)
-        parts_TD = [part_of[place] for place in range(len(part_of))]
-        for chunk, part_TD in zip(packed.chunks, parts_TD, strict=True):
-            assert len(part_TD) == len(chunk.ids), f"{len(part_TD)} tokens of {len(chunk.ids)}"
+        parts_TD = self._parts([_item(chunk) for chunk in packed.chunks])
+        assert sum(map(len, parts_TD)) == packed.count, "other tokens than the items have"
         dtype = self.workshop.working_dtype if packed.picks else self._between
         h_ND = empty((packed.count, parts_TD[0].shape[1]), dtype, self.workshop.device)
         torch.cat([part_TD.to(dtype) for part_TD in parts_TD], out=h_ND)
         return h_ND
+
+    def _parts(self, items: Sequence[Item]) -> list[Tensor]:
+        """The embedded tokens of items, one after the other, of some side by side."""
+        alike: dict[tuple[object, ...], list[tuple[int, Item]]] = {}
+        for place, item in enumerate(items):
+            alike.setdefault(_form(item), []).append((place, item))
+        part_of: dict[int, Tensor] = {}
+        for group in alike.values():
+            places, some = zip(*group, strict=True)
+            embedded_BTD = self._together(some)
+            if len(alike) == 1 and all(len(item.ids) == embedded_BTD.shape[1] for item in some):
+                return [embedded_BTD.flatten(0, 1)]
+            part_of |= zip(places, map(_seen, embedded_BTD, some), strict=True)
+        return [part_of[place] for place in range(len(part_of))]
 
     def _together(self, items: Sequence[Item]) -> Tensor:
         """The embedded tokens of items of one form, [B, T, D], padded; of an image all patches."""
@@ -93,20 +148,23 @@ class EncoderForm(SparseForm):
         h_RD = self.workshop.final_norm(packed.outputs.of(h_ND))
         if self._headed:
             h_RD = h_RD.to(self.workshop.dtype)  # as the base's own head takes it
-        parts_TD = list(torch.split(h_RD, packed.output_counts))
-        if not self._headed:
-            of_class = self.pooling is Pooling.CLASS
-            outputs = [part_TD[0] if of_class else part_TD.float().mean(0) for part_TD in parts_TD]
-        elif self.encoder.reads is Reads.TOKENS:
-            outputs = list(torch.split(headed(self.encoder, h_RD[None])[0], packed.output_counts))
-        elif self.encoder.reads is Reads.CLASS:
-            outputs = list(headed(self.encoder, torch.stack(parts_TD)))
+        if self._headed and self.encoder.reads is Reads.CLASS:  # of every item as many
+            last_BTD = h_RD.view(len(packed.chunks), -1, h_RD.shape[1])
+            outputs = list(headed(self.encoder, last_BTD).float().unbind())
+        elif self._headed and self.encoder.reads is Reads.TOKENS:
+            all_RO = headed(self.encoder, h_RD[None])[0].float()
+            outputs = list(torch.split(all_RO, packed.output_counts))
         else:
-            outputs = [headed(self.encoder, part_TD[None])[0] for part_TD in parts_TD]
+            outputs = [self._said(part) for part in torch.split(h_RD, packed.output_counts)]
         self._charge(packed)
-        outputs = [each.float() for each in outputs]
         unit_length = self.encoder.task is Task.FEATURES and self.normalized
         return [F.normalize(each, dim=0) for each in outputs] if unit_length else outputs
+
+    def _said(self, part_TD: Tensor) -> Tensor:
+        """What is made of an item's tokens all together."""
+        if self._headed:
+            return headed(self.encoder, part_TD[None])[0].float()
+        return part_TD[0].float() if self.pooling is Pooling.CLASS else part_TD.float().mean(0)
 
     def _charge(self, packed: Packed) -> None:
         """Count what stands before and after the layers: it is never left out."""
@@ -163,9 +221,13 @@ def said(encoder: EncoderLayout, given: Any) -> Tensor:
     return pooled
 
 
-def _item(chunk: Chunk) -> Item:
+def _whole(chunk: Chunk) -> WholeSequence:
     assert isinstance(chunk.sequence, WholeSequence), "an encoder reads whole items"
-    return chunk.sequence.item
+    return chunk.sequence
+
+
+def _item(chunk: Chunk) -> Item:
+    return _whole(chunk).item
 
 
 def _form(item: Item) -> tuple[object, ...]:

@@ -32,7 +32,7 @@ from elastiformer.capacity import (
 from elastiformer.errors import CapacityError
 from elastiformer.priced import PricedPlan, Pricing
 from elastiformer.routers import TOKEN_UNITS, most_kept
-from elastiformer.sequence import Kind
+from elastiformer.sequence import ItemKinds, Kind
 from elastiformer.stretches import Plans, PricedSchedule, Stretch
 
 _REMEMBERED = 4096
@@ -181,7 +181,7 @@ class Planner:
             return self.pricing[phase].of((share.layer_plan(),) * len(self.shape.layers))
         return None
 
-    def _of_whole(self, capacity: Capacity, tokens: int, outputs: int | None) -> tuple[Kind, ...]:
+    def _of_whole(self, capacity: Capacity, tokens: int, outputs: int | None) -> ItemKinds:
         """The kinds of a whole item's tokens, of which the first `outputs` are read; None: all."""
         plan_at: PlanAt = self._plan_at(capacity, tokens, piece_tokens=tokens)
         if outputs is not None and self._absorbs(capacity):
@@ -190,7 +190,7 @@ class Planner:
         phases = [Phase.OUTPUT if place < read else Phase.PROMPT for place in range(tokens)]
         plans = [plan_at(phase, place) for place, phase in enumerate(phases)]
         # As in every sequence, the first token skips no sub-layer.
-        return tuple(map(Kind, (plans[0].rooted, *plans[1:]), phases))
+        return ItemKinds.of(map(Kind, (plans[0].rooted, *plans[1:]), phases))
 
     def _absorbs(self, capacity: Capacity) -> bool:
         """Whether class tokens can do without keys where only they ask: those that run whole."""

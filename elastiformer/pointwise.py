@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elastiformer import row_kernels, spare_rows
+from elastiformer import class_kernels, row_kernels, spare_rows
+from elastiformer.class_kernels import AffineNorm, affine_of
 from elastiformer.families import Layer
 
 # Types of cosines, and of what they turn, that the compiled rotation takes.
@@ -53,7 +54,9 @@ def lean_norm(module: nn.Module) -> Norm:
 
 def in_type(norm: Norm, x_ND: Tensor, dtype: torch.dtype) -> Tensor:
     """What a norm gives, in this type."""
-    if isinstance(norm, CompiledNorm) and dtype in (torch.float32, torch.bfloat16):
+    if not isinstance(norm, CompiledNorm | CompiledLayerNorm):
+        return norm(x_ND).to(dtype)
+    if dtype in (torch.float32, torch.bfloat16):
         return norm(x_ND, dtype)
     return norm(x_ND).to(dtype)
 
@@ -74,6 +77,9 @@ def _as_it_is(module: nn.Module) -> Norm:
     weight: Tensor | None = next(module.parameters(), None)
     if weight is None or working_dtype(weight.device, weight.dtype) == weight.dtype:
         return module
+    affine = affine_of(module) if isinstance(module, nn.LayerNorm) else None
+    if affine is not None and weight.dtype == torch.bfloat16:
+        return CompiledLayerNorm(affine)
     return lambda x_ND: module(x_ND.to(weight.dtype)).to(x_ND.dtype)
 
 
@@ -108,6 +114,21 @@ class CompiledNorm:
         width = len(self.scale_D)
         of_row, into = (row_kernels.on_host(each.view(-1, width)) for each in (x_ND, out_ND))
         row_kernels.normalise(of_row, self.scale_D, self.epsilon, into)
+        return out_ND
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompiledLayerNorm:
+    """A layer norm, with a scale and a shift, of float32 or bfloat16 on a CPU."""
+
+    norm: AffineNorm
+
+    def __call__(self, x_ND: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Computed in float32, and given as `dtype`: that, or bfloat16; None: as it came."""
+        x_ND = x_ND.contiguous()
+        out_ND = spare_rows.empty(tuple(x_ND.shape), dtype or x_ND.dtype, x_ND.device)
+        width = x_ND.shape[-1]
+        class_kernels.normed(x_ND.view(-1, width), self.norm, out_ND.view(-1, width))
         return out_ND
 
 

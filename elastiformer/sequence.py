@@ -5,7 +5,7 @@ A causal model's request is a `Sequence`; an encoder's is a `WholeSequence`, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,13 +42,31 @@ class Kind:
         return max(first, self.plan.left_from)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ItemKinds:
+    """What each token of an item runs under; items that are planned alike share one."""
+
+    each: tuple[Kind, ...]
+    distinct: tuple[Kind, ...]
+    number_T: np.ndarray  # of each token among them
+    tail: int  # the layer from which on its class tokens go on alone
+
+    @classmethod
+    def of(cls, each: Iterable[Kind]) -> ItemKinds:
+        each = tuple(each)
+        number: dict[Kind, int] = {}
+        numbers = [number.setdefault(kind, len(number)) for kind in each]
+        distinct = tuple(number)
+        return cls(each, distinct, np.array(numbers), max(kind.tail for kind in distinct))
+
+
 class Numbering:
     """The kinds that one step has met, in the order of their first rows."""
 
     def __init__(self) -> None:
         self.kinds: list[Kind] = []
         self._number: dict[tuple[int, Phase], int] = {}
-        self._whole: dict[int, list[int]] = {}
+        self._whole: dict[ItemKinds, np.ndarray] = {}
 
     def of(self, plan: PricedPlan, phase: Phase) -> int:
         key = (id(plan), phase)
@@ -71,11 +89,12 @@ class Numbering:
         other = self.of(plans.leaner if starts_fuller else plans.fuller, phase)
         return np.where(others_N, other, number)
 
-    def of_whole(self, kinds: tuple[Kind, ...]) -> list[int]:
-        """Of an item's tokens; items that are planned alike share one tuple."""
-        if id(kinds) not in self._whole:
-            self._whole[id(kinds)] = [self.of(kind.plan, kind.phase) for kind in kinds]
-        return self._whole[id(kinds)]
+    def of_whole(self, kinds: ItemKinds) -> np.ndarray:
+        """Of an item's tokens."""
+        if kinds not in self._whole:
+            numbers = np.array([self.of(kind.plan, kind.phase) for kind in kinds.distinct])
+            self._whole[kinds] = numbers[kinds.number_T]
+        return self._whole[kinds]
 
 
 DebtKey = tuple[int, Unit, Phase]  # of a layer
@@ -230,15 +249,15 @@ class WholeSequence(Sequence):
     Every token's kind is known beforehand; those of phase output stand in front.
     """
 
-    def __init__(self, kinds: tuple[Kind, ...], item: Item) -> None:
-        tokens = len(item.ids)
-        assert len(kinds) == tokens, f"{len(kinds)} kinds of {tokens} tokens"
-        scored = all(kind.phase is Phase.OUTPUT for kind in kinds)
-        super().__init__(lambda _, position: kinds[position].plan, tokens, tokens, scored, None)
-        self.item, self._kinds = item, kinds
+    def __init__(self, kinds: ItemKinds, item: Item) -> None:
+        tokens, each = len(item.ids), kinds.each
+        assert len(each) == tokens, f"{len(each)} kinds of {tokens} tokens"
+        scored = all(kind.phase is Phase.OUTPUT for kind in kinds.distinct)
+        super().__init__(lambda _, position: each[position].plan, tokens, tokens, scored, None)
+        self.item, self.kinds = item, kinds
 
     def phase_at(self, position: int) -> Phase:
-        return self._kinds[position].phase
+        return self.kinds.each[position].phase
 
-    def numbers(self, tokens: int, numbering: Numbering) -> list[int]:
-        return numbering.of_whole(self._kinds)
+    def numbers(self, tokens: int, numbering: Numbering) -> np.ndarray:
+        return numbering.of_whole(self.kinds)

@@ -24,10 +24,9 @@ import elastiformer.flop_formulas  # noqa: F401  (registers them)
 from elastiformer import kernels, memory
 from elastiformer.accounting import ModelShape
 from elastiformer.adapter import Adapter
-from elastiformer.class_tail import ClassTail
 from elastiformer.costs import CostTable, Trial
 from elastiformer.decoding import Decoding, Prompts
-from elastiformer.families import Layout
+from elastiformer.families import Layer, Layout
 from elastiformer.keeping import Keeping
 from elastiformer.late_layers import LateLayers
 from elastiformer.originals import Originals
@@ -64,9 +63,6 @@ class SparseForm:
         self._mlp = SparseMlp(self.workshop, keeping)
         self._decoding, self._trial = _decoding(self.workshop), Trial()
         self._late = LateLayers(self.workshop, self._attention, self._decoding)
-        self._tail: ClassTail | None = None
-        if shape.absorbing:
-            self._tail = ClassTail(self.workshop, self._attention.direct)
         self._rotary = Rotary(layout)
 
     @torch.inference_mode()
@@ -149,21 +145,28 @@ class SparseForm:
         self, h_ND: Tensor, packed: Packed, placing: Placing, taken: Taken, rotations: Rotations
     ) -> Tensor:
         late = self._late.of(packed, placing)
-        layers = self.layout.layers
-        tail = len(layers) if self._tail is None else self._tail.first(packed)
-        for layer, closes in zip(layers[:tail], self.workshop.closes[:tail], strict=True):
-            if late is not None and layer.index in late.layers:
-                if layer.index == late.layers.start:
-                    self._late.run(late, h_ND, packed, placing, taken, rotations)
-                continue
-            kind = layer.layer_type if layer.layer_type in rotations else None
-            self._attention.run(layer, h_ND, packed, placing, taken, rotations.get(kind))
-            h_ND = _closed(h_ND, closes.attention)
-            self._mlp.run(layer, h_ND, packed, taken)
-            h_ND = _closed(h_ND, closes.mlp)
-        if self._tail is not None and tail < len(layers):
-            return self._tail.run(h_ND, tail, packed, taken)
+        for layer in self.layout.layers:
+            if late is None or layer.index not in late.layers:
+                h_ND = self._run_layer(layer, h_ND, packed, placing, taken, rotations)
+            elif layer.index == late.layers.start:
+                self._late.run(late, h_ND, packed, placing, taken, rotations)
         return h_ND
+
+    def _run_layer(
+        self,
+        layer: Layer,
+        h_ND: Tensor,
+        packed: Packed,
+        placing: Placing,
+        taken: Taken,
+        rotations: Rotations,
+    ) -> Tensor:
+        closes = self.workshop.closes[layer.index]
+        kind = layer.layer_type if layer.layer_type in rotations else None
+        self._attention.run(layer, h_ND, packed, placing, taken, rotations.get(kind))
+        h_ND = _closed(h_ND, closes.attention)
+        self._mlp.run(layer, h_ND, packed, taken)
+        return _closed(h_ND, closes.mlp)
 
     def prepare(self, seconds: float) -> CostTable:
         """Lay out all products now, and measure which is faster when."""

@@ -87,20 +87,22 @@ def run(
         _run(h_QD, x_ND, side_N, *items, threads, is_last, *layer)
 
 
-def brought(h_ND: Tensor, epsilon: float) -> np.ndarray:
-    """What rows of the residual bring to all these layers but for scales and shifts.
+def room_for(h_ND: Tensor) -> np.ndarray:
+    """Room for what rows of the residual bring, in float32 and up to whole vectors."""
+    rows, width = h_ND.shape
+    return torch.empty(rows, _padded(width)).numpy()  # from the start of a cache line on
 
-    In float32, and with zeros behind it, up to whole vectors.
+
+def bring(h_ND: Tensor, epsilon: float, x_ND: np.ndarray) -> None:
+    """Put what rows bring to all these layers but for scales and shifts; zeros behind it.
 
     Args:
-        h_ND: float32 or bfloat16.
+        h_ND: their residual, float32 or bfloat16.
         epsilon: of the norm; NORMED: there is none.
+        x_ND: of `room_for`.
     """
-    rows, width = h_ND.shape
-    x_ND = torch.empty(rows, _padded(width)).numpy()  # from the start of a cache line on
     with TURN:
         _bring(on_host(h_ND), np.float32(epsilon), x_ND)
-    return x_ND
 
 
 @compiled(**_STRICT)

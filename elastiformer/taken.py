@@ -46,7 +46,14 @@ class Taken:
         self._keys_LC: list[np.ndarray] = []
 
     def keys(self, keys_C: np.ndarray) -> None:
-        """The keys that each chunk's rows attend to, in the next layer."""
+        """The keys that each chunk's rows attend to, in the next layer.
+
+        Args:
+            keys_C: of the first chunks; the others are items whose class tokens alone attend, to
+                all of their rows.
+        """
+        if len(keys_C) < len(self._packed.chunks):
+            keys_C = np.concatenate([keys_C, np.diff(self._packed.starts)[len(keys_C) :]])
         self._keys_LC.append(keys_C)
 
     def skipped(self, layer: int, unit: Unit, rows_R: np.ndarray) -> None:

@@ -20,13 +20,13 @@ LOW_TO_HIGH = """
         calibration_reading card priced families encoder_families encoders experts routers lora
         lora_files unpacking shipped originals weights encoder_weights vlms vlm_weights misfits
         adapter_files adapter saved_adapter kernels thresholds plan_grid masked pool cache
-        stretches sequence imaged prefixes memory spare_rows row_kernels pointwise allowances
-        device_allowances packed rotary taken costs vectors stored_tile lanes largest pairs amx
-        tile_blocks many_queries whole_requests class_kernels blocks tail_kernels single_queries
+        stretches sequence imaged prefixes memory spare_rows row_kernels vectors class_kernels
+        pointwise allowances device_allowances packed rotary taken costs stored_tile lanes largest
+        pairs amx tile_blocks many_queries whole_requests blocks tail_kernels single_queries
         sub_layers tiles
         readings products flop_formulas expert_table repair mending sides attention both_ways
         placing workshop keeping direct_reading sparse_heads sparse_attention sparse_experts
-        sparse_mlp tail_weights class_tail decoding device_kernels device_attention
+        sparse_mlp tail_weights tail_calls class_tail decoding device_kernels device_attention
         device_prompt_attention device_taking device_prompt_layers device_prompts
         device_decoding
         late_layers sparse encoding imaging sight planning drawing sampling inputs images
@@ -37,10 +37,10 @@ LOW_TO_HIGH = """
         zero_shot items reach desk tracing logs answers readings streams routes app server __main__
 
     training: __init__ files options signals progress processes packages data start stream examples
-        exchanges choosers image_draws losses lessons student encoder_student picture_student
-        checkpoint mixed fitting fashion_mnist convolutions neighbours vision masked_images
-        reviews canvases corpora sentiment canvas_tower canvas_sets canvas_answers
-        canvas_model build quality encoder_quality picture_quality allotment tuning
+        exchanges choosers image_draws losses quality lessons student encoder_student
+        picture_student checkpoint mixed fitting fashion_mnist convolutions neighbours vision
+        masked_images reviews canvases corpora sentiment canvas_tower canvas_sets canvas_answers
+        canvas_model build encoder_quality picture_quality allotment tuning
         sensitivity regression picking channel_choices channel_sizes learnt ablation_rows
         baselines repaired pictures stopwatch reports encoder_reports loop encoder_calibrate
         encoder_evaluate path_search lent_paths picture_reports picture_evaluate

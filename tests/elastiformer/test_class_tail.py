@@ -16,6 +16,7 @@ from elastiformer.blocks import blocks_of
 from elastiformer.class_kernels import NORMED
 from elastiformer.class_tail import ClassTail
 from elastiformer.encoder import ElasticEncoder
+from elastiformer.sequence import WholeSequence
 from elastiformer.tail_kernels import Items
 from tests.elastiformer.test_direct_reading import FAMILIES, leaving, ours_or_keys, without_keys
 from tests.elastiformer.test_encoders import EVERY_UNIT, items, stepped
@@ -41,7 +42,7 @@ def small_encoder(family: str, lora_rank: int = 2) -> ElasticEncoder:
 
 
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ClassTail, "_may_be_whole", lambda *_: False)
+    monkeypatch.setattr(ClassTail, "calls", lambda *_: None)
 
 
 @pytest.fixture
@@ -87,6 +88,34 @@ def test_a_layer_in_one_call_is_its_operators_one_by_one(
 
 
 @needs_tiles
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_items_enter_one_after_the_other_and_each_gets_and_spends_what_it_does_alone(
+    family, lora_rank, ran
+):
+    model = small_encoder(family, lora_rank)
+    given = items(model, (9, 17, 4, 30, 12, 7))
+    firsts = (2, 1, None, 2, 1, None)  # the last layers of whole items are direct, too
+
+    def request(at: int) -> WholeSequence:
+        if firsts[at] is None:
+            return model.sequence(DENSE, given[at])
+        return without_keys(model, given[at], leaving(firsts[at]))
+
+    together, alone = ([request(at) for at in range(len(given))] for _ in range(2))
+    expected = [stepped(model, each)[0] for each in alone]
+    ran.clear()
+    actual = stepped(model, *together)
+
+    last = 6 if LAYERS - 1 in model.shape.absorbing else 4
+    assert [count // model._outputs for count in ran] == [2, last]
+    for ours, wanted in zip(actual, expected, strict=True):
+        assert (ours - wanted).abs().max() <= NEAR * max(wanted.abs().max(), 1)
+    for ours, wanted in zip(together, alone, strict=True):
+        assert ours.usage == wanted.usage
+
+
+@needs_tiles
 @pytest.mark.parametrize("family", ["bert", "deit"])
 def test_a_layer_gives_an_item_the_same_bits_whoever_else_is_there(family):
     model = small_encoder(family, lora_rank=0)
@@ -104,7 +133,8 @@ def test_a_layer_gives_an_item_the_same_bits_whoever_else_is_there(family):
         own_QD = h_ND.numpy()[row_Q[mine]]
         begin = read_C[first]
         own = Items(row_Q[mine] - begin, ask_C[: end - first + 1], read_C[first : end + 1] - begin)
-        x_ND = tail_kernels.brought(h_ND[rows], NORMED)
+        x_ND = tail_kernels.room_for(h_ND[rows])
+        tail_kernels.bring(h_ND[rows], NORMED, x_ND)
         side_N = np.zeros(len(x_ND), dtype=np.uint8)
         tail_kernels.run(own_QD, x_ND, side_N, own, weights, threads, True)
         return own_QD

@@ -20,7 +20,7 @@ from elastiformer import (
 )
 from elastiformer.calibration import Calibration, Step
 from elastiformer.encoder import ElasticEncoder
-from elastiformer.sequence import Item, Kind, WholeSequence
+from elastiformer.sequence import Item, ItemKinds, Kind, WholeSequence
 from tests.elastiformer.test_encoders import (
     CLOSE,
     elastic_encoder,
@@ -48,7 +48,7 @@ def without_keys(model: ElasticEncoder, item: Item, *prompts: Plan) -> WholeSequ
     others = [Kind(pricing[Phase.PROMPT].of(plan, direct), Phase.PROMPT) for plan in prompts]
     read = Kind(pricing[Phase.OUTPUT].of(DENSE_PLAN, direct), Phase.OUTPUT)
     kinds = (read if at < model._outputs else others[at % len(others)] for at in range(10**6))
-    return WholeSequence(tuple(next(kinds) for _ in item.ids), item)
+    return WholeSequence(ItemKinds.of(next(kinds) for _ in item.ids), item)
 
 
 def late(lowest: float = 0.1) -> Calibration:
@@ -142,16 +142,16 @@ def test_class_tokens_that_give_something_up_themselves_need_keys():
     half = UnitShares(attention_tokens=0.5)
     for output, sides in ((half, {0}), (1.0, {0, 1})):
         sequence = model.sequence(Capacity(half, output), items(model)[0])
-        kinds = {sequence._kinds[0], sequence._kinds[-1]}
+        kinds = {sequence.kinds.each[0], sequence.kinds.each[-1]}
         assert {int(LAYERS - 1 in kind.plan.direct) for kind in kinds} == {max(sides)}
 
 
 def test_a_tail_begins_where_the_last_of_the_others_left():
     model = elastic_encoder("bert")
     sequence = without_keys(model, items(model)[0], leaving(1), leaving(2))
-    assert max(kind.tail for kind in sequence._kinds) == 2
+    assert sequence.kinds.tail == 2
     dense = model.sequence(DENSE, items(model)[0])
-    assert max(kind.tail for kind in dense._kinds) == LAYERS - 1
+    assert dense.kinds.tail == LAYERS - 1
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])

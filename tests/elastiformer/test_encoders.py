@@ -18,7 +18,7 @@ from elastiformer.errors import (
     UnsupportedModel,
 )
 from elastiformer.lora import PARTS
-from elastiformer.sequence import Item, Kind, WholeSequence
+from elastiformer.sequence import Item, ItemKinds, Kind, WholeSequence
 from tests.elastiformer.elastic import EVERY_UNIT, any_plan
 from tests.tiny import tiny
 from tests.tiny_encoders import (
@@ -75,8 +75,8 @@ def planned(model: ElasticEncoder, item: Item, plans: tuple[Plan, Plan]) -> Whol
         phase: model._planner.pricing[phase].of(plan)
         for phase, plan in zip(Phase, plans, strict=True)
     }
-    first, *others = (Kind(priced[kind.phase], kind.phase) for kind in dense)
-    return WholeSequence((Kind(first.plan.rooted, first.phase), *others), item)
+    first, *others = (Kind(priced[kind.phase], kind.phase) for kind in dense.each)
+    return WholeSequence(ItemKinds.of((Kind(first.plan.rooted, first.phase), *others)), item)
 
 
 def stepped(model: ElasticEncoder, *sequences: WholeSequence) -> list[torch.Tensor]:

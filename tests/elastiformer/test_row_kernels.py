@@ -7,7 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from elastiformer import kernels, row_kernels
-from elastiformer.pointwise import CompiledGate, CompiledNorm, Rotation
+from elastiformer.pointwise import (
+    CompiledGate,
+    CompiledLayerNorm,
+    CompiledNorm,
+    Rotation,
+    in_type,
+    lean_norm,
+)
 
 ROWS = [1, 4, 5, 33]
 
@@ -29,6 +36,23 @@ def test_a_norm_is_pytorchs_and_a_row_alone_gets_the_same_bits(rows, width):
     assert torch.equal(alone_ND[0], out_ND[-1])
     norm = CompiledNorm(scale_D.numpy(), 1e-5)
     assert torch.equal(norm(x_ND, torch.bfloat16), norm(x_ND).bfloat16())
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_norm_is_pytorchs_of_both_types_and_the_same_bits_alone(rows, dtype):
+    torch.manual_seed(rows)
+    module = torch.nn.LayerNorm(57).to(torch.bfloat16).requires_grad_(False)
+    module.weight.normal_()
+    module.bias.normal_()
+    norm, x_ND = lean_norm(module), (3 + 2 * torch.randn(rows, 57)).to(dtype)
+
+    assert isinstance(norm, CompiledLayerNorm)
+    expected_ND = module.float()(x_ND.float())
+    torch.testing.assert_close(in_type(norm, x_ND, torch.float32), expected_ND)
+    assert torch.equal(in_type(norm, x_ND, torch.bfloat16), norm(x_ND, torch.float32).bfloat16())
+    assert norm(x_ND).dtype == dtype
+    assert torch.equal(norm(x_ND[-1:]), norm(x_ND)[-1:])
 
 
 @pytest.mark.parametrize("rows", ROWS)
