@@ -69,7 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=units,
         help="of them, in prompts (default: all of --units; none: whole late layers only)",
     )
-    add("--output-units", type=units, help="of them, in outputs (default: all of --units)")
+    add(
+        "--output-units",
+        type=units,
+        help="of them, in outputs (default: all of --units; none: outputs run whole, and what is "
+        "learnt is what prompts need)",
+    )
     add("--experts", type=whole(2), default=16, help="blocks that each MLP is divided into")
     add(
         "--expert-split",
@@ -133,6 +138,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kl", default="forward", choices=list(Direction), help="teacher to student, or back")
     add("--top-k", type=whole(0), default=0, help="teacher's likeliest tokens compared; 0: all")
     add("--temperature", type=real(above=0), default=1.0, help="of both in the KL")
+    add(
+        "--even-rows",
+        action="store_true",
+        help="a row counts by the logarithm of its KL: low capacities teach no more than high ones",
+    )
+    add(
+        "--copied",
+        type=real(least=0, most=1),
+        default=0.0,
+        help="share of the rows whose text repeats its prompt: what answers quote",
+    )
     add("--balance", type=real(least=0), default=0.1, help="weight of the load-balancing loss")
     add(
         "--agreement",
@@ -186,7 +202,8 @@ def settle(args: argparse.Namespace, world: World) -> None:
     """Give every option the value that it has for this base, or refuse it."""
     settle_start(args, add_arguments)
     reads_images = is_vlm(args.base)
-    if reads_images or task_asked(args) is not None:
+    of_text = not reads_images and task_asked(args) is None
+    if not of_text:
         # Rows are items or exchanges, whatever their lengths.
         args.window, args.batch_tokens = 1, args.batch_items
     if args.units is None:
@@ -208,6 +225,10 @@ def settle(args: argparse.Namespace, world: World) -> None:
     if Unit.IMAGE_TOKENS not in args.units:
         unused = ("image_spread", "image_draws", "image_most")
         refuse_unused(args, add_arguments, unused, "what routes no image tokens")
+    if not of_text:
+        refuse_unused(args, add_arguments, ("even_rows", "copied"), "what learns from no text")
+    if args.lessons == "uniform":
+        refuse_unused(args, add_arguments, ("copied",), "--lessons uniform, which has no prompts,")
     if args.image_draws == 1:
         raise RunError("--image-draws 1: one set has none to be compared with; 2 at least, or 0")
     if args.image_draws and args.token_gate != "hard":
@@ -223,7 +244,14 @@ def settle(args: argparse.Namespace, world: World) -> None:
         asked = tuple(unit for unit in getattr(args, name) if unit in of_layers)
         setattr(args, name, asked)
     if of_layers and not args.output_units:
-        raise RunError("--output-units: at least one; whole late layers are for prompts only")
+        if not of_text or args.lessons == "uniform":
+            raise RunError(
+                "--output-units: at least one; outputs are whole in lessons of text alone"
+            )
+        if not args.prompt_units and not args.lora_rank:
+            raise RunError(
+                "--output-units none: what learns then is prompts' units or repair; name one"
+            )
 
 
 def prepared(

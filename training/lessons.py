@@ -38,6 +38,9 @@ class Lesson:
     prompt_tokens: int
     prompt: Plan
     output: Plan
+    copied: bool = field(
+        default=False, kw_only=True
+    )  # what follows the prompt repeats it, in place of the row's own text
 
     def output_tokens(self, window: int) -> int:
         return window - self.first_output
@@ -57,7 +60,7 @@ class Teacher:
 
     shape: ModelShape
     prompt_units: tuple[Unit, ...]  # what may be left out, by phase; none: whole late layers
-    output_units: tuple[Unit, ...]
+    output_units: tuple[Unit, ...]  # none: outputs run whole
     least: float  # the lowest capacity drawn
     window: int
     seed: int
@@ -65,6 +68,7 @@ class Teacher:
     uniform: bool = False  # the paper's lessons: what is drawn is the keep share of every layer
     calibration: Calibration | None = None  # whose path is followed; None: nothing is settled yet
     most: float = 1.0  # the highest capacity drawn
+    copied: float = 0.0  # the share of rows whose output repeats their prompt
 
     def lesson(self, step: int, row: int, rows: int) -> Lesson:
         """The lesson of one row of the whole batch of `rows`."""
@@ -74,6 +78,11 @@ class Teacher:
         if self.uniform:
             return Lesson(0, dense, self.output_plan(rng, lowest))
         prompt_tokens = rng.randint(0, self.window * 7 // 8)
+        copying = random.Random(seed_of("copied", self.seed, step, row)).random() < self.copied
+        copied = copying and prompt_tokens > 0
+        if not self.output_units:
+            plan = self.prompt_plan(rng, lowest)
+            return Lesson(prompt_tokens, prompt=plan, output=dense, copied=copied)
         one_phase = rng.random() < DENSE_PHASE
         routed_prompt = not one_phase or (prompt_tokens > 1 and rng.random() < 0.5)
         routed_output = not one_phase or not routed_prompt
@@ -81,6 +90,7 @@ class Teacher:
             prompt_tokens,
             prompt=self.prompt_plan(rng, lowest) if routed_prompt else dense,
             output=self.output_plan(rng, lowest) if routed_output else dense,
+            copied=copied,
         )
 
     def output_plan(self, rng: random.Random, lowest: bool) -> Plan:

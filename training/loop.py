@@ -97,12 +97,14 @@ class Distillation:
             args.lessons == "uniform",
             calibration,
             args.max_capacity,
+            args.copied,
         )
         self._objective = Objective(
             Divergence(Direction(args.kl), args.top_k, args.temperature),
             Weights(args.balance, args.agreement),
             Selection(args.selection),
             args.image_draws,
+            args.even_rows,
         )
         self._rows = args.batch_tokens // args.window
         self._rows_at_once = max(1, args.pass_tokens // args.window)

@@ -37,6 +37,7 @@ from training.regression import low_rank
 
 OWED = ("key", "value")
 ROWS_AT_ONCE = 4
+LEAST_SIZE = 1e-12  # of one half of a pair: smaller is nothing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,10 +192,14 @@ def fit(pair: LoraPair, held: Sequence[Projection], moments: Moments, ridge: flo
     lacking_OD = weight_OD @ moments.missing_x_DD
     a_RI, b_OR, part = low_rank(lacking_OD, moments.xx_DD, rank, ridge)
     found = len(a_RI)  # no more than there are outputs
+    b_OR = b_OR / pair.scale
+    # Of one size, so that one learning rate suits both where training goes on from here.
+    factor_R = (b_OR.norm(dim=0) / a_RI.norm(dim=1).clamp_min(LEAST_SIZE)).sqrt()
+    factor_R = factor_R.clamp_min(LEAST_SIZE)
     pair.a_RI.zero_()
     pair.b_OR.zero_()
-    pair.a_RI[:found] = a_RI
-    pair.b_OR[:, :found] = b_OR / pair.scale
+    pair.a_RI[:found] = a_RI * factor_R[:, None]
+    pair.b_OR[:, :found] = b_OR / factor_R
     return part
 
 

@@ -21,6 +21,9 @@ from elastiformer.plan_grid import Route, Selection
 from elastiformer.routers import TOKEN_UNITS
 from training.lessons import Lesson, Teacher
 from training.losses import Divergence, Losses, Weights, kl_divergence, router_losses
+from training.quality import copied
+
+LEAST_ROW_KL = 1e-3  # nats: what a row loses less than that is rounding, and no logarithm's matter
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Objective:
     weights: Weights
     selection: Selection
     image_draws: int = 0  # sets of image tokens that are tried for each image; 0: the best ones
+    even_rows: bool = False  # a row counts by the logarithm of its KL, not by its tokens'
 
 
 class Student(Protocol):
@@ -96,17 +100,31 @@ def student_losses(
     whole: Whole,
 ) -> Losses:
     """The part of the whole batch's losses that these rows make."""
-    ids_BT = ids_BT.to(model.device)
+    ids_BT = as_taught(ids_BT, lessons).to(model.device)
     first_B1 = torch.tensor([[each.first_output] for each in lessons], device=model.device)
     output_BT = torch.arange(ids_BT.shape[1], device=model.device) >= first_B1
     with torch.no_grad():
         teacher_BTV = model.teacher(ids_BT)
     plans = [(each.prompt, each.output) for each in lessons]
     result = model.masked(ids_BT, plans, output_BT, selection=objective.selection)
-    distil = kl_divergence(
-        teacher_BTV, result.logits_BTV, output_BT, objective.divergence, whole.output_tokens
-    )
+    if objective.even_rows:
+        rows = zip(teacher_BTV, result.logits_BTV, output_BT, strict=True)
+        kls = [kl_divergence(*row, objective.divergence) for row in rows]
+        distil = torch.stack([(kl + LEAST_ROW_KL).log() for kl in kls]).sum() / whole.rows
+    else:
+        distil = kl_divergence(
+            teacher_BTV, result.logits_BTV, output_BT, objective.divergence, whole.output_tokens
+        )
     return summed(distil, result.routes, objective, whole)
+
+
+def as_taught(ids_BT: Tensor, lessons: Sequence[Lesson]) -> Tensor:
+    """The rows as their lessons have them: in some, what follows the prompt repeats it."""
+    rows = [
+        copied(ids_T[None], lesson.prompt_tokens)[0] if lesson.copied else ids_T
+        for ids_T, lesson in zip(ids_BT, lessons, strict=True)
+    ]
+    return torch.stack(rows)
 
 
 def summed(distil: Tensor, routes: Sequence[Route], objective: Objective, whole: Whole) -> Losses:

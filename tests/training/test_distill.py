@@ -1,21 +1,26 @@
 """Distillation: it learns, and no interruption and no number of processes changes what."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from elastiformer import Capacity, Chunk, ElasticModel, Unit, UnitShares
+from elastiformer import Capacity, Chunk, ElasticModel, Selection, Unit, UnitShares, dense_plan
 from training.__main__ import main
 from training.checkpoint import latest_checkpoint
+from training.lessons import Lesson
+from training.losses import Divergence, Weights
+from training.student import LEAST_ROW_KL, Objective, Whole, as_taught, student_losses
 
 ROOT = Path(__file__).parents[2]
 WINDOW, ROWS = 24, 4
@@ -161,6 +166,11 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(distill, tmp_path):
     assert "--max-capacity 0.7: at least --min-capacity, 0.8" in above
     assert "--units: at least one" in distill("a", *QUICK, "--units", "none")
     assert "--image-draws: what routes no image" in distill("a", *QUICK, "--image-draws", "4")
+    uniform = [*QUICK, "--lessons", "uniform"]
+    assert "--copied: --lessons uniform, which has no" in distill("a", *uniform, "--copied", "0.5")
+    assert "at least one; outputs are whole" in distill("a", *uniform, "--output-units", "none")
+    nothing = ["--prompt-units", "none", "--output-units", "none", "--lora-rank", "0"]
+    assert "prompts' units or repair; name one" in distill("a", *QUICK, *nothing)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +197,7 @@ def test_an_option_outside_its_bounds_is_refused_with_both(distill, capsys, opti
         "--units attention_tokens --kv kept --token-gate sigmoid --selection threshold",
         "--units channels,mlp_tokens --kl reverse --top-k 5 --temperature 2 --lora-modules down",
         "--units mlp_tokens --lora-rank 0 --pass-tokens 1",
+        "--units mlp_tokens --output-units none --prompt-units none --even-rows --copied 0.5",
     ],
 )
 def test_every_choice_of_what_and_how_can_be_trained(distill, tmp_path, options):
@@ -210,6 +221,35 @@ def test_a_batch_in_several_passes_gives_the_same_gradient(distill, tmp_path):
         torch.testing.assert_close(
             tensors_of_run(tmp_path / "four.run")[name], weight, rtol=1e-3, atol=2e-5
         )
+
+
+def test_a_row_counts_by_the_logarithm_of_its_loss_where_rows_are_even(tiny_folder):
+    model = ElasticModel.load(str(tiny_folder), dtype="float32")
+    model.attach(model.blank_adapter([Unit.CHANNELS], experts=0, lora_rank=4))
+    ids_BT = torch.arange(2 * WINDOW).view(2, WINDOW) % 64
+    whole, layers = dense_plan(len(model.shape.layers)), len(model.shape.layers)
+    leaner = [(replace(whole[0], mlp_out=share),) * layers for share in (0.9, 0.3)]
+    lessons = [Lesson(0, whole, plan) for plan in leaner]
+    counts = Whole.of(model, lessons, WINDOW)
+
+    def loss(rows: slice, even: bool) -> float:
+        form = Objective(Divergence(), Weights(0, 0), Selection.RANK, even_rows=even)
+        return float(
+            student_losses(model, ids_BT[rows], lessons[rows], form, counts).distil.detach()
+        )
+
+    one, other = (2 * loss(slice(row, row + 1), even=False) for row in range(2))
+    assert other > 2 * one > 0
+    expected = (math.log(one + LEAST_ROW_KL) + math.log(other + LEAST_ROW_KL)) / 2
+    assert loss(slice(0, 2), even=True) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_row_that_is_copied_repeats_its_prompt():
+    ids_BT = torch.arange(12).view(2, 6)
+    plan = dense_plan(1)
+    lessons = [Lesson(4, plan, plan, copied=True), Lesson(4, plan, plan)]
+
+    assert as_taught(ids_BT, lessons).tolist() == [[0, 1, 2, 3, 0, 1], [6, 7, 8, 9, 10, 11]]
 
 
 def test_two_processes_learn_what_one_does_also_with_a_sharded_base(

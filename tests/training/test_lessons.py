@@ -161,3 +161,19 @@ def test_calibrated_lessons_are_levels_of_the_path_and_spend_what_was_drawn(shap
         if not is_dense(each.prompt)
     ]
     assert sum(lowest) / len(lowest) == pytest.approx(LEAST, abs=0.01)
+
+
+def test_outputs_without_units_run_whole_and_only_prompts_are_routed(shape):
+    drawn = lessons(shape, prompt_units=(), output_units=())
+
+    assert all(is_dense(each.output) for each in drawn)
+    assert not any(is_dense(each.prompt) for each in drawn if each.prompt_tokens > 1)
+
+
+def test_as_many_rows_repeat_their_prompt_as_are_asked_for_and_nothing_else_changes(shape):
+    plain, some = lessons(shape, 400), lessons(shape, 400, copied=0.25)
+
+    assert not any(each.copied for each in plain)
+    assert 0.18 < sum(each.copied for each in some) / len(some) < 0.32
+    assert [replace(each, copied=False) for each in some] == plain
+    assert all(each.prompt_tokens > 0 for each in lessons(shape, copied=1.0) if each.copied)

@@ -69,6 +69,17 @@ def test_what_is_owed_comes_nearer_the_higher_the_rank(family):
     assert parts == sorted(parts) and parts[-1] <= 1 + 1e-5
 
 
+def test_both_halves_of_a_fitted_pair_are_of_one_size():
+    model = ElasticModel(tiny("llama"))
+    repaired(model, 4, text(20, seed=1))
+
+    for layer in model.layout.layers[1:]:
+        for path in (layer.key.path, layer.value.path):
+            pair = model.adapter.lora.pair(layer.index, path, Phase.PROMPT)
+            torch.testing.assert_close(pair.a_RI.norm(dim=1), pair.b_OR.norm(dim=0))
+            assert float(pair.a_RI.norm()) > 0
+
+
 def test_a_full_rank_is_the_least_squares_map():
     model = ElasticModel(tiny())
     repaired(model, 24, text(40, seed=1))
