@@ -32,6 +32,7 @@ from elastiformer.rotary import Rotations
 from elastiformer.sequence import Chunk, Item, WholeSequence
 from elastiformer.spare_rows import empty
 from elastiformer.sparse import SparseForm
+from elastiformer.tail_calls import TailCalls
 from elastiformer.taken import Taken
 from elastiformer.tasks import Task
 
@@ -79,18 +80,32 @@ class EncoderForm(SparseForm):
         self, h_ND: Tensor, packed: Packed, placing: Placing, taken: Taken, rotations: Rotations
     ) -> Tensor:
         layers, tails = self.layout.layers, self._tails(packed.chunks)
-        tail, calls = self._tail, None
-        if tail is not None and tails[-1] < len(layers):
-            calls = tail.calls(h_ND, tails[-1], packed)
-        if calls is None:
-            for layer in layers[: tails[0]]:
-                h_ND = self._run_layer(layer, h_ND, packed, placing, taken, rotations)
-            if tail is not None and tails[0] < len(layers):
-                h_ND = tail.run(h_ND, tails[0], packed, taken)
-            return h_ND
-        whole, x_ND = packed, h_ND  # what runs whole
+        if self._tail is not None and tails[-1] < len(layers):
+            calls = self._tail.calls(h_ND, tails[-1], packed)
+            if calls is not None:
+                self._enter_in_turn(calls, tails, h_ND, packed, placing, taken, rotations)
+                return h_ND
+        for layer in layers[: tails[0]]:
+            h_ND = self._run_layer(layer, h_ND, packed, placing, taken, rotations)
+        if self._tail is not None and tails[0] < len(layers):
+            h_ND = self._tail.run(h_ND, tails[0], packed, taken)
+        return h_ND
+
+    def _enter_in_turn(
+        self,
+        calls: TailCalls,
+        tails: Sequence[int],
+        h_ND: Tensor,
+        packed: Packed,
+        placing: Placing,
+        taken: Taken,
+        rotations: Rotations,
+    ) -> None:
+        """Leave the residual of what a head reads; each item goes to the calls at its own layer."""
+        layers = self.layout.layers
+        whole, x_ND = packed, h_ND  # what does not run there yet
         for layer in layers:
-            count = sum(tail_of_item > layer.index for tail_of_item in tails)
+            count = sum(tail > layer.index for tail in tails)
             if count < len(whole.chunks):
                 calls.take(x_ND, count)
                 whole = Packed(packed.chunks[:count], packed.device)
@@ -103,7 +118,6 @@ class EncoderForm(SparseForm):
                 calls.run(layer, layer is layers[-1])
         whole.outputs.put(h_ND, whole.outputs.of(x_ND))
         calls.put(h_ND)
-        return h_ND
 
     def _placing(self, packed: Packed) -> Placing:
         return WholePlacing(packed)

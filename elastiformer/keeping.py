@@ -10,6 +10,7 @@ Shape letters: N packed tokens   R rows   D width
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from elastiformer.routers import by_rank, keeps, token_gate
 from elastiformer.sequence import Kind
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
+
+_REMEMBERED = 4096  # kinds and units
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,11 +55,13 @@ class Keeping:
         self.adapter = workshop.adapter
         self._causal = workshop.layout.causal
         self._last = len(workshop.layout.layers) - 1
+        # Steps of many kinds ask for each layer twice, and always for the same plans.
+        self._shares_of = lru_cache(maxsize=_REMEMBERED)(self._find_shares)
 
     def routes(self, layer: Layer, unit: Unit, packed: Packed) -> bool:
         """Whether a router decides for any row."""
         return not packed.keeps_sub_layers and any(
-            0 < self._share(kind, layer, unit) < 1 for kind in packed.distinct_kinds
+            0 < share < 1 for share in self._shares(layer, unit, packed)
         )
 
     def of_rows(
@@ -69,9 +74,10 @@ class Keeping:
         """
         if packed.keeps_sub_layers and (unit is Unit.ATTENTION_TOKENS or layer.index < self._last):
             return Kept(packed.everything)
-        shares = {kind: self._share(kind, layer, unit) for kind in packed.distinct_kinds}
-        if all(share == 1 for share in shares.values()):
+        each = self._shares(layer, unit, packed)
+        if all(share == 1 for share in each):
             return Kept(packed.everything)
+        shares = dict(zip(packed.distinct_kinds, each, strict=True))
         whole = packed.rows_where(lambda kind: shares[kind] == 1)
         routed = packed.rows_where(lambda kind: 0 < shares[kind] < 1)
         if not routed.count:
@@ -93,14 +99,19 @@ class Keeping:
                 routed.put(gate_N, token_gate(scores_R, was_kept_R, form))
         return Kept(packed.rows(np.flatnonzero(kept_N)), gate_N)
 
-    def _share(self, kind: Kind, layer: Layer, unit: Unit) -> float:
-        if unit is Unit.MLP_TOKENS and layer.index == self._last and kind.phase is Phase.PROMPT:
-            return 0.0  # nobody reads it
-        prompt = kind.phase is Phase.PROMPT
-        if unit is Unit.ATTENTION_TOKENS and prompt and layer.index in kind.plan.direct:
-            return 0.0  # it does not ask
-        share: float = getattr(kind.plan.plan[layer.index], unit.value)
-        return share
+    def _shares(self, layer: Layer, unit: Unit, packed: Packed) -> list[float]:
+        """Of each kind's rows, how many keep this sub-layer."""
+        return [self._shares_of(kind, unit)[layer.index] for kind in packed.distinct_kinds]
+
+    def _find_shares(self, kind: Kind, unit: Unit) -> list[float]:
+        """The same of one kind, by layer."""
+        shares: list[float] = [getattr(layer, unit.value) for layer in kind.plan.plan]
+        if kind.phase is Phase.PROMPT and unit is Unit.MLP_TOKENS:
+            shares[self._last] = 0.0  # nobody reads it
+        if kind.phase is Phase.PROMPT and unit is Unit.ATTENTION_TOKENS:
+            for layer in kind.plan.direct:
+                shares[layer] = 0.0  # it does not ask
+        return shares
 
     def _decide(
         self,
