@@ -38,9 +38,8 @@ class Lesson:
     prompt_tokens: int
     prompt: Plan
     output: Plan
-    copied: bool = field(
-        default=False, kw_only=True
-    )  # what follows the prompt repeats it, in place of the row's own text
+    # What follows the prompt repeats it, in place of the row's own text.
+    copied: bool = field(default=False, kw_only=True)
 
     def output_tokens(self, window: int) -> int:
         return window - self.first_output
