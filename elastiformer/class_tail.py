@@ -30,8 +30,6 @@ from elastiformer.tail_weights import TailWeights
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
 
-_NONE = np.empty(0, dtype=np.int64)  # keys: class tokens read rows
-
 
 class ClassTail:
     """Runs them for one model."""
@@ -49,7 +47,7 @@ class ClassTail:
             norm = partial(F.layer_norm, normalized_shape=h_ND.shape[1:], eps=epsilon)
         h_QD, x_ND = asking.of(h_ND).clone(), h_ND if norm is None else norm(h_ND)
         for layer in layers:
-            taken.keys(_NONE)
+            taken.keys()
             asking.put(x_ND, h_QD if norm is None else norm(h_QD))
             brought = self._direct.brought(layer, x_ND, normed=norm is not None)
             h_QD = self._run_layer(layer, h_QD, brought, packed)

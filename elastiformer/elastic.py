@@ -79,7 +79,7 @@ class Elastic(ABC):
         self._planner = Planner(self.shape, adapter)
         self.cache = None
         self.prefixes = None
-        for made_before in ("_sparse", "_growing", "_cache_shape"):
+        for made_before in ("_sparse", "_growing", "_cache_shape", "_kinds"):
             self.__dict__.pop(made_before, None)
 
     def _shape(self, adapter: Adapter | None) -> ModelShape:

@@ -124,10 +124,6 @@ class ElasticEncoder(Elastic):
         model.attach_saved(adapter)
         return model
 
-    def attach(self, adapter: Adapter | None) -> None:
-        super().attach(adapter)
-        self.__dict__.pop("_kinds", None)  # they were of the one before
-
     def _shape(self, adapter: Adapter | None) -> ModelShape:
         shape = super()._shape(adapter)
         if self._outputs is None:

@@ -113,7 +113,7 @@ class EncoderForm(SparseForm):
             if count:
                 x_ND = self._run_layer(layer, x_ND, whole, placing, taken, rotations)
             else:
-                taken.keys(np.empty(0, dtype=np.int64))
+                taken.keys()
             if count < len(packed.chunks):
                 calls.run(layer, layer is layers[-1])
         whole.outputs.put(h_ND, whole.outputs.of(x_ND))

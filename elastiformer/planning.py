@@ -84,8 +84,6 @@ class Planner:
         self._priced = lru_cache(maxsize=_REMEMBERED)(self._price)
         self._ending = lru_cache(maxsize=_REMEMBERED)(self._make_ending)
         self.rooms = lru_cache(maxsize=_REMEMBERED)(self._rooms)
-        # Items as long as each other and of one capacity share their kinds, to the object.
-        self.of_whole = lru_cache(maxsize=_REMEMBERED)(self._of_whole)
         self.others_of_item = lru_cache(maxsize=_REMEMBERED)(self._others_of_item)
 
     def check(self, capacity: Capacity, prompt_tokens: int, most_tokens: int, scored: bool) -> None:
@@ -181,7 +179,7 @@ class Planner:
             return self.pricing[phase].of((share.layer_plan(),) * len(self.shape.layers))
         return None
 
-    def _of_whole(self, capacity: Capacity, tokens: int, outputs: int | None) -> ItemKinds:
+    def of_whole(self, capacity: Capacity, tokens: int, outputs: int | None) -> ItemKinds:
         """The kinds of a whole item's tokens, of which the first `outputs` are read; None: all."""
         plan_at: PlanAt = self._plan_at(capacity, tokens, piece_tokens=tokens)
         if outputs is not None and self._absorbs(capacity):

@@ -77,7 +77,7 @@ def _as_it_is(module: nn.Module) -> Norm:
     weight: Tensor | None = next(module.parameters(), None)
     if weight is None or working_dtype(weight.device, weight.dtype) == weight.dtype:
         return module
-    affine = affine_of(module) if isinstance(module, nn.LayerNorm) else None
+    affine = affine_of(module)
     if affine is not None and weight.dtype == torch.bfloat16:
         return CompiledLayerNorm(affine)
     return lambda x_ND: module(x_ND.to(weight.dtype)).to(x_ND.dtype)

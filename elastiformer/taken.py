@@ -37,6 +37,9 @@ class _Parts(NamedTuple):
         return sums_C
 
 
+_OF_NONE = np.empty(0, dtype=np.int64)
+
+
 class Taken:
     """What the rows of one step were spared."""
 
@@ -45,7 +48,7 @@ class Taken:
         self._skipped: list[tuple[int, Unit, np.ndarray]] = []
         self._keys_LC: list[np.ndarray] = []
 
-    def keys(self, keys_C: np.ndarray) -> None:
+    def keys(self, keys_C: np.ndarray = _OF_NONE) -> None:
         """The keys that each chunk's rows attend to, in the next layer.
 
         Args:
