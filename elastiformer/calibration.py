@@ -204,8 +204,13 @@ class Calibration:
                 f"capacity {share:g} is below the calibrated range {self.lowest:.2f} to 1.0"
             )
 
-    def schedule(self, share: float, phase: Phase, shape: ModelShape, context: int) -> Schedule:
-        """The plans of a request that wants to spend `share`, for tokens over `context` keys.
+    def schedule(
+        self, share: float, phase: Phase, shape: ModelShape, context: int, promised: bool = True
+    ) -> Schedule:
+        """The plans of tokens over `context` keys that spend `share` on average.
+
+        Args:
+            promised: whether a caller may have asked for it; else it may be below the range.
 
         Raises:
             CapacityError: below the calibrated range, or out of this path's reach at `context`.
@@ -216,7 +221,8 @@ class Calibration:
         dense_spent = shape.planned_share(levels[0], context, direct)  # of a prompt less than 1
         if share >= min(dense_spent, 1.0):
             return Schedule(levels[0], levels[0], dense_spent, dense_spent, 1.0, direct)
-        self.refuse_below(share)
+        if promised:
+            self.refuse_below(share)
         if phase is Phase.PROMPT and shape.absorbing:
             pairs, dense = self._pairs_of(whole), shape.dense_token_flops(context)
             found = _of_item(pairs, share, dense, context)

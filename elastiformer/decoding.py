@@ -27,7 +27,6 @@ from elastiformer.packed import Packed, Rows
 from elastiformer.placing import Placing
 from elastiformer.pointwise import CompiledGate, CompiledNorm, Rotation
 from elastiformer.products import one_after_another
-from elastiformer.sequence import Chunk, Kind
 from elastiformer.sub_layers import Heads, Layers, Turns
 from elastiformer.taken import Taken
 from elastiformer.thresholds import Grants
@@ -119,24 +118,6 @@ class Decoding:
         if isinstance(packed.allowances, DeviceAllowances):
             return False
         return packed.count <= (MOST_ROWS if self._may_run_many else self._few_rows)
-
-    def ends_apart(self, chunk: Chunk) -> bool:
-        """Whether the last token of several of a request runs after the others, by itself.
-
-        It alone is read, and picks channels: beside whole rows it would cost every product a
-        search of its own, more than one call for all layers takes. Always so, whoever else runs:
-        it then gets the same bits however its prompt was cut up.
-        """
-        sequence = chunk.sequence
-        last = sequence.length + len(chunk.ids) - 1
-        if last >= self._window or sequence.phase_at(last - 1) is not Phase.PROMPT:
-            return False
-        kind = Kind(sequence.run_at(last), sequence.phase_at(last))
-        return (
-            kind.phase is Phase.OUTPUT
-            and kind.plan.only_picks
-            and self._workshop.mending.name(self._last, kind) is None
-        )
 
     def run(
         self,

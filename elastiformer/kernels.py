@@ -26,6 +26,7 @@ _FILES = (  # all that hold compiled loops
     "kernels.py",
     "lanes.py",
     "largest.py",
+    "late_keys.py",
     "many_queries.py",
     "pairs.py",
     "row_kernels.py",

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from elastiformer.decoding import Decoding
+from elastiformer.late_keys import LateKeys
 from elastiformer.packed import Packed, Rows
 from elastiformer.placing import Placing
 from elastiformer.priced import PricedPlan
@@ -44,6 +45,12 @@ class LateLayers:
 
     def __init__(self, workshop: Workshop, attention: SparseAttention, decoding: Decoding) -> None:
         self._workshop, self._attention, self._decoding = workshop, attention, decoding
+        self._keys = LateKeys(workshop)
+
+    def prepare(self) -> None:
+        """Lay out what the first step with late layers would wait for."""
+        if self._decoding.knows_layers:
+            self._keys.prepare()
 
     def would_wait(self, lone: Sequence[Chunk], longer: Sequence[Chunk]) -> bool:
         """Whether rows that are each a request's latest keep the others of a step from this."""
@@ -91,10 +98,14 @@ class LateLayers:
         rotations: Rotations,
     ) -> None:
         """Run them over the residual, in place."""
-        for layer in self._workshop.layout.layers[late.layers.start : late.layers.stop]:
+        together = range(self._keys.begins(late.layers, late.left, packed), late.layers.stop)
+        for layer in self._workshop.layout.layers[late.layers.start : together.start]:
             rotation = rotations.get(layer.layer_type, rotations.get(None))
             self._attention.place_keys(layer, h_ND, late.left, packed, placing, rotation)
-            taken.keys(placing.keys(layer.index))
+        if together:
+            self._keys.place(together, h_ND, late.left, packed, placing, rotations)
+        for at in late.layers:
+            taken.keys(placing.keys(at))
         layers = slice(late.layers.start, late.layers.stop)
         self._decoding.run_late(h_ND, late.whole, layers, packed, placing, rotations)
 

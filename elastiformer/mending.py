@@ -50,7 +50,7 @@ class Mending:
         Args:
             product: the layer's with keys and values alone.
         """
-        for name in self._lora.sets if self._lora is not None else ():
+        for name in self.names:
             folded = self._form(layer, name, product, self._working_dtype).folded
             if folded is not None:
                 product.pack()
@@ -116,11 +116,10 @@ class Mending:
         """The rows of a step whose keys and values are repaired, by the set of their pairs."""
         if self._lora is None:
             return []
-        paths = {layer.key.path, layer.value.path}
         return [
             (name, rows)
             for name, rows in self._repaired(layer, packed)
-            if paths & self._pairs_in(layer, name).keys()
+            if self.repairs_keys(layer, name)
         ]
 
     def version(self, layer: Layer, name: str | None) -> int:
@@ -128,18 +127,31 @@ class Mending:
         pairs = {} if name is None else self._pairs_in(layer, name)
         return sum(pair.a_RI._version + pair.b_OR._version for pair in pairs.values())
 
-    def folded(self, layer: Layer, part: Projection, name: str | None) -> Tensor:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of all sets of pairs."""
+        return () if self._lora is None else tuple(self._lora.sets)
+
+    def repairs_keys(self, layer: Layer, name: str) -> bool:
+        """Whether a set of pairs has some for a layer's keys or values."""
+        return bool({layer.key.path, layer.value.path} & self._pairs_in(layer, name).keys())
+
+    def folded(
+        self, layer: Layer, part: Projection, name: str | None, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """The weight of a projection with a repair in it: [O, I].
 
         Args:
             name: the set of pairs; None: none.
+            dtype: None: the weight's own.
         """
         weight_OI = part.weight_OI.detach()
+        dtype = dtype or weight_OI.dtype
         pair = None if name is None else self._pairs_in(layer, name).get(part.path)
         if pair is None:
-            return weight_OI
+            return weight_OI.to(dtype)
         b_OR = pair.scale * pair.b_OR[part.start : part.stop].detach().float()
-        return (weight_OI.float() + b_OR @ pair.a_RI.detach().float()).to(weight_OI.dtype)
+        return (weight_OI.float() + b_OR @ pair.a_RI.detach().float()).to(dtype)
 
     def _repaired(self, layer: Layer, packed: Packed) -> list[tuple[str, Rows]]:
         """The rows of a step that are repaired in a layer, by the set of their pairs."""

@@ -140,7 +140,7 @@ class ElasticModel(Elastic):
             raise InputError("a prompt has at least one token; got none")
         self._check_context(most_tokens)
         cache = self._room_for(capacity, prompt_tokens, most_tokens, scored)
-        plan_at = self._planner.plan_at(capacity, prompt_tokens)
+        plan_at = self._planner.plan_at(capacity, prompt_tokens, scored)
         sequence = Sequence(plan_at, prompt_tokens, most_tokens, scored, cache)
         if prompt is not None and not scored:
             most = self._planner.most_stored(capacity, prompt_tokens, most_tokens)

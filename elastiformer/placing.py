@@ -97,11 +97,14 @@ class Placing:
         value_LR = first_LR + self._caches[0].shape.kv_heads * room_LR
         length_R = self._packed.position_on_host_N[rows.rows_R] + 1
         length_LR = np.tile(length_R, (len(first_LR), 1))
-        index_LRG = np.ascontiguousarray(self._whole_LNG[:, rows.rows_R])
         return Cached(
-            on_host(self._pool.rows), index_LRG, np.arange(rows.count),
+            on_host(self._pool.rows), self.places(rows),  np.arange(rows.count),
             first_LR, value_LR, room_LR, length_LR,
         )  # fmt: skip
+
+    def places(self, rows: Rows, layers: slice = slice(None)) -> np.ndarray:
+        """Of complete caches, where keys and values of some rows go in some layers: [L, R, 2G]."""
+        return np.ascontiguousarray(self._whole_LNG[layers, rows.rows_R])
 
     @property
     def complete(self) -> bool:

@@ -51,11 +51,12 @@ _OPENING_TOKENS, _OPENING_PRICE = 8, 0.011
 PlanAt = Callable[[Phase, int], PricedPlan]
 
 
-class Ending(NamedTuple):
-    """The last tokens of a prompt, which run whole, and what the others then ask for."""
+class Division(NamedTuple):
+    """How a prompt is divided, where some of its tokens make up for others."""
 
-    tokens: int
-    others: float
+    others: Share  # what most of its tokens ask for
+    ending: int = 0  # the last ones of phase prompt, which run whole
+    last: float = 0.0  # what its very last token, which runs whole, spends beyond its own share
 
 
 class Opening(NamedTuple):
@@ -82,7 +83,7 @@ class Planner:
         self.pricing = {phase: Pricing(shape.of_phase(phase)) for phase in Phase}
         self._schedule = lru_cache(maxsize=_REMEMBERED)(self._make_schedule)
         self._priced = lru_cache(maxsize=_REMEMBERED)(self._price)
-        self._ending = lru_cache(maxsize=_REMEMBERED)(self._make_ending)
+        self._division = lru_cache(maxsize=_REMEMBERED)(self._make_division)
         self.rooms = lru_cache(maxsize=_REMEMBERED)(self._rooms)
         self.others_of_item = lru_cache(maxsize=_REMEMBERED)(self._others_of_item)
 
@@ -101,24 +102,27 @@ class Planner:
         for keys in contexts:
             self._check(capacity.output, Phase.OUTPUT, keys)
 
-    def plan_at(self, capacity: Capacity, prompt_tokens: int) -> Plans:
+    def plan_at(self, capacity: Capacity, prompt_tokens: int, scored: bool = False) -> Plans:
         """The plan of each token of a text that is read onwards, by phase and position.
 
-        The last tokens of a prompt run whole, as far as the others can make up for it.
+        The last tokens of a prompt run whole, as far as the others can make up for it. Where a
+        number says what outputs spend, so does the very last one, of phase output: an answer hangs
+        on it most, and beside whole rows its choice of channels would save no time.
         """
-        if isinstance(capacity.prompt, UnitShares) or capacity.prompt == 1.0:
+        if scored:
             return self._plan_at(capacity, prompt_tokens)
-        ending = self._ending(capacity.prompt, prompt_context(prompt_tokens))
-        first = prompt_tokens - 1 - ending.tokens  # the very last token is of phase output
-        dense = PricedSchedule.of_one(self.pricing[Phase.PROMPT].dense)
-        before = self._plan_at(replace(capacity, prompt=ending.others), prompt_tokens)
+        division = self._division(capacity, prompt_context(prompt_tokens))
+        before = self._plan_at(replace(capacity, prompt=division.others), prompt_tokens)
+        whole = {phase: PricedSchedule.of_one(self.pricing[phase].dense) for phase in Phase}
+        first = prompt_tokens - 1 - division.ending
 
         def find(phase: Phase, position: int) -> Stretch:
-            if phase is Phase.OUTPUT:
-                return before.stretch(phase, position)
-            if position >= first:
-                return Stretch(dense, phase, position)
-            return before.stretch(phase, position).until(first)
+            if phase is Phase.PROMPT and position >= first:
+                return Stretch(whole[phase], phase, position)
+            if phase is Phase.OUTPUT and position < prompt_tokens and division.last:
+                return Stretch(whole[phase], phase, position, prompt_tokens)
+            stretch = before.stretch(phase, position)
+            return stretch.until(first) if phase is Phase.PROMPT else stretch
 
         return Plans(find)
 
@@ -130,16 +134,17 @@ class Planner:
         as may, that no more than `_EXCESS` is spent beyond what was asked.
         """
         share, most = capacity.prompt, prompt_tokens - 1
-        if isinstance(share, UnitShares) or share == 1.0:
-            return most
         context = prompt_context(prompt_tokens)
-        ending, layers = self._ending(share, context), len(self.shape.layers)
-        if not ending.tokens:
+        division, dense = self._division(capacity, context), dense_plan(len(self.shape.layers))
+        if isinstance(share, UnitShares) or isinstance(division.others, UnitShares):
             return most
-        whole = self.shape.of_phase(Phase.PROMPT).planned_share(dense_plan(layers), context)
-        others = share - ending.others  # what each of them spares
-        owed = ending.tokens * (whole - share + others) - _EXCESS * (most_tokens - prompt_tokens)
-        return max(0, most - max(ending.tokens, math.ceil(owed / (_EXCESS + others))))
+        spared = share - division.others  # by each of the others
+        if not spared:
+            return most
+        whole = self.shape.of_phase(Phase.PROMPT).planned_share(dense, context)
+        owed = division.ending * (whole - share + spared) + division.last
+        owed -= _EXCESS * (most_tokens - prompt_tokens)
+        return max(0, most - max(division.ending, math.ceil(owed / (_EXCESS + spared))))
 
     def _plan_at(
         self, capacity: Capacity, prompt_tokens: int, piece_tokens: int | None = None
@@ -274,7 +279,7 @@ class Planner:
         layers = len(self.shape.layers)
         if self.shape.kv == "complete":
             return (most_tokens,) * layers
-        plan_at = self.plan_at(capacity, prompt_tokens)
+        plan_at = self.plan_at(capacity, prompt_tokens, scored)
         prompts = 0 if scored else prompt_tokens - 1
         rooms = [1] * layers  # position 0 is kept everywhere
         for phase, positions in (
@@ -292,11 +297,15 @@ class Planner:
     ) -> Schedule:
         assert self.calibration is not None
         shape = self.shape if absorbs else self._with_keys
-        return self.calibration.schedule(share, phase, shape, context)
+        # Some tokens of a text ask for less than their request, which `_check` looks at.
+        return self.calibration.schedule(share, phase, shape, context, promised=absorbs)
 
-    def _make_ending(self, share: float, context: int) -> Ending:
-        assert self.calibration is not None
-        return prompt_ending(self.calibration, self.shape, share, context)
+    def _make_division(self, capacity: Capacity, context: int) -> Division:
+        share, output = capacity.prompt, capacity.output
+        last = 0.0 if isinstance(output, UnitShares) else 1 - output
+        if self.calibration is None or isinstance(share, UnitShares) or share == 1.0:
+            return Division(share, last=last)
+        return divide(self.calibration, self.shape, share, last, context)
 
     def _price(self, share: float, phase: Phase, context: int) -> PricedSchedule:
         schedule, pricing = self._schedule(share, phase, context), self.pricing[phase]
@@ -322,26 +331,33 @@ class Planner:
                 raise CapacityError(
                     f"capacity {share:g}: this model has no calibration, so only 1.0 can be asked"
                 )
+            self.calibration.refuse_below(share)
             self._schedule(share, phase, context, absorbs)
 
 
-def prompt_ending(
-    calibration: Calibration, shape: ModelShape, share: float, context: int
-) -> Ending:
-    """How a prompt of about `context` tokens ends: with fewer where the others cannot pay."""
-    lowest, dense = calibration.lowest, dense_plan(len(shape.layers))
+def divide(
+    calibration: Calibration, shape: ModelShape, share: float, last: float, context: int
+) -> Division:
+    """How a prompt of about `context` tokens is divided: others pay for what they can.
+
+    Args:
+        share: asked of the prompt.
+        last: what its very last token spends beyond its own.
+    """
+    dense = dense_plan(len(shape.layers))
     whole = shape.of_phase(Phase.PROMPT).planned_share(dense, context)
-    if not lowest < share < whole:
-        return Ending(0, share)
-    price = min(_END_PRICE, share - lowest)
-    payable = math.floor(price / (whole - share + price) * context)
-    tokens = min(_END_TOKENS, context // _END_PART, payable)
-    others = others_share(share, whole, tokens, context)
+    if share >= whole:
+        return Division(share, last=last)
+    # Of a short prompt one token is no small part: for that nobody pays more than one price.
+    left = share - min(_END_PRICE, last / context)
+    payable = math.floor(_END_PRICE / (whole - left + _END_PRICE) * context)
+    ending = min(_END_TOKENS, context // _END_PART, payable)
+    others = others_share(left, whole, ending, context)
     try:
-        calibration.schedule(others, Phase.PROMPT, shape, context)
+        calibration.schedule(others, Phase.PROMPT, shape, context, promised=False)
     except CapacityError:  # out of the path's reach at this length
-        return Ending(0, share)
-    return Ending(tokens, others)
+        return Division(share, last=last)
+    return Division(others, ending, last)
 
 
 def answer_opening(share: float, sent: int) -> Opening:

@@ -76,9 +76,6 @@ class SparseForm:
                 return self._run_packed(packed, prompts)
         if not longer or not self._decoding.may_run_apart:
             return self._run(chunks)
-        if ends := {chunk for chunk in longer if self._decoding.ends_apart(chunk)}:
-            bodies, last = _with_ends_apart(parts, ends)
-            return self._run_apart(chunks, [*self._late.parted(bodies), last])
         longs = self._late.parted(longer)
         if not lone:
             return self._run(chunks) if len(longs) == 1 else self._run_apart(chunks, longs)
@@ -179,6 +176,7 @@ class SparseForm:
         if self.workshop.head is not None:
             self.workshop.head.prepare()
         self._decoding.prepare()
+        self._late.prepare()
         return table
 
     def _placing(self, packed: Packed) -> Placing:
@@ -225,15 +223,6 @@ def _parts(chunks: Sequence[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
     for chunk in chunks:
         parts[len(chunk.ids) > 1].append(chunk)
     return parts
-
-
-def _with_ends_apart(
-    parts: tuple[list[Chunk], list[Chunk]], ends: set[Chunk]
-) -> tuple[list[Chunk], list[Chunk]]:
-    """What is long, and then the last tokens of some of it with those of one token."""
-    lone, longer = parts
-    bodies = [Chunk(x.sequence, x.ids[:-1]) if x in ends else x for x in longer]
-    return bodies, lone + [Chunk(x.sequence, x.ids[-1:]) for x in longer if x in ends]
 
 
 def _work(chunks: Sequence[Chunk]) -> Hashable:

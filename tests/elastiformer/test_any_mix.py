@@ -39,7 +39,7 @@ from elastiformer.accounting import KVPolicy
 from elastiformer.calibration import output_context
 from elastiformer.costs import SINGLE_ROWS
 from elastiformer.decoding import Decoding
-from elastiformer.planning import prompt_context, prompt_ending
+from elastiformer.planning import divide, prompt_context
 from tests.devices import DEVICE, cpu_only
 from tests.elastiformer.elastic import by_thresholds, elastic
 from tests.elastiformer.mixes import (
@@ -183,11 +183,16 @@ def plan_at(model: ElasticModel, asked: Asked, position: int) -> Plan:
     context = prompt_context(asked.prompt_tokens) if within else output_context(position)
     phase = asked.phase_at(position)
     if phase is Phase.PROMPT:
-        ending = prompt_ending(model.calibration, model.shape, share, context)
-        if position >= asked.prompt_tokens - 1 - ending.tokens:
+        output = asked.capacity.output
+        last = 0.0 if isinstance(output, UnitShares) else 1 - output
+        division = divide(model.calibration, model.shape, share, last, context)
+        if position >= asked.prompt_tokens - 1 - division.ending:
             return dense_plan(LAYERS)
-        share = ending.others
-    return model.calibration.schedule(share, phase, model.shape, context).plan_at(position)
+        share = division.others
+    elif position == asked.prompt_tokens - 1 and not asked.scored:
+        return dense_plan(LAYERS)
+    schedule = model.calibration.schedule(share, phase, model.shape, context, promised=False)
+    return schedule.plan_at(position)
 
 
 def masked(model: ElasticModel, ran: Ran) -> tuple[Tensor, list[Tensor]]:

@@ -12,7 +12,6 @@ from elastiformer import DENSE, Chunk, ElasticModel, Unit, dense_plan
 from elastiformer.costs import TRIAL_TURNS
 from elastiformer.decoding import Decoding
 from elastiformer.sparse import SparseForm
-from elastiformer.usage import Usage
 from tests.devices import cpu_only
 from tests.elastiformer.elastic import (
     PROMPT,
@@ -23,7 +22,7 @@ from tests.elastiformer.elastic import (
     planned,
     text,
 )
-from tests.tiny import LAYERS, VOCAB, WINDOW, tiny
+from tests.tiny import LAYERS, WINDOW, tiny
 
 pytestmark = cpu_only  # where decode steps are one call
 ROWS = 3
@@ -67,11 +66,6 @@ def channel_plans() -> list:
     return [dense, (drawn[0], drawn[0]), (drawn[1], drawn[1])]
 
 
-def ends(rows: int) -> list[int]:
-    """The steps of the last tokens of these rows' prompts: of two plans in three they pick."""
-    return [1] * sum(row % 3 > 0 for row in range(rows))
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 @pytest.mark.parametrize("rows", [1, ROWS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,7 +81,7 @@ def test_the_bits_are_those_of_the_parts(family, rows, dtype, thresholds, monkey
     with counting(monkeypatch, may=True) as steps:
         found = decoded(model, channel_plans(), rows)
     assert torch.equal(found, expected)
-    assert none == [] and steps == ends(rows) + [rows] * 4
+    assert none == [] and steps == [rows] * 4
 
 
 @pytest.mark.parametrize("rows", [1, ROWS])
@@ -101,7 +95,7 @@ def test_where_layers_hold_keys_of_other_tokens_too(rows, monkeypatch):
     with counting(monkeypatch, may=True) as steps:
         found = decoded(model, plans, rows)
     assert torch.equal(found, expected)
-    assert none == [] and steps == ends(rows) + [rows] * 4
+    assert none == [] and steps == [rows] * 4
     sequence = planned(model, plans[0], PROMPT, TOKENS)
     ids = text(PROMPT + 1)[0].tolist()
     model.step([Chunk(sequence, ids[:PROMPT])])
@@ -120,8 +114,7 @@ def test_many_rows_try_both_ways_and_get_the_same_bits(monkeypatch):
     with counting(monkeypatch, may=True) as whole:
         found = decoded(model, channel_plans(), rows, steps)
     assert torch.equal(found, expected)
-    prompts, whole = whole[: -whole.count(rows)], whole[-whole.count(rows) :]
-    assert prompts == ends(rows) and set(whole) == {rows}
+    assert set(whole) == {rows}
     assert TRIAL_TURNS <= len(whole) <= steps - TRIAL_TURNS  # and then the faster one has all
 
 
@@ -215,50 +208,3 @@ def test_beside_prompts_both_ways_are_tried_and_give_the_same_bits(thresholds, m
     found, counted = logits()
     assert torch.equal(found, expected) and counted == usages
     assert TRIAL_TURNS <= len(ran) <= steps - TRIAL_TURNS and ran[0] == [2, 1]
-
-
-@pytest.mark.parametrize("family", ["llama", "phi3"])
-@pytest.mark.parametrize("sizes", [(PROMPT,), (5, PROMPT - 5), (PROMPT - 1, 1)])
-def test_the_last_token_of_a_prompt_that_picks_runs_with_those_that_decode(
-    family, sizes, monkeypatch
-):
-    """Its logits are the same to the last bit, however the prompt is cut up."""
-    model = by_thresholds(elastic(family, (Unit.CHANNELS,), lora_rank=0))
-    (dense, plans, others), ids = channel_plans(), text(TOKENS)[0].tolist()
-
-    def logits() -> tuple[list[torch.Tensor], Usage]:
-        prompt = planned(model, plans, PROMPT, TOKENS)
-        found, at = [], 0
-        for size in sizes:
-            beside = [planned(model, each, PROMPT, TOKENS) for each in (others, dense)]
-            for each in beside:
-                model.step([Chunk(each, ids[1 : 1 + PROMPT])])
-            chunks = [Chunk(each, [ids[0]]) for each in beside]
-            chunks.insert(1, Chunk(prompt, ids[at : at + size]))
-            found, at = model.step(chunks), at + size
-        return found, prompt.usage
-
-    alone, at = planned(model, plans, PROMPT, TOKENS), 0
-    for size in filter(None, (*sizes[:-1], sizes[-1] - 1)):
-        assert model.step([Chunk(alone, ids[at : at + size])])[0].shape == (0, VOCAB)
-        at += size
-    (expected,) = model.step([Chunk(alone, [ids[PROMPT - 1]])])
-    with counting(monkeypatch, may=True) as steps:
-        found, usage = logits()
-    assert [len(each) for each in found] == [1, 1, 1] and steps[-1] == 3
-    assert torch.equal(found[1], expected) and usage == alone.usage
-    monkeypatch.setattr(Decoding, "ends_apart", lambda self, chunk: False)
-    for each, other in zip(found, logits()[0], strict=True):
-        torch.testing.assert_close(each, other, atol=2e-4, rtol=2e-4)
-
-
-def test_what_else_ends_a_prompt_stays_with_it(monkeypatch):
-    """One that leaves nothing out, scored text, and what is repaired."""
-    ran = []
-    monkeypatch.setattr(SparseForm, "_run_apart", lambda *given: ran.append(given))
-    for rank, scored, place in ((0, False, 0), (0, True, 1), (2, False, 1)):
-        model = elastic("llama", (Unit.CHANNELS,), lora_rank=rank)
-        sequence = planned(model, channel_plans()[place], PROMPT, TOKENS)
-        sequence.scored = scored
-        model.step([Chunk(sequence, text(PROMPT)[0].tolist())])
-    assert ran == []

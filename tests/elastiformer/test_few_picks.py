@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from elastiformer import Capacity, Chunk, Site, Unit, workshop
-from elastiformer.decoding import Decoding
+from elastiformer import Capacity, Chunk, Site, Unit, UnitShares, workshop
 from elastiformer.packed import Packed
 from elastiformer.thresholds import SEARCHED
 from tests.devices import cpu_only
 from tests.elastiformer.elastic import by_thresholds, elastic, text
 
 PROMPT = 60  # tokens, all whole but for the last, whose logits are read
+LAST_PICKS = Capacity(1.0, UnitShares(channels=0.75))
 
 
 def answer(model, capacity=None):
     ids = text(PROMPT)[0].tolist()
-    sequence = model.sequence(capacity or Capacity(1.0, 0.75), PROMPT, PROMPT + 2)
+    sequence = model.sequence(capacity or LAST_PICKS, PROMPT, PROMPT + 2)
     (logits_RV,) = model.step([Chunk(sequence, ids)])
     usage = sequence.usage
     sequence.release()
@@ -26,8 +26,7 @@ def answer(model, capacity=None):
 
 
 @pytest.fixture
-def model(monkeypatch):
-    monkeypatch.setattr(Decoding, "ends_apart", lambda self, chunk: False)  # as on a device
+def model():
     return by_thresholds(elastic(units=[Unit.CHANNELS], lora_rank=0))
 
 
@@ -72,7 +71,7 @@ def test_in_bfloat16_others_come_rounded_and_these_do_not(model, split, monkeypa
 @cpu_only  # where it is the host that tells
 def test_who_reads_the_same_site_again_is_told_the_same_and_others_take_all(model):
     """Keys are read of all rows, of which one picks; queries of so few that it is not split off."""
-    sequence = model.sequence(Capacity(1.0, 0.75), PROMPT, PROMPT + 2)
+    sequence = model.sequence(LAST_PICKS, PROMPT, PROMPT + 2)
     tools = model._sparse.workshop
     packed = Packed([Chunk(sequence, text(PROMPT)[0].tolist())], model.device)
     allowances = tools.allowances(packed)

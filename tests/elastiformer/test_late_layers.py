@@ -12,9 +12,11 @@ from elastiformer import (
     Phase,
     Sequence,
     Unit,
+    late_keys,
 )
 from elastiformer.capacity import DENSE
 from elastiformer.costs import Trial
+from elastiformer.late_keys import LateKeys
 from elastiformer.late_layers import LateLayers
 from tests.devices import cpu_only
 from tests.elastiformer.elastic import PROMPT, TOKENS, elastic, run, text
@@ -22,6 +24,7 @@ from tests.tiny import LAYERS
 
 pytestmark = cpu_only
 LEFT = LayerPlan(attention_tokens=0.0, mlp_tokens=0.0)
+LATE_LAYERS = 6  # of a model deep enough for two products
 ENDS = 3  # tokens of a prompt that run whole at its end
 
 
@@ -93,6 +96,60 @@ def test_late_layers_leave_what_they_leave_layer_by_layer(units, pieces, first, 
     assert found and all(layers == range(first, LAYERS) for layers, _, _ in found)
     left = PROMPT - 1 - ENDS - 1  # position 0 is kept everywhere
     assert sum(count for _, _, count in found) <= left
+
+
+def in_bfloat16(family: str = "llama", **choices) -> ElasticModel:
+    model = elastic(family, (Unit.CHANNELS,), layers=LATE_LAYERS + 1, **choices)
+    model.base.to(torch.bfloat16)
+    model.attach(model.adapter)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("first", [0, 1, 3])
+@pytest.mark.parametrize("repair", [{"lora_rank": 0}, {}, {"lora_phases": "prompt"}], ids=str)
+def test_keys_of_several_layers_come_of_one_product(family, first, repair, monkeypatch):
+    """In bfloat16, whatever the repair; and are those of one layer after the other but for it."""
+    model, placed = in_bfloat16(family, **repair), []
+    place = LateKeys.place
+
+    def noted(self, layers, *rest):
+        placed.append(layers)
+        place(self, layers, *rest)
+
+    monkeypatch.setattr(LateKeys, "place", noted)
+    (logits, states, usage), (expected, expected_states, expected_usage) = both_ways(
+        model, monkeypatch, [PROMPT], first
+    )
+    # What is exact below the first layer that is left out is so in that layer, too.
+    begins = first + (repair != {"lora_rank": 0})
+    assert placed == [range(begins, LATE_LAYERS)]
+    left = slice(1, PROMPT - 1 - ENDS)
+    for own, other in zip(states, expected_states, strict=True):
+        off, whole = (each[:, :, left].float().norm() for each in (own - other, other))
+        assert off < 0.01 * whole
+    assert (logits - expected).norm() < 0.06 * expected.norm()  # rounding, through six layers
+    assert usage == expected_usage
+
+
+def test_a_repair_that_learns_is_laid_out_anew(monkeypatch):
+    model = in_bfloat16()
+    both_ways(model, monkeypatch, [PROMPT], 1)
+    with torch.no_grad():
+        for parameter in model.adapter.lora.parameters():
+            parameter.mul_(3)
+    (_, states, _), (_, expected_states, _) = both_ways(model, monkeypatch, [PROMPT], 1)
+    for own, other in zip(states, expected_states, strict=True):
+        assert (own - other).float().norm() < 0.03 * other.float().norm()
+
+
+def test_what_late_layers_need_is_laid_out_at_start(monkeypatch):
+    model, made = in_bfloat16(), []
+    model.measure_costs(0.05)
+    monkeypatch.setattr(late_keys, "Stacked", lambda *given: made.append(given))
+    sequence = ending(model, 1)
+    model.step([Chunk(sequence, text()[0, :PROMPT].tolist())])
+    assert made == []
 
 
 def test_requests_of_a_step_run_them_together(monkeypatch):

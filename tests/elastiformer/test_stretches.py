@@ -7,7 +7,7 @@ import pytest
 from elastiformer import Capacity, Phase, UnitShares
 from elastiformer.calibration import output_context
 from elastiformer.capacity import dense_plan
-from elastiformer.planning import Planner, opened, prompt_context, prompt_ending
+from elastiformer.planning import Planner, divide, opened, prompt_context
 from elastiformer.sequence import Numbering, Sequence
 from elastiformer.stretches import Plans
 from tests.elastiformer.test_calibration import LAYERS, SHAPE, calibration
@@ -23,7 +23,7 @@ def planner() -> Planner:
     return Planner(SHAPE, adapter, piece_tokens=PIECE)
 
 
-def expected_plan(capacity, phase, position):
+def expected_plan(capacity, phase, position, scored=False):
     """What the calibration says of one position."""
     share = capacity.of(phase)
     if isinstance(share, UnitShares):
@@ -32,10 +32,12 @@ def expected_plan(capacity, phase, position):
         return dense_plan(LAYERS)
     context = prompt_context(PROMPT)
     if phase is Phase.PROMPT:
-        ending = prompt_ending(calibration(), SHAPE, share, context)
-        if position >= PROMPT - 1 - ending.tokens:
+        division = divide(calibration(), SHAPE, share, 1 - capacity.output, context)
+        if position >= PROMPT - 1 - division.ending:
             return dense_plan(LAYERS)
-        share = ending.others
+        share = division.others
+    elif position == PROMPT - 1 and not scored:
+        return dense_plan(LAYERS)
     elif position >= PROMPT:
         context = output_context(position)
     else:
@@ -53,9 +55,10 @@ def one_by_one(sequence, tokens, numbering):
 @pytest.mark.parametrize("scored", [False, True])
 @pytest.mark.parametrize("capacity", CAPACITIES, ids=str)
 def test_every_position_has_the_plan_that_its_schedule_gives(capacity, scored):
-    sequence = Sequence(planner().plan_at(capacity, PROMPT), PROMPT, MOST, scored, None)
+    plan_at = planner().plan_at(capacity, PROMPT, scored)
+    sequence = Sequence(plan_at, PROMPT, MOST, scored, None)
     for position in [*range(MOST), *range(MOST - 1, -1, -7)]:
-        expected = expected_plan(capacity, sequence.phase_at(position), position)
+        expected = expected_plan(capacity, sequence.phase_at(position), position, scored)
         assert sequence.plan_at(position).plan == expected, position
 
 
