@@ -29,28 +29,24 @@ from elastiformer.tile_blocks import (
     pack_values,
     paired,
     put_out,
-    same,
     times,
 )
 from elastiformer.vectors import (
-    FLOATS,
     I32,
     I64,
     INTS,
     LANES,
     aligned,
+    constant,
     everywhere,
     loop,
     multiply_add,
+    power_of_two,
     vector_at,
 )
 
 SIZES = 64  # heads of a multiple of so many channels
 _LINE = ir.Constant(I64, 64)  # bytes of a tile's row, where its rows lie side by side
-_SHIFT = 1.5 * 2**23  # a float32 of this size has no room for fractions
-_LEAST = -126.0  # of powers of two in float32
-# 2^x for -1/2 <= x <= 1/2, to 3e-6: ln(2)^k / k!
-_POWERS = (0.0013333558, 0.0096181291, 0.0555041087, 0.2402265070, 0.6931471806, 1.0)
 
 
 def takes(head_size: int) -> bool:
@@ -139,7 +135,7 @@ def _weigh(
             return context.get_dummy_value()
         scores, into, totals = (data(context, builder, signature, args, at) for at in (0, 5, 6))
         zero = ir.Constant(I64, 0)
-        nothing, least, shift = (same(number) for number in (0.0, _LEAST, _SHIFT))
+        nothing = constant(0.0)
         positions = data(context, builder, signature, args, 2)
         position = builder.load(vector_at(builder, positions, zero, kind=INTS), align=4)
         scale = everywhere(builder, args[1])
@@ -167,22 +163,11 @@ def _weigh(
 
             return compare
 
-        def power(score: Any, most: Any) -> Any:
-            exponent = multiply_add(builder, score, scale, most)
-            exponent = builder.select(builder.fcmp_ordered(">", exponent, least), exponent, least)
-            shifted = builder.fadd(exponent, shift)  # whole numbers are in its last bits
-            part = builder.fsub(exponent, builder.fsub(shifted, shift))
-            found = same(_POWERS[0])
-            for factor in _POWERS[1:]:
-                found = multiply_add(builder, found, part, same(factor))
-            whole = builder.shl(builder.bitcast(shifted, INTS), ir.Constant(INTS, [23] * LANES))
-            return builder.bitcast(builder.add(builder.bitcast(found, INTS), whole), FLOATS)
-
         def weigh(masked: bool, most: Any) -> Any:
             def put(pair: Any, running: list[Any]) -> list[Any]:
                 weights, total = [], running[0]
                 for score, sees in both(pair, masked):
-                    weight = power(score, most)
+                    weight = power_of_two(builder, multiply_add(builder, score, scale, most))
                     if sees is not None:
                         weight = builder.select(sees, weight, nothing)
                     total = builder.fadd(total, weight)
@@ -194,7 +179,7 @@ def _weigh(
 
             return put
 
-        started = [same(-3e38)]
+        started = [constant(-3e38)]
         started = loop(builder, zero, args[3], started, largest(masked=False))
         (most,) = loop(builder, args[3], args[4], started, largest(masked=True))
         most = builder.fneg(builder.fmul(most, scale))

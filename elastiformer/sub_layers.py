@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numba import prange
 
 from elastiformer.amx import multiply_small
 from elastiformer.kernels import TURN, compiled
@@ -195,6 +196,21 @@ def _add(h_ND, branch_ND):  # type: ignore[no-untyped-def]
 
 
 @compiled()
+def _place_row(x_MH, first, index_G, rows_PH):  # type: ignore[no-untyped-def]
+    """Write the keys and values of a row, its heads from `first` on, to the cache."""
+    for part in range(len(index_G)):
+        into_H = rows_PH[index_G[part]]
+        for h in range(len(into_H)):
+            into_H[h] = _as_stored(x_MH[first + part, h], into_H)
+
+
+@compiled(parallel=True)
+def _place_side_by_side(x_NMH, first, index_NG, rows_PH):  # type: ignore[no-untyped-def]
+    for row in prange(len(x_NMH)):
+        _place_row(x_NMH[row], first, index_NG[row], rows_PH)
+
+
+@compiled()
 def _attention(x_ND, front, heads, turns, cached, layer, out, grants, side):  # type: ignore[no-untyped-def]
     out_NO = _product(x_ND, front, layer, grants, side)
     rows, size = len(x_ND), cached.rows_PH.shape[1]
@@ -207,12 +223,11 @@ def _attention(x_ND, front, heads, turns, cached, layer, out, grants, side):  # 
         else:
             _turn_side_by_side(out_NMH, turned, turns.cos_NR, turns.sin_NR)
     index_NG = cached.index_LNG[layer]
-    for row in range(rows):
-        for part in range(2 * heads.kv):
-            for h in range(size):
-                cached.rows_PH[index_NG[row, part], h] = _as_stored(
-                    out_NMH[row, heads.queries + part, h], cached.rows_PH
-                )
+    if side is None:
+        for row in range(rows):
+            _place_row(out_NMH[row], heads.queries, index_NG[row], cached.rows_PH)
+    else:
+        _place_side_by_side(out_NMH, heads.queries, index_NG, cached.rows_PH)
     out_NAH = np.empty((rows, heads.queries, size), dtype=np.float32)
     _attend(
         cached.rows_PH, out_NMH, cached.query_Q, cached.key_LQ[layer], cached.value_LQ[layer],

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -15,7 +14,7 @@ from numba.extending import intrinsic
 
 from elastiformer import amx
 from elastiformer.pairs import _PAIRS, _WORDS, _BFloat
-from elastiformer.vectors import FLOATS, I32, I64, INTS, LANES, loop, vector_at
+from elastiformer.vectors import FLOATS, I32, I64, INTS, LANES, constant, loop, vector_at
 
 TILE = 16 * 16  # words of a tile register
 TILES = 4  # of sums that values are added to at a time
@@ -136,10 +135,6 @@ def pack_values(
     return signature, generate
 
 
-def same(number: float) -> Any:
-    return ir.Constant(FLOATS, [float(np.float32(number))] * LANES)
-
-
 def paired(builder: Any, first: Any, second: Any) -> Any:
     """Of each lane both numbers, as bfloat16, in one word."""
     kind = ir.FunctionType(_PAIRS, [FLOATS, FLOATS])
@@ -170,7 +165,7 @@ def put_out(
         added, totals, out = (data(context, builder, signature, args, at) for at in (0, 2, 3))
         zero = ir.Constant(I64, 0)
         total = builder.load(vector_at(builder, totals, zero), align=4)
-        share = builder.fdiv(same(1.0), total)
+        share = builder.fdiv(constant(1.0), total)
         kind = ir.FunctionType(_SMALL, [FLOATS])
         rounded = cgutils.get_or_insert_function(
             builder.module, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512"

@@ -16,6 +16,10 @@ WIDE = bool(get_host_cpu_features().get("avx512f"))
 LANES = 16 if WIDE else 8
 LINE = 64  # bytes
 _SECOND_CACHE = 2  # as LLVM names it: in the first, it would push out what is read before it
+_SHIFT = 1.5 * 2**23  # a float32 of this size has no room for fractions
+_LEAST = -126.0  # of powers of two in float32
+# 2^x for -1/2 <= x <= 1/2, to 3e-6: ln(2)^k / k!
+_POWERS = (0.0013333558, 0.0096181291, 0.0555041087, 0.2402265070, 0.6931471806, 1.0)
 I32, I64 = ir.IntType(32), ir.IntType(64)
 FLOATS = ir.VectorType(ir.FloatType(), LANES)
 HALVES = ir.VectorType(ir.HalfType(), LANES)
@@ -58,6 +62,24 @@ def multiply_add(builder: Any, factor: Any, weight: Any, total: Any) -> Any:
     kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
     function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
     return builder.call(function, [factor, weight, total])
+
+
+def constant(number: float) -> Any:
+    """A vector that holds a number in all lanes."""
+    return ir.Constant(FLOATS, [float(np.float32(number))] * LANES)
+
+
+def power_of_two(builder: Any, exponent: Any) -> Any:
+    """2^x to 3e-6 of it, of a vector; what is below float32 stays just in it."""
+    least, shift = constant(_LEAST), constant(_SHIFT)
+    exponent = builder.select(builder.fcmp_ordered(">", exponent, least), exponent, least)
+    shifted = builder.fadd(exponent, shift)  # whole numbers are in its last bits
+    part = builder.fsub(exponent, builder.fsub(shifted, shift))
+    found = constant(_POWERS[0])
+    for factor in _POWERS[1:]:
+        found = multiply_add(builder, found, part, constant(factor))
+    whole = builder.shl(builder.bitcast(shifted, INTS), ir.Constant(INTS, [23] * LANES))
+    return builder.bitcast(builder.add(builder.bitcast(found, INTS), whole), FLOATS)
 
 
 def vector_at(builder: Any, data: Any, at: Any, j: int = 0, kind: Any = FLOATS) -> Any:
