@@ -65,13 +65,13 @@ class LateKeys:
 
     def __init__(self, workshop: Workshop) -> None:
         self._workshop = workshop
-        self._is_able = workshop.device.type == "cpu" and workshop.dtype == torch.bfloat16
+        self.is_able = workshop.device.type == "cpu" and workshop.dtype == torch.bfloat16
         self._weights: dict[tuple[range, str | None], _Weights] = {}
 
     def prepare(self) -> None:
         """Lay out now what repaired rows will read, rather than when a request first needs it."""
         mending = self._workshop.mending
-        for name in mending.names if self._is_able else ():
+        for name in mending.names if self.is_able else ():
             for block in self._blocks:
                 if any(mending.repairs_keys(self._layer(at), name) for at in block):
                     _ = self._product(block, name)
@@ -79,7 +79,7 @@ class LateKeys:
     def begins(self, layers: range, left: Rows, packed: Packed) -> int:
         """From which of these layers on rows that leave them agree on their repair."""
         first = layers.stop
-        if not self._is_able or not left.count:
+        if not self.is_able or not left.count:
             return first
         kinds = [packed.distinct_kinds[number] for number in np.unique(packed.kind_N[left.rows_R])]
         agreed = self._names(layers[-1], kinds)

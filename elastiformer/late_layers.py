@@ -2,8 +2,9 @@
 
 Below capacity 1.0 most tokens of a prompt leave all late layers out but for the keys and values
 that others read there; only the first and last tokens run them, whole. What the others leave hangs
-on nothing that happens in these layers, so it is made first; then the few go through all of them
-at once (decoding.py), where layer by layer each would cost as much as a step of decoding.
+on nothing that happens in these layers, so it is made as they leave, whatever the rows of other
+requests still run; then, if nobody else is left, the few go through all of them at once
+(decoding.py), where layer by layer each would cost as much as a step of decoding.
 
 The last layer goes its usual way: what of it nobody reads is its own affair.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from elastiformer.decoding import Decoding
@@ -23,7 +25,7 @@ from elastiformer.packed import Packed, Rows
 from elastiformer.placing import Placing
 from elastiformer.priced import PricedPlan
 from elastiformer.rotary import Rotations
-from elastiformer.sequence import Chunk
+from elastiformer.sequence import Chunk, Kind
 from elastiformer.sparse_attention import SparseAttention
 from elastiformer.taken import Taken
 from elastiformer.workshop import Workshop
@@ -33,11 +35,11 @@ _LONG = 64  # tokens that are worth a pass over all weights
 
 
 class Late(NamedTuple):
-    """Some layers of one step, which some rows run whole and all others leave out."""
+    """Layers of one step that some rows leave out for good: all of them but the last one."""
 
-    layers: range
-    whole: Rows
-    left: Rows
+    leaving: dict[int, Rows]  # by the first of them
+    layers: range  # those that all other rows run whole, if they run by themselves
+    whole: Rows  # these
 
 
 class LateLayers:
@@ -61,8 +63,9 @@ class LateLayers:
 
     def parted(self, longer: Sequence[Chunk]) -> list[list[Chunk]]:
         """Pieces of prompts whose late layers few rows run, and the others, which would keep them
-        from it: apart where both are long."""
-        if not self._decoding.knows_layers or self._workshop.kv != "complete":
+        from it: apart where both are long, and keys are made layer by layer."""
+        knows = self._decoding.knows_layers and self._workshop.kv == "complete"
+        if not knows or self._keys.is_able:
             return [list(longer)]
         parts: tuple[list[Chunk], list[Chunk]] = ([], [])
         last = len(self._workshop.layout.layers) - 1
@@ -75,18 +78,54 @@ class LateLayers:
     def of(self, packed: Packed, placing: Placing) -> Late | None:
         """Those of a step; None where it has none that are worth it."""
         kinds, last = packed.distinct_kinds, len(self._workshop.layout.layers) - 1
+        counted = torch._C._len_torch_dispatch_stack()  # somebody counts operators
+        if counted or not placing.complete or not self._decoding.knows_layers:
+            return None
         first = max(min(kind.plan.left_from, kind.plan.whole_from) for kind in kinds)
-        if last - first < _LEAST_LAYERS or not placing.complete:
-            return None
-        whole = packed.rows_where(lambda kind: kind.plan.whole_from <= first)
-        left = packed.rows_where(lambda kind: kind.plan.whole_from > first)
-        if not left.count or not self._decoding.may_run_late(whole, packed):
-            return None
+        layers, whole = range(first, last), packed.rows_where(lambda x: x.plan.whole_from <= first)
+        if not self._run_apart(layers, whole, packed):
+            layers = range(last, last)
+        from_ = {kind: _leaves_from(kind, last) for kind in kinds}
+        if not self._keys.is_able:
+            from_ = {kind: layers.start for kind in kinds if from_[kind] <= layers.start < last}
+        leaving = {
+            begin: rows
+            for begin, rows in packed.groups(lambda kind: from_.get(kind, last))
+            if last - begin >= _LEAST_LAYERS
+        }
+        return Late(leaving, layers, whole) if leaving else None
+
+    def _run_apart(self, layers: range, whole: Rows, packed: Packed) -> bool:
+        """Whether the rows that run some layers whole, which all others leave out, do so alone."""
+        if len(layers) < _LEAST_LAYERS or whole.all:
+            return False
+        if not self._decoding.may_run_late(whole, packed):
+            return False
         last_layer = self._workshop.layout.layers[-1]
-        for kind in kinds:
-            if kind.plan.whole_from <= first and self._workshop.mending.name(last_layer, kind):
-                return None  # it lacks something of earlier layers
-        return Late(range(first, last), whole, left)
+        return all(
+            kind.plan.whole_from > layers.start
+            or not self._workshop.mending.name(last_layer, kind)  # it lacks nothing of earlier ones
+            for kind in packed.distinct_kinds
+        )
+
+    def leave(
+        self,
+        begin: int,
+        late: Late,
+        h_ND: Tensor,
+        packed: Packed,
+        placing: Placing,
+        rotations: Rotations,
+    ) -> None:
+        """Make all keys and values that rows owe which leave from the layer `begin` on."""
+        rows, stop = late.leaving[begin], len(self._workshop.layout.layers) - 1
+        together = range(self._keys.begins(range(begin, stop), rows, packed), stop)
+        for layer in self._workshop.layout.layers[begin : together.start]:
+            rotation = rotations.get(layer.layer_type, rotations.get(None))
+            self._attention.place_keys(layer, h_ND, rows, packed, placing, rotation)
+        if together:
+            self._keys.place(together, h_ND, rows, packed, placing, rotations)
+        placing.made_ahead(rows, begin)
 
     def run(
         self,
@@ -97,17 +136,17 @@ class LateLayers:
         taken: Taken,
         rotations: Rotations,
     ) -> None:
-        """Run them over the residual, in place."""
-        together = range(self._keys.begins(late.layers, late.left, packed), late.layers.stop)
-        for layer in self._workshop.layout.layers[late.layers.start : together.start]:
-            rotation = rotations.get(layer.layer_type, rotations.get(None))
-            self._attention.place_keys(layer, h_ND, late.left, packed, placing, rotation)
-        if together:
-            self._keys.place(together, h_ND, late.left, packed, placing, rotations)
+        """Run the layers that all others have left over the residual, in place."""
         for at in late.layers:
             taken.keys(placing.keys(at))
         layers = slice(late.layers.start, late.layers.stop)
         self._decoding.run_late(h_ND, late.whole, layers, packed, placing, rotations)
+
+
+def _leaves_from(kind: Kind, last: int) -> int:
+    """From which layer on rows of this kind leave all out but the last; that one: they do not."""
+    plan = kind.plan
+    return plan.left_from if plan.left_from < plan.whole_from else last
 
 
 def _plan(chunk: Chunk) -> PricedPlan:

@@ -56,11 +56,22 @@ class Placing:
         self._parts: dict[Rows, list[_Part]] = {}
         self._masks: Masks = {}
         self._single_parts: dict[Rows, np.ndarray] = {}
+        self._due = [(0, packed.everything)]  # by the layer from which on
         # With complete caches every layer takes every row: they grow by all of them at once.
         self._complete = self._caches[0].complete
         if self._complete:
             for cache, span in zip(self._caches, packed.spans, strict=True):
                 cache.grow(span.stop - span.start)
+
+    def made_ahead(self, rows: Rows, begin: int) -> None:
+        """Note that these rows have placed theirs in all layers from one on but the last."""
+        self._due.append((begin, self._due[-1][1].without(rows)))
+
+    def due(self, layer: int) -> Rows:
+        """Of complete caches, the rows whose keys and values this layer has to make."""
+        if layer == len(self._first_LC) - 1:
+            return self._packed.everything
+        return next(rows for begin, rows in reversed(self._due) if begin <= layer)
 
     def place(self, layer: int, rows: Rows, keys_values_RMH: Tensor | None) -> None:
         """Write the keys and values [R, 2G, H] of these rows into their caches."""
@@ -256,6 +267,9 @@ class WholePlacing(Placing):
     def place(self, layer: int, rows: Rows, keys_values_RMH: Tensor | None) -> None:
         """Hold the keys and values [R, 2G, H] of these rows."""
         self._placed, self._keys_values_RMH = rows, keys_values_RMH
+
+    def due(self, layer: int) -> Rows:
+        return self._packed.everything
 
     def keys(self, layer: int) -> np.ndarray:
         return self._bounds_of(self._placed).counts_C

@@ -143,6 +143,8 @@ class SparseForm:
     ) -> Tensor:
         late = self._late.of(packed, placing)
         for layer in self.layout.layers:
+            if late is not None and layer.index in late.leaving:
+                self._late.leave(layer.index, late, h_ND, packed, placing, rotations)
             if late is None or layer.index not in late.layers:
                 h_ND = self._run_layer(layer, h_ND, packed, placing, taken, rotations)
             elif layer.index == late.layers.start:

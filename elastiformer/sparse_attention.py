@@ -50,7 +50,7 @@ class SparseAttention:
         routed = self.keeping.routes(layer, Unit.ATTENTION_TOKENS, packed)
         x_ND = norm(h_ND) if routed or packed.leaves_heads_out else None
         kept = self.keeping.of_rows(layer, Unit.ATTENTION_TOKENS, x_ND, packed, taken)
-        cached = packed.everything if self.workshop.kv == "complete" else kept.rows
+        cached = placing.due(layer.index) if self.workshop.kv == "complete" else kept.rows
         # What a prompt token leaves the last layer with, nobody reads.
         asking = kept.rows.within(packed.outputs) if layer.index == self._last else kept.rows
         direct = packed.direct(layer.index)

@@ -51,11 +51,18 @@ def ran(monkeypatch) -> list[tuple[range, int, int]]:
     found, run_them = [], LateLayers.run
 
     def noted(self, late, *rest):
-        found.append((late.layers, late.whole.count, late.left.count))
+        left = sum(rows.count for rows in late.leaving.values())
+        found.append((late.layers, late.whole.count, left))
         run_them(self, late, *rest)
 
     monkeypatch.setattr(LateLayers, "run", noted)
     return found
+
+
+def states_of(model: ElasticModel, sequence: Sequence) -> list[torch.Tensor]:
+    """Its keys and values in each layer."""
+    kept = [sequence.cache.held(layer) for layer in range(len(model.layout.layers))]
+    return [torch.stack([held.keys_GKH, held.values_GKH]).clone() for held in kept]
 
 
 def both_ways(model: ElasticModel, monkeypatch, pieces: list[int], first: int):
@@ -72,9 +79,7 @@ def both_ways(model: ElasticModel, monkeypatch, pieces: list[int], first: int):
                 cuts.append(ids[at : at + size])
                 at += size
             logits = run(model, sequence, [*cuts, *([token] for token in ids[at:])])
-            kept = [sequence.cache.held(layer) for layer in range(len(model.layout.layers))]
-            states = [torch.stack([held.keys_GKH, held.values_GKH]).clone() for held in kept]
-            results.append((logits, states, sequence.usage))
+            results.append((logits, states_of(model, sequence), sequence.usage))
             sequence.release()
     return results
 
@@ -130,6 +135,36 @@ def test_keys_of_several_layers_come_of_one_product(family, first, repair, monke
         assert off < 0.01 * whole
     assert (logits - expected).norm() < 0.06 * expected.norm()  # rounding, through six layers
     assert usage == expected_usage
+
+
+def test_requests_leave_one_after_the_other_beside_whole_ones(monkeypatch):
+    """Each makes all its keys as it leaves, and gives what it gives alone."""
+    model, placed = in_bfloat16(), []
+    firsts = (1, LATE_LAYERS + 1, 3, 1)
+    texts = [text(seed=seed)[0, :PROMPT].tolist() for seed in range(len(firsts))]
+    alone, kept = [], []
+    for first, ids in zip(firsts, texts, strict=True):
+        sequence = ending(model, first)
+        alone.append(model.step([Chunk(sequence, ids)])[0])
+        kept.append(states_of(model, sequence))
+    place = LateKeys.place
+
+    def noted(self, layers, h_ND, left, *rest):
+        placed.append((layers, left.count))
+        place(self, layers, h_ND, left, *rest)
+
+    monkeypatch.setattr(LateKeys, "place", noted)
+    made = [ending(model, first) for first in firsts]
+    chunks = [Chunk(each, ids) for each, ids in zip(made, texts, strict=True)]
+    together = model.step(chunks)
+    left = PROMPT - 1 - ENDS - 1
+    # In the first layer that they leave out all of it is exact still, and goes as ever.
+    assert placed == [(range(2, LATE_LAYERS), 2 * left), (range(4, LATE_LAYERS), left)]
+    for given_RV, expected_RV in zip(together, alone, strict=True):
+        assert (given_RV - expected_RV).norm() < 0.06 * expected_RV.norm()
+    for sequence, expected in zip(made, kept, strict=True):
+        for own, other in zip(states_of(model, sequence), expected, strict=True):
+            assert (own - other).float().norm() < 0.04 * other.float().norm()
 
 
 def test_a_repair_that_learns_is_laid_out_anew(monkeypatch):
