@@ -28,6 +28,7 @@ _FILES = (  # all that hold compiled loops
     "largest.py",
     "late_keys.py",
     "many_queries.py",
+    "paired_queries.py",
     "pairs.py",
     "row_kernels.py",
     "single_queries.py",

@@ -82,6 +82,22 @@ def power_of_two(builder: Any, exponent: Any) -> Any:
     return builder.bitcast(builder.add(builder.bitcast(found, INTS), whole), FLOATS)
 
 
+def lanes_of_each(builder: Any, sums: list[Any]) -> Any:
+    """Of LANES vectors, what the lanes of each add up to."""
+    numbers = range(0, 2 * LANES, 2)
+    even, odd = (
+        ir.Constant(ir.VectorType(I32, LANES), [at + first for at in numbers]) for first in (0, 1)
+    )
+    while len(sums) > 1:
+        sums = [
+            builder.fadd(
+                builder.shuffle_vector(one, other, even), builder.shuffle_vector(one, other, odd)
+            )
+            for one, other in zip(sums[::2], sums[1::2], strict=True)
+        ]
+    return sums[0]
+
+
 def vector_at(builder: Any, data: Any, at: Any, j: int = 0, kind: Any = FLOATS) -> Any:
     """A pointer to the j-th vector from the element `at` on."""
     place = builder.add(at, ir.Constant(I64, j * LANES))

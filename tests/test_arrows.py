@@ -22,14 +22,14 @@ LOW_TO_HIGH = """
         adapter_files adapter saved_adapter kernels thresholds plan_grid masked pool cache
         stretches sequence imaged prefixes memory spare_rows row_kernels vectors class_kernels
         pointwise allowances device_allowances packed rotary taken costs stored_tile lanes largest
-        pairs amx tile_blocks many_queries whole_requests blocks tail_kernels single_queries
-        sub_layers tiles
+        pairs amx tile_blocks many_queries whole_requests blocks tail_kernels paired_queries
+        single_queries sub_layers tiles
         readings products flop_formulas expert_table repair mending sides attention both_ways
         placing workshop keeping direct_reading sparse_heads sparse_attention sparse_experts
         sparse_mlp tail_weights tail_calls class_tail decoding device_kernels device_attention
         device_prompt_attention device_taking device_prompt_layers device_prompts
         device_decoding
-        late_layers sparse encoding imaging sight planning drawing sampling inputs images
+        late_keys late_layers sparse encoding imaging sight planning drawing sampling inputs images
         encoder_inputs picture_inputs elastic model sharded led vlm encoder __init__
 
     service: __init__ errors build hosts settings schemas scheduler pace metrics load knob orders
@@ -58,7 +58,9 @@ _COMPILED = {
         "kernels",
         "lanes",
         "largest",
+        "late_keys",
         "many_queries",
+        "paired_queries",
         "pairs",
         "row_kernels",
         "single_queries",
