@@ -205,8 +205,9 @@ class ElasticModel(Elastic):
                 ]
             except CapacityError:
                 continue  # the range of so short a request is narrower
-            for request in requests:
-                self.step([Chunk(request, [0] * _FIRST_TOKENS)])
+            # Alone a prompt has few rows that run its late layers; together they have many.
+            for some in (requests[:1], requests[1:]):
+                self.step([Chunk(request, [0] * _FIRST_TOKENS) for request in some])
             for rows in (_FIRST_ROWS, 2, 1):
                 self.step([Chunk(request, [0]) for request in requests[:rows]])
             for request in requests:
