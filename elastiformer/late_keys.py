@@ -29,7 +29,7 @@ from elastiformer.pointwise import CompiledNorm
 from elastiformer.products import Product
 from elastiformer.readings import Reading
 from elastiformer.rotary import Rotations
-from elastiformer.row_kernels import _as_stored, _wide, on_host
+from elastiformer.row_kernels import _turn_row, on_host
 from elastiformer.sequence import Kind
 from elastiformer.workshop import Workshop
 
@@ -182,21 +182,13 @@ def _place(  # type: ignore[no-untyped-def]
         skipped: heads of layers that nobody asked for, in front.
     """
     layers, rows, heads = index_LRM.shape
-    turned = cos_RT.shape[1]
-    half, size = turned // 2, made_RMH.shape[2]
     for row in prange(rows):
         for layer in range(layers):
+            first = skipped + layer * heads
+            of_layer_MH = made_RMH[row, first : first + heads]
+            if cos_RT.shape[1]:
+                _turn_row(of_layer_MH, kv_heads, cos_RT[row], sin_RT[row])
             for head in range(heads):
-                made_H = made_RMH[row, skipped + layer * heads + head]
                 into_H = into_PH[index_LRM[layer, row, head]]
-                first_copied = 0
-                if head < kv_heads and turned:
-                    cos_T, sin_T = cos_RT[row], sin_RT[row]
-                    for t in range(half):
-                        first, second = _wide(made_H[t]), _wide(made_H[half + t])
-                        into_H[t] = _as_stored(first * cos_T[t] - second * sin_T[t], into_H)
-                        turned_back = second * cos_T[half + t] + first * sin_T[half + t]
-                        into_H[half + t] = _as_stored(turned_back, into_H)
-                    first_copied = turned
-                for h in range(first_copied, size):
-                    into_H[h] = made_H[h]
+                for h in range(len(into_H)):
+                    into_H[h] = of_layer_MH[head, h]

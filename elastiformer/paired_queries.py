@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from elastiformer.kernels import compiled
-from elastiformer.pairs import _PAIRS, ABLE, _BFloat
+from elastiformer.pairs import _PAIRS, _WORDS, ABLE, _BFloat
 from elastiformer.row_kernels import _as_stored
 from elastiformer.vectors import (
     FLOATS,
@@ -35,8 +35,7 @@ from elastiformer.vectors import (
     vector_at,
 )
 
-_WORDS = ir.VectorType(ir.IntType(16), LANES)
-_LINE_OF_WORDS = ir.VectorType(ir.IntType(16), 2 * LANES)
+_HALF_WORDS = ir.VectorType(ir.IntType(16), LANES)
 _SMALL = ir.VectorType(_BFloat(), LANES)
 _NOTHING = np.float32(-3e38)  # a score that weighs nothing
 _AT_ONCE = 128  # keys whose values stay in the first cache, for all queries and channels
@@ -127,7 +126,7 @@ def _add_values_of_pairs(
                     builder.mul(args[2], builder.add(key, ir.Constant(I64, place))),
                 )
                 one, other = (
-                    builder.load(vector_at(builder, value_data, at, kind=_LINE_OF_WORDS), align=2)
+                    builder.load(vector_at(builder, value_data, at, kind=_WORDS), align=2)
                     for at in (row, builder.add(row, args[2]))
                 )
                 pair = builder.add(builder.add(args[5], key), ir.Constant(I64, place))
@@ -200,8 +199,8 @@ def _weigh(typing: Any, scores: Any, at: Any, vectors: Any, scale: Any, weights:
         def put(vector: Any, running: list[Any]) -> list[Any]:
             exponent = multiply_add(builder, score(vector), scale, lowered)
             weight = power_of_two(builder, exponent)
-            small = builder.bitcast(builder.call(rounded, [weight]), _WORDS)
-            pointer = vector_at(builder, weight_data, place(vector), kind=_WORDS)
+            small = builder.bitcast(builder.call(rounded, [weight]), _HALF_WORDS)
+            pointer = vector_at(builder, weight_data, place(vector), kind=_HALF_WORDS)
             builder.store(small, pointer, align=2)
             return [builder.fadd(running[0], weight)]
 
@@ -217,7 +216,7 @@ def _takes_pairs(stored: Any) -> bool:
 
 
 def _pairs_at(builder: Any, data: Any, at: Any) -> Any:
-    pointer = vector_at(builder, data, at, kind=_LINE_OF_WORDS)
+    pointer = vector_at(builder, data, at, kind=_WORDS)
     return builder.bitcast(builder.load(pointer, align=2), _PAIRS)
 
 
